@@ -1,0 +1,231 @@
+"""Train an unconditional diffusion model of faces in a fixed latent: `python -m experiments.train --config-name faces128`.
+
+    z0 = E(x),  z_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps,  v = sqrt(abar_t) eps - sqrt(1 - abar_t) z0
+    minimize  sum_c w_c |v_c - net(z_t, t)_c|^2,  w_c ~ sqrt(std of channel c in pixels)         (v: arXiv 2202.00512, eq. 12)
+
+The weights spend the network on the coefficients that carry most of the picture. Timesteps are stratified over the batch. The
+exported model is the exponential moving average of the weights, in half precision.
+"""
+
+import io
+import json
+import logging
+import signal
+import tarfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import PIL.Image
+import torch
+from diffusers.training_utils import EMAModel
+from huggingface_hub import load_state_dict_from_file, save_torch_state_dict
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
+
+from keyanon.types import Image
+
+log = logging.getLogger(__name__)
+
+STATS_PICTURES = 4096
+LOG_STEPS = 100
+
+
+def read_pictures(root: Path, size: int) -> Iterator[tuple[str, np.ndarray]]:
+    """(id, uint8 h w 3) of every picture below `root`, packed in tar files or not, sorted by file name."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"data.root: no folder {root}; unpack the training pictures there or name their folder")
+    for path in sorted(root.rglob("*")):
+        if path.suffix == ".tar":
+            with tarfile.open(path) as tar:
+                for member in sorted(tar.getmembers(), key=lambda m: m.name):
+                    stream = tar.extractfile(member)
+                    if stream is not None:
+                        yield Path(member.name).stem, decode(stream.read(), size)
+        elif path.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"}:
+            yield path.stem, decode(path.read_bytes(), size)
+
+
+def decode(data: bytes, size: int) -> np.ndarray:
+    with PIL.Image.open(io.BytesIO(data)) as picture:
+        rgb = picture.convert("RGB")
+    return np.asarray(rgb if rgb.size == (size, size) else rgb.resize((size, size), PIL.Image.Resampling.LANCZOS))
+
+
+def load_training_set(root: Path, size: int, heldout: Path) -> Tensor:
+    """uint8 (n 3 h w) of all pictures whose id is not in the held-out list."""
+    lines = heldout.read_text().splitlines()
+    excluded = {line for line in lines if line and not line.startswith("#")}
+    pictures = [pixels for name, pixels in read_pictures(root, size) if name not in excluded]
+    if not pictures:
+        raise FileNotFoundError(f"data.root: no training picture below {root}")
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def augment(images: Image, scale: tuple[float, float], shift: float, generator: torch.Generator) -> Image:
+    """Mirror half of the pictures; zoom and shift all a little, mirroring what lies beyond the border.
+
+    Mirroring pixels, before the transform, gives the odd horizontal DCT columns their sign by itself.
+    """
+    b = images.shape[0]
+    zoom = torch.empty(b).uniform_(*scale, generator=generator)
+    flip = torch.randint(0, 2, (b,), generator=generator) * 2.0 - 1
+    theta = torch.zeros(b, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = flip / zoom, 1 / zoom
+    theta[:, :, 2] = torch.empty(b, 2).uniform_(-2 * shift, 2 * shift, generator=generator)
+    grid = affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
+    return grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+@dataclass
+class Training:
+    """What is saved and resumed."""
+
+    net: torch.nn.Module
+    ema: EMAModel
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+    def save(self, folder: Path) -> None:
+        """Write the whole state as safetensors of at most 15 MB each; the previous state is replaced only when this one is complete."""
+        parameters = list(self.net.named_parameters())
+        state: dict[str, Tensor] = {}
+        for (name, parameter), shadow in zip(parameters, self.ema.shadow_params, strict=True):
+            state[f"net.{name}"], state[f"ema.{name}"] = parameter.detach(), shadow
+            for moment, value in self.optimizer.state[parameter].items():
+                state[f"{moment}.{name}"] = value
+        partial = folder.with_name(folder.name + ".partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        for old in partial.iterdir():
+            old.unlink()
+        state = {name: value.cpu().contiguous().clone() for name, value in state.items()}
+        save_torch_state_dict(state, partial, max_shard_size="15MB")
+        (partial / "training.json").write_text(json.dumps({"step": self.step, "ema_step": self.ema.optimization_step}))
+        if folder.exists():
+            for old in folder.iterdir():
+                old.unlink()
+            folder.rmdir()
+        partial.rename(folder)
+
+    def resume(self, folder: Path) -> None:
+        state: dict[str, Tensor] = {}
+        for shard in sorted(folder.glob("*.safetensors")):
+            state |= load_state_dict_from_file(shard)
+        counters = json.loads((folder / "training.json").read_text())
+        self.step, self.ema.optimization_step = counters["step"], counters["ema_step"]
+        for (name, parameter), shadow in zip(self.net.named_parameters(), self.ema.shadow_params, strict=True):
+            parameter.data.copy_(state[f"net.{name}"])
+            shadow.copy_(state[f"ema.{name}"])
+            self.optimizer.state[parameter] = {
+                moment: state[f"{moment}.{name}"].to(parameter.device if moment != "step" else "cpu")
+                for moment in ("step", "exp_avg", "exp_avg_sq")
+            }
+
+
+def export(folder: Path, net: Any, ema: EMAModel, latent: Any, scheduler: Any) -> None:
+    """Write the averaged network in half precision, the latent and the scheduler in the layout of a diffusers pipeline."""
+    ema.store(net.parameters())
+    ema.copy_to(net.parameters())
+    half = type(net).from_config(net.config)
+    half.load_state_dict(net.state_dict())
+    half.to(torch.float16).save_pretrained(folder / "unet")
+    ema.restore(net.parameters())
+    latent.save_config(folder / "latent")
+    scheduler.save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "LDMPipeline",
+        "latent": [type(latent).__module__, type(latent).__name__],
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        "unet": ["diffusers", type(net).__name__],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+@hydra.main(config_path="../conf/train", config_name=None, version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    torch.manual_seed(cfg.seed)
+    torch.set_num_threads(cfg.threads)
+    device, out = torch.device(cfg.device), Path(cfg.out)
+    pictures = load_training_set(Path(cfg.data.root), cfg.data.size, Path(cfg.data.heldout))
+    log.info("%d training pictures", len(pictures))
+
+    def batch(indices: Tensor, generator: torch.Generator) -> Image:
+        images = pictures[indices].to(device).float() / 127.5 - 1
+        return augment(images, tuple(cfg.data.scale), cfg.data.shift, generator)
+
+    sample = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(cfg.seed))[:STATS_PICTURES]
+    raw = hydra.utils.instantiate(cfg.latent)
+    coefficients = torch.cat([raw.encode(part.float() / 127.5 - 1) for part in pictures[sample].split(256)])
+    std = coefficients.std((0, 2, 3))
+    mean = coefficients.mean((0, 2, 3))
+    latent = hydra.utils.instantiate(cfg.latent, mean=mean.tolist(), std=std.tolist(), _convert_="all")
+    weight = (std.sqrt() / std.sqrt().mean()).view(1, -1, 1, 1).to(device)
+
+    scheduler = hydra.utils.instantiate(cfg.scheduler)
+    alpha_bar = scheduler.alphas_cumprod.to(device)
+    net = hydra.utils.instantiate(cfg.unet, _convert_="all").to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    ema = EMAModel(net.parameters(), decay=cfg.ema_decay, use_ema_warmup=True, power=0.75)
+    training = Training(net, ema, optimizer)
+    if (out / "state").exists():
+        training.resume(out / "state")
+        log.info("resumed at step %d", training.step)
+    forward = torch.compile(net) if cfg.compile else net
+
+    stop = False
+
+    def request_stop(*_: Any) -> None:
+        nonlocal stop
+        stop = True
+
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, request_stop)
+
+    def save() -> None:
+        training.save(out / "state")
+        export(Path(cfg.export), net, ema, latent, scheduler)
+        log.info("saved at step %d", training.step)
+
+    begin = saved = time.monotonic()
+    losses: list[float] = []
+    window = begin
+    while not stop and time.monotonic() - begin < cfg.minutes * 60:
+        # The generator hangs on the step, so that a resumed run draws what an uninterrupted one would.
+        generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + training.step)
+        b = cfg.batch_size
+        z0 = latent.encode(batch(torch.randint(0, len(pictures), (b,), generator=generator), generator))
+        strata = (torch.randperm(b, generator=generator) + torch.rand(b, generator=generator)) / b
+        t = (strata * len(alpha_bar)).long().to(device)
+        noise = torch.randn(z0.shape, generator=generator).to(device)
+        a, s = alpha_bar[t].sqrt().view(-1, 1, 1, 1), (1 - alpha_bar[t]).sqrt().view(-1, 1, 1, 1)
+        z_t, v = a * z0 + s * noise, a * noise - s * z0
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.learning_rate * min(1.0, (training.step + 1) / cfg.warmup_steps)
+        with torch.autocast(device.type, torch.bfloat16):
+            prediction = forward(z_t.contiguous(memory_format=torch.channels_last), t).sample
+        loss = (weight * (prediction.float() - v) ** 2).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        ema.step(net.parameters())
+        training.step += 1
+        losses.append(loss.item())
+        if training.step % LOG_STEPS == 0:
+            now = time.monotonic()
+            rate = LOG_STEPS * b / (now - window)
+            log.info("step %d  loss %.4f  %.0f pictures/s", training.step, np.mean(losses[-LOG_STEPS:]), rate)
+            losses, window = losses[-LOG_STEPS:], now
+        if time.monotonic() - saved > cfg.save_every_minutes * 60:
+            save()
+            saved = time.monotonic()
+    save()
+
+
+if __name__ == "__main__":
+    main()

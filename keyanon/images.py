@@ -1,0 +1,92 @@
+"""The only place where value ranges change: bytes 0 .. 255 <-> floats in [-1, 1], and PNG files with a public header.
+
+The header travels in a private ancillary chunk of the PNG (PNG specification 3, section 4.7.2: `kaNo`, not safe to copy after
+the pixels were edited), so any viewer shows the picture and any editor drops the chunk.
+"""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from PIL.PngImagePlugin import PngInfo
+
+from keyanon.types import BadPicture, Bytes, Image, Picture
+
+HEADER_CHUNK = b"kaNo"
+
+
+def to_bytes(images: Image) -> Bytes:
+    """Clip floats to [-1, 1] and round them to the nearest of 256 levels."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def to_floats(images: Bytes) -> Image:
+    """The float of each of the 256 levels; to_bytes(to_floats(x)) = x."""
+    return images.float() / 127.5 - 1
+
+
+def resize(picture: PIL.Image.Image, size: int) -> PIL.Image.Image:
+    """A square picture of `size` pixels a side: centre crop to a square, then Lanczos."""
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    box = (left, top, left + side, top + side)
+    return picture.resize((size, size), PIL.Image.Resampling.LANCZOS, box=box)
+
+
+def open_rgb(path: Path) -> PIL.Image.Image:
+    """A picture file of any common format as RGB; BadPicture names the file that cannot be read."""
+    try:
+        with PIL.Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise BadPicture(f"{path}: not a readable picture ({error})") from error
+
+
+def from_pil(picture: PIL.Image.Image) -> Picture:
+    pixels = torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1)
+    return to_floats(pixels[None])[0]
+
+
+def write_png(path: Path, pixels: Bytes, header: bytes = b"") -> None:
+    """Write one picture (3 h w, uint8) so that the file appears whole or not at all."""
+    info = PngInfo()
+    if header:
+        info.add(HEADER_CHUNK, header)
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(buffer, "PNG", pnginfo=info)
+    write_whole(path, buffer.getvalue())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file beside its place, then rename it: a reader, or a run that resumes, never sees half of it."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def read_png(path: Path) -> tuple[Bytes, bytes]:
+    """One picture (3 h w, uint8) and its public header, b"" where the file has none."""
+    try:
+        with PIL.Image.open(path) as picture:
+            picture.load()
+            chunks = getattr(picture, "private_chunks", [])
+            header = next((chunk[1] for chunk in chunks if chunk[0] == HEADER_CHUNK), b"")
+            pixels = np.array(picture.convert("RGB"), dtype=np.uint8)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadPicture(f"{path}: not a readable picture ({error})") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1), header
+
+
+def jpeg(pixels: Bytes, quality: int) -> Bytes:
+    """One picture (3 h w, uint8) after a JPEG round trip at `quality` (Pillow's tables, 4:2:0)."""
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(buffer, "JPEG", quality=quality)
+    with PIL.Image.open(buffer) as picture:
+        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)

@@ -1,0 +1,100 @@
+"""The vocabulary of the project on one screen: tensor aliases, and the Protocols that the parts of an experiment satisfy.
+
+Everything hangs on a picture's id, never on its position in a batch: keys, nonces, files, rows.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+Picture = Float[Tensor, "3 h w"]  # one RGB picture in [-1, 1]
+Image = Float[Tensor, "b 3 h w"]  # RGB in [-1, 1]
+Bytes = UInt8[Tensor, "b 3 h w"]  # RGB as published: 0 .. 255
+Mask = Bool[Tensor, "b 1 u v"]  # True on the face, at latent or at pixel size
+Latent = Float[Tensor, "b c u v"]  # 3 x 64 x 64 for the 256 px latent diffusion models
+Embeddings = Float[Tensor, "b d"]  # unit rows; a row of NaN where no face was found
+Scores = Float[Tensor, " b"]  # one number per picture, NaN where it cannot be measured
+Denoiser = Callable[[Latent, int], Latent]  # eps(z, t): the noise in z at the integer timestep t
+
+
+class BadPicture(Exception):
+    """A picture that cannot be used (corrupt, too small, no face): recorded, counted and skipped, never a crash."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What an anonymizer gives to the public, one entry per picture.
+
+    `floats` is the decoder's unrounded, unclipped output. No file carries it: only the authors' float protocol reads it.
+    """
+
+    images: Bytes
+    headers: tuple[bytes, ...]  # b"" where the method needs none
+    floats: Image | None = None
+
+
+@runtime_checkable
+class Key(Protocol):
+    """A secret that yields pseudorandom bytes, the same on every device, for a public nonce and a named purpose."""
+
+    def stream(self, nonce: bytes, purpose: str, size: int) -> bytes: ...
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """Pictures by id, in a committed order.
+
+    `ids` are the pictures to anonymize; `gallery` the clean enrolment pictures they are verified against (empty where the
+    protocol has none); `identity` tells who is on a picture, None where the dataset does not say.
+    """
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+
+    @property
+    def gallery(self) -> Sequence[str]: ...
+
+    def identity(self, id: str) -> str | None: ...
+
+    def load(self, id: str) -> Picture:
+        """The picture at the dataset's size; raises BadPicture."""
+        ...
+
+
+@runtime_checkable
+class FaceParser(Protocol):
+    def mask(self, images: Image, size: tuple[int, int]) -> Mask:
+        """True on the face at `size` (rows, columns), which may be the latent's; all False where there is no face."""
+        ...
+
+
+@runtime_checkable
+class Anonymizer(Protocol):
+    def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published: ...
+
+
+@runtime_checkable
+class Reversible(Anonymizer, Protocol):
+    def recover(self, images: Image, headers: Sequence[bytes], keys: Sequence[Key]) -> Image:
+        """The original faces from published pictures as a receiver reads them: no ids, no side information."""
+        ...
+
+
+@runtime_checkable
+class Recognizer(Protocol):
+    def embed(self, images: Image) -> Embeddings: ...
+
+
+class Scorer(Protocol):
+    def __call__(self, view: Image, original: Image, face: Mask) -> Scores:
+        """One number per picture of `view`; `face` is the original's face mask at pixel size."""
+        ...
+
+
+class Attack(Protocol):
+    def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
+        """What an attacker, or a receiver over a bad channel, makes of published pictures: one more view."""
+        ...
