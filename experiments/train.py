@@ -92,7 +92,7 @@ class Training:
     step: int = 0
 
     def save(self, folder: Path) -> None:
-        """Write the whole state as safetensors of at most 15 MB each; the previous state is replaced only when this one is complete."""
+        """Write the whole state as safetensors of at most 15 MB each, replacing the previous state once complete."""
         parameters = list(self.net.named_parameters())
         state: dict[str, Tensor] = {}
         for (name, parameter), shadow in zip(parameters, self.ema.shadow_params, strict=True):

@@ -62,10 +62,8 @@ class BlockDCT(ConfigMixin):  # type: ignore[misc]
 
     config_name = "config.json"
 
-    @register_to_config
-    def __init__(
-        self, luma: int = 10, chroma: int = 3, mean: Sequence[float] = (), std: Sequence[float] = ()
-    ) -> None:
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(self, luma: int = 10, chroma: int = 3, mean: Sequence[float] = (), std: Sequence[float] = ()) -> None:
         channels = luma + 2 * chroma
         for name, values in (("mean", mean), ("std", std)):
             if len(values) not in (0, channels):

@@ -5,7 +5,6 @@ the pixels were edited), so any viewer shows the picture and any editor drops th
 """
 
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +64,7 @@ def write_whole(path: Path, data: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_bytes(data)
-        os.replace(partial, path)
+        partial.replace(path)
     except OSError:
         partial.unlink(missing_ok=True)
         raise

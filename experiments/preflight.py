@@ -1,0 +1,49 @@
+"""Everything that a run needs and that is not here, found out at once and before any work."""
+
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from keyanon import weights
+
+BYTES_PER_VALUE = 1.2  # a PNG of a photograph, against its 3 h w raw bytes, with some air
+
+
+def missing_parts(*parts: Any) -> list[str]:
+    """Messages of all models and weights below `parts` that are not on this machine; each says how to get it."""
+    found: dict[str, None] = {}
+    for part in walk(parts):
+        if hasattr(part, "missing"):
+            message = part.missing()
+            found |= {message: None} if message else {}
+        if hasattr(part, "cards"):
+            found |= dict.fromkeys(message for card in part.cards() if (message := weights.missing(card)))
+    return list(found)
+
+
+def missing_disk(folder: Path, pictures: int, views: int, size: int) -> list[str]:
+    """A message if the pictures of a run will not fit on the disk of `folder`."""
+    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    needed, free = int(pictures * views * size * size * 3 * BYTES_PER_VALUE), shutil.disk_usage(existing).free
+    if needed <= free:
+        return []
+    return [
+        f"disk: {folder} needs about {needed / 1e9:.1f} GB and has {free / 1e9:.1f} GB; free some, or set runs=/another/disk"
+    ]
+
+
+def walk(node: Any) -> Iterable[Any]:
+    """All objects reachable through dataclass fields, mappings and sequences, the outermost first."""
+    if isinstance(node, Mapping):
+        for value in node.values():
+            yield from walk(value)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from walk(value)
+    else:
+        yield node
+        if is_dataclass(node):
+            for each in fields(node):
+                yield from walk(getattr(node, each.name))

@@ -1,0 +1,142 @@
+"""Run one cell of a table, or with -m / an experiment file many: `python -m experiments.run dataset=celebahq`.
+
+Preflight, then make every view, then score it, then average, then write the table.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import preflight, provenance, tables
+from experiments.statistics import write_statistics
+from keyanon import runner
+from keyanon.diffusion import BadModel, LatentDiffusion
+from keyanon.headers import BadHeader
+from keyanon.images import write_whole
+from keyanon.keys import BadKey, MasterKey
+from keyanon.types import Dataset
+from keyanon.weights import MissingWeights, WrongWeights
+
+log = logging.getLogger(__name__)
+
+NOT_READY, FAILED = 2, 1
+READABLE = (BadKey, BadHeader, BadModel, MissingWeights, WrongWeights, FileNotFoundError, ValueError, OSError)
+
+
+@hydra.main(config_path="../conf", config_name="config", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    try:
+        run(cfg, dict(HydraConfig.get().runtime.choices))
+    except READABLE as error:
+        log.debug("", exc_info=True)
+        print(f"keyanon: {error}", file=sys.stderr)
+        sys.exit(FAILED)
+
+
+def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
+    """One cell: the run folder, with its table written."""
+    started = time.monotonic()
+    key: MasterKey = instantiate(cfg.key)
+    method = instantiate(cfg.anonymizer)
+    parser = instantiate(cfg.parser)
+    recognizers, scorers = dict(instantiate(cfg.recognizers)), dict(instantiate(cfg.scorers))
+    attacks = dict(instantiate(cfg.attacks))
+
+    problems = preflight.missing_parts(method, parser, recognizers, scorers)
+    try:
+        dataset: Dataset = instantiate(cfg.dataset)
+        ids = sharded(dataset.ids[: cfg.limit], cfg.shard)
+    except (FileNotFoundError, ValueError, hydra.errors.InstantiationException) as error:
+        problems.append(f"dataset {choices['dataset']}: {error.__cause__ or error}")
+    else:
+        size = dataset.load(dataset.ids[0]).shape[-1] if dataset.ids else 0
+        problems += preflight.missing_disk(Path(cfg.runs), len(ids) + len(dataset.gallery), 4 + len(attacks), size)
+    if problems:
+        print("keyanon: this run cannot start; missing here:", *(f"- {p}" for p in problems), sep="\n", file=sys.stderr)
+        sys.exit(NOT_READY)
+
+    question = {
+        "dataset": OmegaConf.to_container(cfg.dataset, resolve=True),
+        "anonymizer": OmegaConf.to_container(cfg.anonymizer, resolve=True),
+        "parser": OmegaConf.to_container(cfg.parser, resolve=True),
+        "key": key.fingerprint,
+        "weights": [part.sha256 for part in preflight.walk(method) if isinstance(part, LatentDiffusion)],
+    }
+    dataset_name, anonymizer_name = choices["dataset"], choices["anonymizer"]
+    folder = Path(cfg.runs) / f"{dataset_name}-{anonymizer_name}-{provenance.signature(question)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    log.info("%s: %d pictures, key %s", folder, len(ids), key.fingerprint)
+    same_attacks(folder, OmegaConf.to_container(cfg.attacks, resolve=True))
+
+    skipped = runner.generate(folder, dataset, ids, method, key, attacks, parser, cfg.batch_size)
+    generated = time.monotonic()
+    runner.score(folder, ids, scorers, recognizers, cfg.batch_size)
+    write_statistics(folder, dataset, cfg.far)
+    for id, reason in skipped.items():
+        log.warning("skipped %s: %s", id, reason)
+    log.info("%d of %d pictures skipped", len(skipped), len(ids))
+
+    record = {
+        "experiment": cfg.name,
+        "dataset": dataset_name,
+        "anonymizer": anonymizer_name,
+        "title_notes": title_notes(cfg, choices, len(ids)),
+        "question": question,
+        "seconds": {"generate": generated - started, "score": time.monotonic() - generated},
+        "batch_size": cfg.batch_size,
+        "device": cfg.device,
+        **provenance.record(),
+    }
+    write_whole(folder / "run.json", json.dumps(record, indent=2).encode() + b"\n")
+    tables.write_experiment(cfg.name, [folder])
+    return folder
+
+
+def sharded(ids: Sequence[str], shard: str) -> list[str]:
+    """Every n-th id from the i-th on, for shard i/n."""
+    try:
+        i, n = (int(part) for part in shard.split("/"))
+    except ValueError:
+        raise ValueError(f"shard={shard}: expected i/n, as 1/3") from None
+    if not 1 <= i <= n:
+        raise ValueError(f"shard={shard}: i goes from 1 to n")
+    return list(ids[i - 1 :: n])
+
+
+def same_attacks(folder: Path, attacks: Any) -> None:
+    """Refuse to mix two attacks under one view's name: pictures made with other settings are already there."""
+    path = folder / "attacks.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for view, settings in attacks.items():
+        if known.get(view, settings) != settings:
+            raise ValueError(
+                f"{folder / view} holds pictures of this attack with other settings; rename the attack or delete it"
+            )
+    write_whole(path, json.dumps(known | attacks, indent=2).encode())
+
+
+def title_notes(cfg: DictConfig, choices: dict[str, Any], pictures: int) -> list[str]:
+    """What a reader of the table must know: stand-ins and reduced settings."""
+    notes = [str(note) for note in cfg.notes]
+    if "backbone" in cfg.anonymizer:
+        notes += [f"backbone {choices['backbone']}", f"mask from {choices['parser']}"]
+        if cfg.anonymizer.backbone.precision != "fp32":
+            notes.append(f"network in {cfg.anonymizer.backbone.precision}")
+    if choices["key"] == "experiment":
+        notes.append("published experiment key")
+    return [*notes, f"{pictures} pictures"] if cfg.limit is not None else notes
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)  # nothing here draws from it; what a library draws shall at least repeat
+    main()

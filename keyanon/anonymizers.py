@@ -1,0 +1,77 @@
+"""The paper's method: flip signs of the inverted noise inside the face (arXiv 2510.01031).
+
+    z_0 = E(x),   z_0 .. z_T by DDIM inversion                                            (eq. 5)
+    z'_T = M * (k * z_T) + (1 - M) * z_T,   k in {-1, +1}^d from the secret key            (eq. 3, 6)
+    z'_0 by DDIM sampling, each step followed by z'_t := M * z'_t + (1 - M) * z_t          (eq. 4, 7)
+    x' = D(z'_0), published as an 8-bit picture
+
+Recovery is the same map on x', since k * k = 1. It is not exact: the inversion only approximates the sampler, the background
+path of x' is not that of x, the mask is estimated anew, and the autoencoder and 8 bits lie in between.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from keyanon import images as channel
+from keyanon.diffusion import LatentDiffusion
+from keyanon.headers import BadHeader, Header
+from keyanon.keys import nonce_for, signs
+from keyanon.solvers import Known, Solver
+from keyanon.types import FaceParser, Image, Key, Mask, Published
+
+
+@dataclass(frozen=True)
+class SignFlip:
+    """The method as the authors' code runs it; every choice they made is an argument.
+
+    Args:
+        backbone, solver, parser: the diffusion model, the discretization (theirs: 50 DDIM steps), what finds the face. The
+            parser holds the classes and how the mask reaches latent size.
+        reinject: write the background's own inversion back at every step (eq. 7); without it only the noise outside the
+            mask is kept.
+        mask_at_recovery: "reparsed" looks for the face on the anonymized picture, as they do; "header" sends the mask along.
+        quantize: snap the latent to the autoencoder's codebook before decoding, diffusers' default and theirs.
+    """
+
+    backbone: LatentDiffusion
+    solver: Solver
+    parser: FaceParser
+    reinject: bool = True
+    mask_at_recovery: Literal["reparsed", "header"] = "reparsed"
+    quantize: bool = True
+
+    def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
+        """Published pictures of `images` under one key each."""
+        nonces = [nonce_for(key, id, picture) for key, id, picture in zip(keys, ids, images, strict=True)]
+        mask = self.parser.mask(images, self.backbone.latent_size(images))
+        out = self.flip(images, mask, keys, nonces)
+        kept = [m.cpu() if self.mask_at_recovery == "header" else None for m in mask]
+        headers = tuple(Header(nonce, m).pack() for nonce, m in zip(nonces, kept, strict=True))
+        return Published(channel.to_bytes(out).cpu(), headers, out.cpu())
+
+    def recover(self, images: Image, headers: Sequence[bytes], keys: Sequence[Key]) -> Image:
+        """Original faces from published pictures, their headers and keys; raises BadHeader."""
+        opened = [Header.unpack(header) for header in headers]
+        if self.mask_at_recovery == "header":
+            masks = [header.mask for header in opened]
+            if any(mask is None for mask in masks):
+                raise BadHeader("the header carries no face mask, and anonymizer.mask_at_recovery=header needs one")
+            mask = torch.stack([m for m in masks if m is not None])
+        else:
+            mask = self.parser.mask(images, self.backbone.latent_size(images))
+        return self.flip(images, mask, keys, [header.nonce for header in opened]).cpu()
+
+    def flip(self, images: Image, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> Image:
+        """Eq. 3 to 7, the same in both directions: pictures in, unclipped pictures out."""
+        z0 = self.backbone.encode(images)
+        path = self.solver.invert(self.backbone.eps, self.backbone.schedule, z0)
+        k = torch.stack([signs(key, nonce, tuple(z0.shape[1:])) for key, nonce in zip(keys, nonces, strict=True)])
+        mask, zT = mask.to(z0.device), path[-1]
+        flipped = torch.where(mask, k.to(zT) * zT, zT)
+        known = Known(mask, path) if self.reinject else None
+        return self.backbone.decode(
+            self.solver.sample(self.backbone.eps, self.backbone.schedule, flipped, known), self.quantize
+        )

@@ -1,0 +1,280 @@
+"""Make, then measure: generate() writes pictures, score() reads them. Both resume where they were killed.
+
+A run folder holds one sub-folder of PNG files for each view (original, mask, anonymized, recovered, one per attack; gallery). A
+file that exists is done: files appear whole. Batches are padded to one size, so a picture's numbers do not depend on which pictures
+are left to do, and every secret and nonce hangs on the picture's id.
+"""
+
+import csv
+import hashlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from keyanon import images as channel
+from keyanon.attacks import FloatChannel
+from keyanon.types import (
+    Anonymizer,
+    Attack,
+    BadPicture,
+    Bytes,
+    Dataset,
+    FaceParser,
+    Image,
+    Key,
+    Mask,
+    Picture,
+    Published,
+    Recognizer,
+    Reversible,
+    Scorer,
+)
+
+ORIGINAL, MASK, ANONYMIZED, RECOVERED, GALLERY = "original", "mask", "anonymized", "recovered", "gallery"
+SCORE_SCHEMA = pa.schema([("id", pa.string()), ("view", pa.string()), ("scorer", pa.string()), ("value", pa.float64())])
+EMBEDDING_SCHEMA = pa.schema(
+    [("id", pa.string()), ("view", pa.string()), ("scorer", pa.string()), ("embedding", pa.list_(pa.float32()))]
+)
+IO_WORKERS = 4
+
+
+def generate(
+    folder: Path,
+    dataset: Dataset,
+    ids: Sequence[str],
+    method: Anonymizer,
+    key: Key,
+    attacks: Mapping[str, Attack],
+    parser: FaceParser,
+    batch_size: int,
+) -> dict[str, str]:
+    """Write every view of the pictures `ids` and the whole gallery; returns why pictures were skipped, by id.
+
+    A picture is skipped when it cannot be read or shows no face to `parser`.
+    """
+    views = [ORIGINAL, MASK, ANONYMIZED]
+    if isinstance(method, Reversible):
+        views += [RECOVERED, *attacks]
+    for view in [*views, *([GALLERY] if dataset.gallery else [])]:
+        (folder / view).mkdir(parents=True, exist_ok=True)
+    files = RunFiles(folder)
+    skipped = files.skipped()
+
+    for id in tqdm([id for id in dataset.gallery if not files.has(GALLERY, id)], GALLERY, unit="image"):
+        try:
+            files.write(GALLERY, id, channel.to_bytes(dataset.load(id)[None])[0])
+        except BadPicture as bad:
+            skipped[id] = str(bad)
+    pending = [id for id in ids if id not in skipped and not all(files.has(view, id) for view in views)]
+    for batch in batches(pending, batch_size, "anonymize and recover"):
+        good, pictures = load(dataset, batch, skipped)
+        if not good:
+            continue
+        originals = padded(torch.stack(pictures), batch_size)
+        faces = parser.mask(originals, (originals.shape[-2], originals.shape[-1]))
+        faceless = [id for id, face in zip(good, faces, strict=False) if not face.any()]
+        skipped |= dict.fromkeys(faceless, "no face found")
+        keep = [i for i, id in enumerate(good) if id not in faceless]
+        if not keep:
+            continue
+        if faceless:
+            originals, faces = padded(originals[keep], batch_size), padded(faces[keep], batch_size)
+        good = [good[i] for i in keep]
+        files.write_all(ORIGINAL, good, channel.to_bytes(originals))
+        files.write_all(MASK, good, face_pictures(faces))
+
+        names, keys = [*good, *[good[-1]] * (batch_size - len(good))], [key] * batch_size
+        todo = [view for view in views if not all(files.has(view, id) for id in good)]
+        published = None
+        if ANONYMIZED in todo or any(isinstance(attacks.get(view), FloatChannel) for view in todo):
+            published = method.anonymize(originals, keys, names)
+            files.write_all(ANONYMIZED, good, published.images, published.headers)
+        on_file = files.published(names, published.floats if published else None)
+        if not isinstance(method, Reversible):
+            continue
+        if RECOVERED in todo:
+            out = method.recover(channel.to_floats(on_file.images), on_file.headers, keys)
+            files.write_all(RECOVERED, good, channel.to_bytes(out))
+        for view, attack in attacks.items():
+            if view in todo:
+                files.write_all(view, good, channel.to_bytes(attack(on_file, keys, method)))
+    files.write_skipped(skipped)
+    return {id: reason for id, reason in skipped.items() if id in set(ids) | set(dataset.gallery)}
+
+
+def score(
+    folder: Path,
+    ids: Sequence[str],
+    scorers: Mapping[str, Scorer],
+    recognizers: Mapping[str, Recognizer],
+    batch_size: int,
+) -> None:
+    """Score every view on disk against the originals: one row per picture, view and scorer, kept in part files.
+
+    A recognizer's score is the cosine of view and original; its embeddings are kept for verification, beside the scores.
+    """
+    files = RunFiles(folder)
+    views = files.views()
+    done = {(row["id"], row["view"], row["scorer"]) for row in read_parts(folder / "scores").to_pylist()}
+    wanted = [*scorers, *recognizers]
+    skipped = files.skipped()
+
+    def is_pending(id: str) -> bool:
+        return id not in skipped and any((id, view, scorer) not in done for view in views for scorer in wanted)
+
+    for batch in batches([id for id in ids if is_pending(id)], batch_size, "score"):
+        rows: list[dict[str, object]] = []
+        vectors: list[dict[str, object]] = []
+        names = [*batch, *[batch[-1]] * (batch_size - len(batch))]
+        original = channel.to_floats(files.read_all(ORIGINAL, names))
+        face = files.read_all(MASK, names)[:, :1] > 127
+        embedded = {name: recognizer.embed(original) for name, recognizer in recognizers.items()}
+        for view in views:
+            pictures = channel.to_floats(files.read_all(view, names))
+            values: dict[str, Tensor] = {name: scorer(pictures, original, face) for name, scorer in scorers.items()}
+            for name, recognizer in recognizers.items():
+                embedding = embedded[name] if view == ORIGINAL else recognizer.embed(pictures)
+                values[name] = (embedding * embedded[name]).sum(1)
+                vectors += [
+                    {"id": id, "view": view, "scorer": name, "embedding": row.tolist()}
+                    for id, row in zip(batch, embedding, strict=False)
+                ]
+            rows += [
+                {"id": id, "view": view, "scorer": name, "value": float(value)}
+                for name, column in values.items()
+                for id, value in zip(batch, column, strict=False)
+                if (id, view, name) not in done
+            ]
+        # The embeddings go first: a run killed in between scores the batch again and finds both.
+        write_part(folder / "embeddings", pa.Table.from_pylist(vectors, EMBEDDING_SCHEMA))
+        write_part(folder / "scores", pa.Table.from_pylist(rows, SCORE_SCHEMA))
+
+    gallery = files.ids(GALLERY)
+    known = {(row["id"], row["scorer"]) for row in read_parts(folder / "embeddings", GALLERY).to_pylist()}
+    for name, recognizer in recognizers.items():
+        for batch in batches([id for id in gallery if (id, name) not in known], batch_size, f"{name}: gallery"):
+            names = [*batch, *[batch[-1]] * (batch_size - len(batch))]
+            embedding = recognizer.embed(channel.to_floats(files.read_all(GALLERY, names)))
+            vectors = [
+                {"id": id, "view": GALLERY, "scorer": name, "embedding": row.tolist()}
+                for id, row in zip(batch, embedding, strict=False)
+            ]
+            write_part(folder / "embeddings", pa.Table.from_pylist(vectors, EMBEDDING_SCHEMA))
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The pictures of one run folder, by view and id."""
+
+    folder: Path
+
+    def path(self, view: str, id: str) -> Path:
+        return self.folder / view / f"{id}.png"
+
+    def has(self, view: str, id: str) -> bool:
+        return self.path(view, id).exists()
+
+    def ids(self, view: str) -> list[str]:
+        return sorted(path.stem for path in (self.folder / view).glob("*.png"))
+
+    def views(self) -> list[str]:
+        """The views to score, original first."""
+        found = {path.name for path in self.folder.iterdir() if path.is_dir() and any(path.glob("*.png"))}
+        rest = found - {ORIGINAL, MASK, ANONYMIZED, RECOVERED, GALLERY}
+        return [*(view for view in (ORIGINAL, ANONYMIZED, RECOVERED) if view in found), *sorted(rest)]
+
+    def write(self, view: str, id: str, pixels: Tensor, header: bytes = b"") -> None:
+        channel.write_png(self.path(view, id), pixels, header)
+
+    def write_all(self, view: str, ids: Sequence[str], pixels: Bytes, headers: Sequence[bytes] | None = None) -> None:
+        headers = headers or [b""] * len(ids)
+        with ThreadPoolExecutor(IO_WORKERS) as pool:
+            list(pool.map(lambda args: self.write(view, *args), zip(ids, pixels, headers, strict=False)))
+
+    def read_all(self, view: str, ids: Sequence[str]) -> Bytes:
+        with ThreadPoolExecutor(IO_WORKERS) as pool:
+            return torch.stack(
+                [pixels for pixels, _ in pool.map(lambda id: channel.read_png(self.path(view, id)), ids)]
+            )
+
+    def published(self, ids: Sequence[str], floats: Image | None) -> Published:
+        """The anonymized pictures as a receiver reads them."""
+        read = [channel.read_png(self.path(ANONYMIZED, id)) for id in ids]
+        return Published(torch.stack([pixels for pixels, _ in read]), tuple(header for _, header in read), floats)
+
+    def skipped(self) -> dict[str, str]:
+        path = self.folder / "skipped.csv"
+        if not path.exists():
+            return {}
+        with path.open(newline="") as file:
+            return {row["id"]: row["reason"] for row in csv.DictReader(file)}
+
+    def write_skipped(self, skipped: Mapping[str, str]) -> None:
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(["id", "reason"])
+        writer.writerows(sorted((self.skipped() | dict(skipped)).items()))
+        channel.write_whole(self.folder / "skipped.csv", buffer.getvalue().encode())
+
+
+def load(dataset: Dataset, ids: Sequence[str], skipped: dict[str, str]) -> tuple[list[str], list[Picture]]:
+    """The pictures that can be read, and their ids; the others go to `skipped`."""
+
+    def attempt(id: str) -> Picture | BadPicture:
+        try:
+            return dataset.load(id)
+        except BadPicture as bad:
+            return bad
+
+    with ThreadPoolExecutor(IO_WORKERS) as pool:
+        results = list(pool.map(attempt, ids))
+    skipped |= {id: str(got) for id, got in zip(ids, results, strict=True) if isinstance(got, BadPicture)}
+    good = [(id, got) for id, got in zip(ids, results, strict=True) if not isinstance(got, BadPicture)]
+    return [id for id, _ in good], [picture for _, picture in good]
+
+
+def batches(ids: Sequence[str], size: int, title: str) -> Iterator[list[str]]:
+    """Consecutive batches, with a progress bar that counts pictures."""
+    with tqdm(total=len(ids), desc=title, unit="image", disable=not ids) as bar:
+        for start in range(0, len(ids), size):
+            batch = list(ids[start : start + size])
+            yield batch
+            bar.update(len(batch))
+
+
+def padded(batch: Tensor, size: int) -> Tensor:
+    """The batch filled up to `size` with copies of its last entry: kernels may round differently for other shapes."""
+    return torch.cat([batch, batch[-1:].expand(size - len(batch), *batch.shape[1:])])
+
+
+def face_pictures(faces: Mask) -> Bytes:
+    """Masks as black and white pictures."""
+    return (faces.to(torch.uint8) * 255).expand(-1, 3, -1, -1).cpu()
+
+
+def write_part(folder: Path, table: pa.Table) -> None:
+    """Write rows to a file named by their content: whole or not at all, and never twice under two names."""
+    if table.num_rows == 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    data = buffer.getvalue()
+    channel.write_whole(folder / f"{hashlib.sha256(data).hexdigest()[:16]}.parquet", data)
+
+
+def read_parts(folder: Path, view: str | None = None) -> pa.Table:
+    """All rows of all part files, optionally of one view, each (id, view, scorer) once, sorted by view, scorer, id."""
+    schema = EMBEDDING_SCHEMA if folder.name == "embeddings" else SCORE_SCHEMA
+    tables = [pq.read_table(path, schema=schema) for path in sorted(folder.glob("*.parquet"))]
+    table = pa.concat_tables(tables) if tables else schema.empty_table()
+    rows = {(row["view"], row["scorer"], row["id"]): row for row in table.to_pylist() if view in (None, row["view"])}
+    return pa.Table.from_pylist([rows[name] for name in sorted(rows)], schema)

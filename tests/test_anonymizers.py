@@ -1,0 +1,111 @@
+"""Sign flip and attacks on a tiny real model: what must hold whatever the weights are."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from keyanon import images as channel
+from keyanon.anonymizers import SignFlip
+from keyanon.attacks import FloatChannel, Jpeg, NearKey, PartialKey, WrongKey
+from keyanon.diffusion import LatentDiffusion
+from keyanon.headers import BadHeader, Header
+from keyanon.keys import experiment_key
+from keyanon.solvers import DDIM
+from keyanon.types import Published, Reversible
+from tests.conftest import LDM_NOISE, CentreFace, smooth_picture
+
+IDS = ["a", "b", "c"]
+
+
+@pytest.fixture(scope="module")
+def method(tiny_ldm) -> SignFlip:
+    return SignFlip(LatentDiffusion(str(tiny_ldm), noise=LDM_NOISE), DDIM(4), CentreFace())
+
+
+@pytest.fixture(scope="module")
+def pictures() -> torch.Tensor:
+    return torch.stack([channel.from_pil(smooth_picture(seed)) for seed in range(3)])
+
+
+@pytest.fixture(scope="module")
+def published(method, pictures) -> Published:
+    return method.anonymize(pictures, [experiment_key()] * 3, IDS)
+
+
+def test_contract(method, pictures, published):
+    assert isinstance(method, Reversible)
+    assert published.images.shape == pictures.shape
+    assert published.images.dtype == torch.uint8
+    assert len(set(published.headers)) == 3
+    assert published.floats is not None
+    torch.testing.assert_close(channel.to_bytes(published.floats), published.images)
+
+
+def test_a_picture_does_not_depend_on_its_batch(method, pictures, published):
+    for i, id in enumerate(IDS):
+        alone = method.anonymize(pictures[i : i + 1], [experiment_key()], [id])
+        assert alone.headers[0] == published.headers[i]
+        assert (alone.images[0].int() - published.images[i].int()).abs().max() <= 1
+
+
+def test_each_picture_gets_its_own_key(method, pictures):
+    keys = [experiment_key(0), experiment_key(1), experiment_key(0)]
+    mixed, same = method.anonymize(pictures, keys, IDS), method.anonymize(pictures, [keys[0]] * 3, IDS)
+    assert torch.equal(mixed.images[0], same.images[0])
+    assert not torch.equal(mixed.images[1], same.images[1])
+
+
+def test_flipping_twice_is_no_flip(method, pictures):
+    """Recovery is the same map: with the flip undone before sampling, what is left is plain inversion and sampling."""
+    backbone, solver = method.backbone, method.solver
+    z0 = backbone.encode(pictures)
+    path = solver.invert(backbone.eps, backbone.schedule, z0)
+    plain = backbone.decode(solver.sample(backbone.eps, backbone.schedule, path[-1]))
+    no_face = torch.zeros(3, 1, 16, 16, dtype=torch.bool)
+    without = replace(method, reinject=False)
+    torch.testing.assert_close(without.flip(pictures, no_face, [experiment_key()] * 3, [bytes(24)] * 3), plain)
+
+
+def test_background_comes_back_where_it_is_reinjected(method, pictures):
+    """With an empty mask every level is the picture's own path, so the result is D(E(x)) exactly."""
+    no_face = torch.zeros(3, 1, 16, 16, dtype=torch.bool)
+    out = method.flip(pictures, no_face, [experiment_key()] * 3, [bytes(24)] * 3)
+    torch.testing.assert_close(out, method.backbone.decode(method.backbone.encode(pictures)))
+
+
+def test_mask_travels_in_the_header_when_asked(method, pictures):
+    sender = replace(method, mask_at_recovery="header")
+    published = sender.anonymize(pictures, [experiment_key()] * 3, IDS)
+    mask = Header.unpack(published.headers[0]).mask
+    assert mask is not None
+    assert torch.equal(mask, CentreFace().mask(pictures[:1], (16, 16))[0])
+    floats = channel.to_floats(published.images)
+    assert sender.recover(floats, published.headers, [experiment_key()] * 3).shape == pictures.shape
+    without = method.anonymize(pictures, [experiment_key()] * 3, IDS)
+    with pytest.raises(BadHeader, match="no face mask"):
+        sender.recover(floats, without.headers, [experiment_key()] * 3)
+
+
+def test_stripped_header_is_refused(method, published):
+    with pytest.raises(BadHeader, match="no keyanon header"):
+        method.recover(channel.to_floats(published.images), [b""] * 3, [experiment_key()] * 3)
+
+
+def test_attacks_are_what_they_say(method, published):
+    keys, floats = [experiment_key()] * 3, channel.to_floats(published.images)
+    recovered = method.recover(floats, published.headers, keys)
+    torch.testing.assert_close(PartialKey(0.0)(published, keys, method), recovered)
+    assert published.floats is not None
+    as_float = method.recover(published.floats, published.headers, keys)
+    torch.testing.assert_close(FloatChannel()(published, keys, method), as_float)
+    near = [key.with_bit_flipped() for key in keys]
+    torch.testing.assert_close(NearKey()(published, keys, method), method.recover(floats, published.headers, near))
+    for attack in (WrongKey(), WrongKey(1), NearKey(), PartialKey(0.5), Jpeg(50)):
+        assert not torch.equal(attack(published, keys, method), recovered)
+    assert not torch.equal(WrongKey()(published, keys, method), WrongKey(1)(published, keys, method))
+
+
+def test_float_channel_needs_floats(method, published):
+    with pytest.raises(ValueError, match="publishes no floats"):
+        FloatChannel()(replace(published, floats=None), [experiment_key()] * 3, method)

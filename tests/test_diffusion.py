@@ -1,0 +1,135 @@
+"""The backbone on tiny components saved in the real layouts."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2DModel
+
+from keyanon.block_dct import BlockDCT
+from keyanon.diffusion import BadModel, LatentDiffusion
+from keyanon.weights import MissingWeights
+from tests.conftest import LDM_NOISE
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def save_tiny_stable_diffusion(folder):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4, sample_size=64,
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    UNet2DConditionModel(
+        sample_size=32, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=16, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        norm_num_groups=4,
+    ).save_pretrained(folder / "unet")  # fmt: skip
+    DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1).save_pretrained(
+        folder / "scheduler"
+    )
+    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}
+    tokens = folder / "tokenizer"
+    tokens.mkdir()
+    (tokens / "vocab.json").write_text(json.dumps(vocabulary))
+    (tokens / "merges.txt").write_text("#version: 0.2\n")
+    transformers.CLIPTokenizer(
+        str(tokens / "vocab.json"), str(tokens / "merges.txt"), model_max_length=7
+    ).save_pretrained(tokens)
+    config = transformers.CLIPTextConfig(
+        vocab_size=3, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=7, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    transformers.CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def test_ldm_layout(tiny_ldm, images):
+    model = LatentDiffusion(str(tiny_ldm), noise=LDM_NOISE)
+    z0 = model.encode(images)
+    assert z0.shape == (2, 3, 16, 16)
+    assert model.latent_size(images) == (16, 16)
+    assert model.decode(z0).shape == images.shape
+    assert not torch.equal(model.decode(z0), model.decode(z0, quantize=False))
+    expected = UNet2DModel.from_pretrained(tiny_ldm / "unet")(z0, 500).sample
+    torch.testing.assert_close(model.eps(z0, 500), expected.detach())
+    assert model.schedule.abar_clean == 1.0
+    assert model.schedule.abar[-1] == pytest.approx(DDIMScheduler(**LDM_NOISE).alphas_cumprod[-1].item())
+    assert model.missing() is None
+
+
+def test_subfolder_and_digest(tiny_ldm, tmp_path):
+    (tmp_path / "ffhq-diffusers").symlink_to(tiny_ldm)
+    there, here = LatentDiffusion(str(tmp_path), "ffhq-diffusers"), LatentDiffusion(str(tiny_ldm))
+    assert there.sha256 == here.sha256
+    assert len(here.sha256) == 64
+
+
+def test_stable_diffusion_layout_with_the_empty_prompt(tmp_path, images):
+    model = LatentDiffusion(str(save_tiny_stable_diffusion(tmp_path)))
+    z0 = model.encode(images)
+    assert z0.shape == (2, 4, 32, 32)
+    assert model.latent_size(images) == (32, 32)
+    assert model.decode(z0).shape == images.shape
+    assert model.condition is not None
+    assert model.condition.shape == (1, 7, 16)
+    assert model.eps(z0, 1).shape == z0.shape
+    assert model.schedule.offset == 1
+
+
+def test_v_prediction_becomes_eps(tiny_ldm, images):
+    """With v = a e - s z0 and z = a z0 + s e, the identity a v + s z = e turns one into the other."""
+    model = LatentDiffusion(str(tiny_ldm), noise={**LDM_NOISE, "prediction_type": "v_prediction"})
+    z = model.encode(images)
+    v = UNet2DModel.from_pretrained(tiny_ldm / "unet")(z, 300).sample.detach()
+    abar = model.schedule.abar[300]
+    torch.testing.assert_close(model.eps(z, 300), abar**0.5 * v + (1 - abar) ** 0.5 * z)
+
+
+def test_block_dct_layout(tmp_path, images):
+    latent = BlockDCT(luma=2, chroma=1, mean=[0.5, 0, 0, 0], std=[2.0, 1, 1, 1])
+    latent.save_config(tmp_path / "latent")
+    UNet2DModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    ).to(torch.float16).save_pretrained(tmp_path / "unet")  # fmt: skip
+    model = LatentDiffusion(str(tmp_path), noise=LDM_NOISE)
+    z = torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(model.encode(model.decode(z)), z, atol=1e-5, rtol=0)
+    assert model.latent_size(images) == (8, 8)
+    assert model.eps(z, 10).dtype == torch.float32
+
+
+def test_bf16_stays_near_fp32_and_returns_fp32(tiny_ldm, images):
+    full, half = (LatentDiffusion(str(tiny_ldm), noise=LDM_NOISE, precision=p) for p in ("fp32", "bf16"))
+    z = full.encode(images)
+    assert half.eps(z, 100).dtype == torch.float32
+    assert (half.eps(z, 100) - full.eps(z, 100)).abs().mean() < 0.02
+
+
+def test_missing_model_says_what_and_how(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = LatentDiffusion("someone/some-model", "part", licence="MIT")
+    with pytest.raises(MissingWeights) as raised:
+        _ = model.folder
+    for text in (model.missing(), str(raised.value)):
+        assert text is not None
+        assert "someone/some-model (folder part)" in text
+        assert "MIT" in text
+        assert "hf download someone/some-model" in text
+
+
+def test_incomplete_folders_are_refused(tiny_ldm, tmp_path):
+    (tmp_path / "unet").symlink_to(tiny_ldm / "unet")
+    model = LatentDiffusion(str(tmp_path))
+    with pytest.raises(BadModel, match="no autoencoder"):
+        _ = model.autoencoder
+    with pytest.raises(BadModel, match=r"backbone\.noise"):
+        _ = model.schedule
+    odd = LatentDiffusion(str(tmp_path), noise={**LDM_NOISE, "prediction_type": "sample"})
+    with pytest.raises(BadModel, match="prediction_type sample"):
+        odd.eps(torch.randn(1, 3, 16, 16), 0)

@@ -1,0 +1,152 @@
+"""Make, then measure: resumed, sharded and rebatched runs give the same numbers."""
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from keyanon.anonymizers import SignFlip
+from keyanon.attacks import FloatChannel, WrongKey
+from keyanon.diffusion import LatentDiffusion
+from keyanon.images import from_pil, open_rgb, read_png
+from keyanon.keys import experiment_key
+from keyanon.runner import RunFiles, generate, read_parts, score
+from keyanon.solvers import DDIM
+from keyanon.types import Picture
+from tests.conftest import LDM_NOISE, CentreFace, PixelRecognizer, smooth_picture
+
+ATTACKS = {"recovered_float": FloatChannel(), "wrong_key": WrongKey()}
+VIEWS = ["original", "mask", "anonymized", "recovered", *ATTACKS]
+BLACK, BROKEN = "p3", "p5"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Eight pictures, one black and one corrupt, and a gallery of two."""
+
+    root: Path
+
+    @property
+    def ids(self) -> list[str]:
+        return [f"p{i}" for i in range(8)]
+
+    @property
+    def gallery(self) -> list[str]:
+        return ["g0", "g1"]
+
+    def identity(self, id: str) -> str | None:
+        return None
+
+    def load(self, id: str) -> Picture:
+        return from_pil(open_rgb(self.root / f"{id}.png"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Pictures:
+    root = tmp_path_factory.mktemp("pictures")
+    for i, id in enumerate([*(f"p{i}" for i in range(8)), "g0", "g1"]):
+        smooth_picture(i).save(root / f"{id}.png")
+    smooth_picture(0).point(lambda _: 0).save(root / f"{BLACK}.png")
+    (root / f"{BROKEN}.png").write_text("not a picture")
+    return Pictures(root)
+
+
+@pytest.fixture(scope="module")
+def method(tiny_ldm) -> SignFlip:
+    return SignFlip(LatentDiffusion(str(tiny_ldm), noise=LDM_NOISE), DDIM(2), CentreFace())
+
+
+def mae(view, original, face):
+    return (view - original).abs().mean((1, 2, 3))
+
+
+def run(folder, dataset, method, ids=None, batch_size=3):
+    ids = dataset.ids if ids is None else ids
+    skipped = generate(folder, dataset, ids, method, experiment_key(), ATTACKS, CentreFace(), batch_size)
+    score(folder, ids, {"mae": mae}, {"pixels": PixelRecognizer()}, batch_size)
+    return skipped
+
+
+def scores(folder) -> dict[tuple[str, str, str], float]:
+    rows = read_parts(folder / "scores").to_pylist()
+    return {(row["id"], row["view"], row["scorer"]): row["value"] for row in rows}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, dataset, method) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    assert set(run(folder, dataset, method)) == {BLACK, BROKEN}
+    return folder
+
+
+def test_all_views_and_scores_are_there(whole, dataset):
+    good = [id for id in dataset.ids if id not in {BLACK, BROKEN}]
+    assert all(RunFiles(whole).ids(view) == good for view in VIEWS)
+    expected = {(id, view, scorer) for id in good for view in VIEWS if view != "mask" for scorer in ("mae", "pixels")}
+    assert set(scores(whole)) == expected
+    assert all(scores(whole)[id, "original", "mae"] == 0 for id in good)
+    assert all(scores(whole)[id, "original", "pixels"] == pytest.approx(1) for id in good)
+    embedded = {(row["view"], row["id"]) for row in read_parts(whole / "embeddings").to_pylist()}
+    assert {("gallery", "g0"), ("gallery", "g1")} < embedded
+
+
+def test_skipped_pictures_are_recorded_with_a_reason(whole):
+    skipped = RunFiles(whole).skipped()
+    assert skipped[BLACK] == "no face found"
+    assert "p5.png: not a readable picture" in skipped[BROKEN]
+
+
+def test_published_files_carry_headers_and_others_none(whole):
+    assert len(read_png(whole / "anonymized" / "p0.png")[1]) == 28
+    assert read_png(whole / "recovered" / "p0.png")[1] == b""
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, dataset, method):
+    folder = tmp_path / "killed"
+    shutil.copytree(whole, folder)
+    for path in [*folder.glob("*/p4.png"), *folder.glob("wrong_key/p[0-2].png"), *folder.glob("anonymized/p7.png")]:
+        path.unlink()
+    for part in list(folder.glob("scores/*"))[:1] + list(folder.glob("embeddings/*"))[:1]:
+        part.unlink()
+    (folder / "recovered" / "p4.png.partial").write_bytes(b"half a file")
+    run(folder, dataset, method)
+    assert scores(folder) == scores(whole)
+    for view in VIEWS:
+        for id in RunFiles(whole).ids(view):
+            assert (folder / view / f"{id}.png").read_bytes() == (whole / view / f"{id}.png").read_bytes()
+
+
+def test_a_finished_run_does_nothing(whole, dataset, method):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.png")}
+    run(whole, dataset, method)
+    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*.png")}
+
+
+def test_shards_in_any_order_give_the_whole(whole, tmp_path, dataset, method):
+    for i in (2, 0, 1):
+        run(tmp_path, dataset, method, dataset.ids[i::3])
+    assert scores(tmp_path) == scores(whole)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_batch_size_does_not_matter(whole, tmp_path, dataset, method, batch_size):
+    run(tmp_path, dataset, method, batch_size=batch_size)
+    ours, theirs = scores(tmp_path), scores(whole)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert value == pytest.approx(theirs[name], abs=1e-4)
+
+
+def test_an_irreversible_method_has_no_recovered_view(tmp_path, dataset, method):
+    @dataclass(frozen=True)
+    class Anonymize:
+        method: SignFlip
+
+        def anonymize(self, images, keys, ids):
+            return replace(self.method.anonymize(images, keys, ids), floats=None)
+
+    run(tmp_path, dataset, Anonymize(method), ["p0"])
+    assert RunFiles(tmp_path).views() == ["original", "anonymized"]
+    assert torch.equal(read_png(tmp_path / "original" / "p0.png")[0].float() / 127.5 - 1, dataset.load("p0"))

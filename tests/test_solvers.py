@@ -1,0 +1,97 @@
+"""The solver against a closed-form denoiser, and against diffusers' two schedulers."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import DDIMInverseScheduler, DDIMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from keyanon.solvers import DDIM, Known, NoiseSchedule
+from tests.conftest import LDM_NOISE
+
+SCHEDULE = NoiseSchedule.of(DDIMScheduler(**LDM_NOISE))
+
+
+def gaussian_eps(variance: Tensor, schedule: NoiseSchedule = SCHEDULE):
+    """The exact denoiser of data ~ N(0, variance): eps(z, t) = s z / (a^2 variance + s^2)."""
+
+    def eps(z: Tensor, t: int) -> Tensor:
+        abar = schedule.abar[t]
+        return math.sqrt(1 - abar) * z / (abar * variance + 1 - abar)
+
+    return eps
+
+
+def test_equals_diffusers_schedulers_over_50_and_50_steps():
+    eps = gaussian_eps(torch.linspace(0.05, 4.0, 3 * 8 * 8).view(1, 3, 8, 8))
+    z0 = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for offset, to_one in ((0, True), (1, False)):
+        forward = DDIMScheduler(**LDM_NOISE, steps_offset=offset, set_alpha_to_one=to_one)
+        inverse = DDIMInverseScheduler.from_config(forward.config)
+        forward.set_timesteps(50)
+        inverse.set_timesteps(50)
+        schedule = NoiseSchedule.of(forward)
+        z = z0
+        for t in inverse.timesteps:
+            z = inverse.step(eps(z, int(t)), t, z).prev_sample
+        path = DDIM(50).invert(eps, schedule, z0)
+        torch.testing.assert_close(path[-1], z, atol=1e-4, rtol=0)
+        for t in forward.timesteps:
+            z = forward.step(eps(z, int(t)), t, z, eta=0.0).prev_sample
+        torch.testing.assert_close(DDIM(50).sample(eps, schedule, path[-1]), z, atol=1e-4, rtol=0)
+
+
+def test_round_trip_error_halves_when_the_steps_double():
+    eps = gaussian_eps(torch.full((1, 1, 4, 4), 0.25, dtype=torch.float64))
+    z0 = torch.randn(1, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    errors = []
+    for steps in (25, 50, 100, 200):  # divisors of 1000: else "leading" spacing stops early
+        solver = DDIM(steps)
+        back = solver.sample(eps, SCHEDULE, solver.invert(eps, SCHEDULE, z0)[-1])
+        errors.append(((back - z0).norm() / z0.norm()).item())
+    for coarse, fine in pairwise(errors):
+        assert coarse / fine == pytest.approx(2, rel=0.12)
+
+
+def test_inversion_of_gaussian_data_tends_to_unit_variance():
+    variance = torch.full((1, 1, 1, 1), 0.5, dtype=torch.float64)
+    z0 = variance.sqrt()  # one standard deviation of the data goes to one of the noise
+    zT = DDIM(500).invert(gaussian_eps(variance), SCHEDULE, z0)[-1]
+    assert zT.item() == pytest.approx(1, abs=0.02)
+
+
+def test_constant_noise_is_inverted_exactly():
+    e = torch.randn(1, 3, 4, 4, dtype=torch.float64)
+    solver, z0 = DDIM(10), torch.randn(1, 3, 4, 4, dtype=torch.float64)
+    back = solver.sample(lambda z, t: e, SCHEDULE, solver.invert(lambda z, t: e, SCHEDULE, z0)[-1])
+    torch.testing.assert_close(back, z0)
+
+
+def test_known_region_ends_on_its_own_path():
+    eps = gaussian_eps(torch.ones(1, 3, 4, 4))
+    solver, z0 = DDIM(10), torch.randn(1, 3, 4, 4)
+    path = solver.invert(eps, SCHEDULE, z0)
+    mask = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    mask[..., :2] = True
+    out = solver.sample(eps, SCHEDULE, -path[-1], Known(mask, path))
+    torch.testing.assert_close(out[..., 2:], z0[..., 2:])
+    torch.testing.assert_close(out[..., :2], -solver.sample(eps, SCHEDULE, path[-1])[..., :2])
+
+
+@given(st.integers(1, 1000), st.integers(0, 1))
+@settings(max_examples=40, deadline=None)
+def test_timesteps_equal_diffusers_leading_spacing(steps, offset):
+    scheduler = DDIMScheduler(**LDM_NOISE, steps_offset=offset)
+    if offset and steps == 1000:
+        return  # diffusers asks for timestep 1000 of 0 .. 999 here
+    scheduler.set_timesteps(steps)
+    assert DDIM(steps).timesteps(NoiseSchedule.of(scheduler)) == scheduler.timesteps.tolist()[::-1]
+
+
+def test_more_steps_than_timesteps_is_refused():
+    with pytest.raises(ValueError, match="1000 timesteps"):
+        DDIM(1001).timesteps(SCHEDULE)
