@@ -63,9 +63,7 @@ class BlockDCT(ConfigMixin):  # type: ignore[misc]
     config_name = "config.json"
 
     @register_to_config
-    def __init__(
-        self, luma: int = 10, chroma: int = 3, mean: Sequence[float] = (), std: Sequence[float] = ()
-    ) -> None:
+    def __init__(self, luma: int = 10, chroma: int = 3, mean: Sequence[float] = (), std: Sequence[float] = ()) -> None:
         channels = luma + 2 * chroma
         for name, values in (("mean", mean), ("std", std)):
             if len(values) not in (0, channels):
