@@ -145,11 +145,11 @@ class LandmarkParser:
 class EllipseParser:
     """No parser at all: the same ellipse on every picture, seen or not. For aligned crops such as faces128, and tests.
 
-    `centre` and `axes` (half-axes) are in fractions of width and height; the defaults fit ELLIPSE.
+    `centre` and `axes` (half-axes) are in fractions of width and height; the defaults
     """
 
-    centre: tuple[float, float] = (0.5, 0.5)
-    axes: tuple[float, float] = (0.4, 0.5)
+    centre: tuple[float, float] = (0.5, 0.4)
+    axes: tuple[float, float] = (0.44, 0.6)
     reduce: Reduction = "bilinear>0"
 
     def __post_init__(self) -> None:

@@ -218,7 +218,7 @@ class DlibResNet:
     lie high (mean 0.84 on LFW): use a threshold calibrated on clean pairs, as every table does.
     """
 
-    card: str | Card = "dlib_resnet"
+    card: str | Card = "dlib"
     detector: DlibDetector = DlibDetector()
     weights: str | None = None
 

@@ -233,8 +233,8 @@ def open_onnx(path: Path, device: torch.device) -> Any:
 
     fallback = "CPUExecutionProvider"
     wanted = f"{device.type.upper()}ExecutionProvider"
-    available = wanted in onnxruntime.get_available_providers()
-    session = onnxruntime.InferenceSession(str(path), providers=[wanted, fallback] if available else [fallback])
+    providers = {wanted, fallback} & set(onnxruntime.get_available_providers())
+    session = onnxruntime.InferenceSession(str(path), providers=sorted(providers, key=fallback.__eq__))
     if wanted not in session.get_providers():
         warnings.warn(
             f"{path.name} runs on {', '.join(session.get_providers())}: this onnxruntime has no working {wanted} "
@@ -338,7 +338,7 @@ CARDS: dict[str, Card] = {
             preprocessing="5 points on the ArcFace 112 template, (x / 255 - 0.5) / 0.5, RGB",
         ),
         Card(
-            name="dlib_resnet",
+            name="dlib",
             filename="dlib_face_recognition_resnet_model_v1.dat",
             origin=Package(DLIB_MODELS, "face_recognition_models", "models/dlib_face_recognition_resnet_model_v1.dat"),
             sha256="55533b28a95800a551ba546ba62fe69625c7e95a7061c338adffead08719da30",

