@@ -54,14 +54,9 @@ class Wandb:
 
         names = statistics["view"] + "/" + statistics["scorer"] + "/" + statistics["statistic"]
         defined = {name: value for name, value in zip(names, statistics["value"], strict=True) if not math.isnan(value)}
+        # its metadata would hold the command line, the host and the user
         private = wandb.Settings(
-            console="off",
-            disable_code=True,
-            disable_git=True,
-            save_code=False,
-            x_disable_meta=True,
-            x_disable_machine_info=True,
-            x_disable_stats=True,
+            console="off", disable_git=True, save_code=False, x_disable_meta=True, x_disable_stats=True
         )
         with wandb.init(
             project=self.project,
