@@ -1,0 +1,375 @@
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from experiments.tables import (
+    STATISTICS,
+    TIDY,
+    Reference,
+    arrow,
+    build,
+    collect,
+    known_experiments,
+    main,
+    read_paper,
+    table,
+)
+
+ROOT = Path(__file__).parents[1]
+CLEAN, ANONYMIZED, RECOVERED = "Clean pictures", "Anonymized", "Recovered with the right key"
+NAN = float("nan")
+
+
+def cell(view="anonymized", scorer="facenet_vggface2", statistic="mean", value=0.08, **other) -> dict:
+    row = {"experiment": "table1", "dataset": "celebahq", "anonymizer": "signflip", "notes": ""}
+    row |= {"view": view, "scorer": scorer, "statistic": statistic, "n": 100, "undefined": 0}
+    return row | {"value": value, "low": value - 0.01, "high": value + 0.01} | other
+
+
+def measured(*cells: dict) -> pd.DataFrame:
+    return pd.DataFrame(cells, columns=STATISTICS)
+
+
+def paper(
+    view="anonymized", scorer="facenet_vggface2", statistic="mean", value=0.0755, tolerance=0.01, **other
+) -> Reference:
+    where = ("celebahq", "signflip", view, scorer, statistic)
+    return Reference(*where, value, tolerance, "a reason", "a page", "unconfirmed", **other)
+
+
+def entry(**changes) -> dict:
+    return {
+        "dataset": "lfw", "anonymizer": "signflip", "view": "anonymized", "scorer": "fid", "statistic": "set",
+        "paper": 1, "tolerance": 0.5, "why_tolerance": "w", "source": "s", "certainty": "unconfirmed",
+    } | changes  # fmt: skip
+
+
+def run_folder(folder: Path, dataset="faces128", anonymizer="signflip", notes=(), values=(0.1, 0.2)) -> Path:
+    """What the runner leaves behind for one cell."""
+    folder.mkdir(parents=True)
+    about = {"experiment": "another", "dataset": dataset, "anonymizer": anonymizer, "title_notes": list(notes)}
+    (folder / "run.json").write_text(json.dumps(about))
+    ids = [f"face{i}" for i in range(len(values))]
+    scores = pd.DataFrame({"id": ids, "view": "recovered", "scorer": "psnr", "value": values})
+    scores.to_parquet(folder / "scores.parquet")
+    row = ("recovered", "psnr", "mean", len(values), 0, float(np.mean(values)), min(values), max(values))
+    columns = ["view", "scorer", "statistic", "n", "undefined", "value", "low", "high"]
+    pd.DataFrame([row], columns=columns).to_parquet(folder / "statistics.parquet")
+    (folder / "skipped.csv").write_text("id,reason\n")
+    return folder
+
+
+# The rows
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict"),
+    [(0.4, "within"), (0.1, "within"), (-0.2, "within"), (0.4001, "outside"), (-0.2001, "outside"), (NAN, "outside")],
+)
+def test_within_is_inclusive_on_both_sides(value, verdict):
+    rows = table(measured(cell(value=value)), [paper(value=0.1, tolerance=0.3)], "table1")
+    assert rows.verdict.tolist() == [verdict]
+
+
+def test_every_cell_of_either_side_has_its_row_the_papers_first_in_their_order():
+    references = [paper(scorer="fid", statistic="set"), paper(view="recovered"), paper(view="anonymized")]
+    cells = [cell(view="wrong_key"), cell(view="anonymized"), cell(view="recovered", scorer="psnr")]
+    cells += [cell(view="wrong_key", dataset="afirst")]
+    rows = table(measured(*cells), references, "table1")
+    assert list(rows.columns) == TIDY
+    assert rows[["dataset", "view", "scorer", "verdict"]].to_numpy().tolist() == [
+        ["celebahq", "anonymized", "fid", "not-run"],
+        ["celebahq", "recovered", "facenet_vggface2", "not-run"],
+        ["celebahq", "anonymized", "facenet_vggface2", "within"],
+        ["afirst", "wrong_key", "facenet_vggface2", "no-reference"],
+        ["celebahq", "recovered", "psnr", "no-reference"],
+        ["celebahq", "wrong_key", "facenet_vggface2", "no-reference"],
+    ]
+    pd.testing.assert_frame_equal(rows, table(measured(*reversed(cells)), references, "table1"))
+
+
+def test_a_cell_nobody_ran_is_empty_and_a_measured_one_complete():
+    rows = table(measured(cell(n=98, undefined=2)), [paper(view="recovered"), paper()], "table1")
+    absent, present = rows.to_dict("records")
+    assert (absent["n"], absent["undefined"], absent["verdict"]) == (0, 0, "not-run")
+    assert np.isnan([absent["ours"], absent["ci_low"], absent["ci_high"]]).all()
+    assert (absent["paper"], absent["tolerance"]) == (0.0755, 0.01)
+    assert [present[name] for name in TIDY[6:]] == [98, 2, 0.08, 0.07, 0.09, 0.0755, 0.01, "within"]
+    assert set(rows.experiment) == {"table1"}
+
+
+def test_nothing_measured_and_nothing_printed():
+    assert table(measured(), [paper()], "table1").verdict.tolist() == ["not-run"]
+    assert table(measured(cell()), [], "table1").verdict.tolist() == ["no-reference"]
+
+
+def test_a_cell_measured_twice_is_refused():
+    with pytest.raises(ValueError, match="measured twice: celebahq signflip anonymized facenet_vggface2 mean"):
+        table(measured(cell(), cell()), [], "table1")
+
+
+# The paper's numbers
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results" / "paper").glob("*.yaml")), ids=lambda path: path.stem)
+def test_committed_paper_numbers_are_valid_and_plausible(path):
+    references = read_paper(path)
+    assert references
+    for reference in references:
+        assert reference.dataset in ("celebahq", "lfw")
+        assert 0 < reference.tolerance < max(1, reference.paper)
+        if reference.statistic.startswith("tar@"):
+            assert 0 <= reference.paper <= 1
+
+
+def test_rates_of_the_notebook_are_multiples_of_one_in_2864():
+    for reference in read_paper(ROOT / "results" / "paper" / "table2.yaml"):
+        if reference.statistic.startswith("tar@"):
+            accepted = round(reference.paper * 2864)
+            assert round(accepted / 2864, 4) == reference.paper
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([entry(tolerence=1)], "entry 1: unknown key tolerence; known are dataset, "),
+        ([entry(), {k: v for k, v in entry(view="a").items() if k != "source"}], "entry 2: missing key source"),
+        ([entry(), entry()], "2 entries for one cell: lfw signflip anonymized fid set"),
+        ([entry(certainty="sure")], "certainty is 'sure'; expected one of seen-in-notebook"),
+        ([entry(paper="0.1")], "paper is '0.1'; expected a number"),
+        ([entry(paper=True)], "paper is True; expected a number"),
+        ([entry(paper=NAN)], "paper is nan; expected a finite number"),
+        ([entry(std=None)], "std is None; expected a number"),
+        ([entry(tolerance=-1)], "tolerance is -1; expected 0 or more"),
+        ([entry(scorer=3)], "scorer is 3; expected a text"),
+        (["x"], "entry 1: expected keys and values, found 'x'"),
+        ({"a": 1}, "expected a list of cells, found dict"),
+        (None, "expected a list of cells, found NoneType"),
+    ],
+)
+def test_a_wrong_paper_file_is_named_with_its_fault(tmp_path, entries, message):
+    path = tmp_path / "table9.yaml"
+    path.write_text(yaml.safe_dump(entries))
+    with pytest.raises(ValueError, match=r"table9\.yaml") as error:
+        read_paper(path)
+    assert message in str(error.value)
+
+
+# From run folders to files
+
+
+def test_collect_renames_runs_to_the_experiment_and_keeps_all_rows(tmp_path):
+    runs = [run_folder(tmp_path / "a", notes=["note 1", "note 2"]), run_folder(tmp_path / "b", anonymizer="blur")]
+    statistics = collect(runs, "table1")
+    assert list(statistics.columns) == STATISTICS
+    assert statistics[["experiment", "dataset", "anonymizer", "notes"]].to_numpy().tolist() == [
+        ["table1", "faces128", "signflip", "note 1\nnote 2"],
+        ["table1", "faces128", "blur", ""],
+    ]
+    assert statistics.value.tolist() == pytest.approx([0.15, 0.15])
+
+
+def test_two_runs_of_one_cell_are_refused(tmp_path):
+    runs = [run_folder(tmp_path / "aaa"), run_folder(tmp_path / "bbb")]
+    with pytest.raises(ValueError, match=r"aaa and .*bbb are both faces128 signflip"):
+        collect(runs, "table1")
+
+
+@pytest.mark.parametrize("missing", ["run.json", "statistics.parquet", "scores.parquet"])
+def test_an_unfinished_run_is_named_and_nothing_is_written(tmp_path, missing):
+    run = run_folder(tmp_path / "runs" / "abc")
+    (run / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"abc: no {missing}"):
+        build("table1", [run], tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_tables_rebuild_byte_for_byte_from_committed_scores_without_the_runs(tmp_path):
+    results = tmp_path / "results"
+    (results / "paper").mkdir(parents=True)
+    (results / "paper" / "quick.yaml").write_text(yaml.safe_dump([entry(dataset="faces128")]))
+    run = run_folder(tmp_path / "run", values=(1 / 3, NAN, 2e-9))
+    first = build("quick", [run], results)
+    files = {path.name: path.read_bytes() for path in (results / "tables").iterdir()}
+    assert sorted(files) == ["quick.csv", "quick.md", "quick.tex"]
+    shutil.rmtree(run)
+    shutil.rmtree(results / "tables")
+    pd.testing.assert_frame_equal(first, build("quick", results=results))
+    assert files == {path.name: path.read_bytes() for path in (results / "tables").iterdir()}
+    assert b"\r" not in files["quick.csv"]
+    scores = pd.read_parquet(results / "scores" / "quick.scores.parquet")
+    assert scores[["dataset", "anonymizer", "id"]].to_numpy().tolist()[0] == ["faces128", "signflip", "face0"]
+    assert np.isnan(scores.value[1])
+    assert known_experiments(results) == ["quick"]
+
+
+def test_csv_prints_six_significant_digits(tmp_path):
+    run = run_folder(tmp_path / "run", values=(1 / 3, 1 / 3))
+    build("quick", [run], tmp_path)
+    row = (tmp_path / "tables" / "quick.csv").read_text().splitlines()[1]
+    assert row == "quick,faces128,signflip,recovered,psnr,mean,2,0,0.333333,0.333333,0.333333,,,no-reference"
+
+
+@pytest.mark.parametrize("experiment", known_experiments(ROOT / "results"))
+def test_committed_tables_are_up_to_date(experiment, tmp_path):
+    for folder in ("paper", "scores"):
+        if (ROOT / "results" / folder).is_dir():
+            shutil.copytree(ROOT / "results" / folder, tmp_path / folder)
+    build(experiment, results=tmp_path)
+    for suffix in ("md", "tex", "csv"):
+        committed = ROOT / "results" / "tables" / f"{experiment}.{suffix}"
+        assert committed.read_text() == (tmp_path / "tables" / committed.name).read_text(), (
+            "run `make tables` and commit"
+        )
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_folder(tmp_path / "results" / "runs" / "abc")
+    main(["quick", "--runs", "results/runs/abc"])
+    assert "results/tables/quick.md: The paper has no number for any of the 1 cells." in capsys.readouterr().out
+    (tmp_path / "results" / "tables" / "quick.md").unlink()
+    main([])
+    assert (tmp_path / "results" / "tables" / "quick.md").is_file()
+    with pytest.raises(SystemExit, match=r"tables: nothing: .*python -m experiments\.run experiment=nothing"):
+        main(["nothing"])
+    with pytest.raises(SystemExit):
+        main(["--runs", "results/runs/abc"])
+    assert "--runs needs the one experiment" in capsys.readouterr().err
+
+
+# For readers
+
+
+def lines_of(markdown: str, heading: str) -> list[list[str]]:
+    """The cells of the grid below a heading, header first."""
+    text = markdown.split(heading, 1)[1]
+    grid = [line for line in text.split("\n#")[0].splitlines() if line.startswith("|")]
+    return [[part.strip() for part in line.strip("|").split("|")] for line in grid if not line.startswith("|:")]
+
+
+@pytest.fixture
+def shown(tmp_path):
+    """The Markdown and LaTeX of some cells, through the files."""
+
+    def show(cells: list[dict], references: list[Reference] = ()) -> tuple[str, str]:
+        (tmp_path / "scores").mkdir()
+        measured(*cells).to_parquet(tmp_path / "scores" / "table1.parquet")
+        if references:
+            (tmp_path / "paper").mkdir()
+            texts = [{k: v for k, v in vars(r).items() if v is not None} for r in references]
+            (tmp_path / "paper" / "table1.yaml").write_text(yaml.safe_dump(texts))
+        build("table1", results=tmp_path)
+        return tuple((tmp_path / "tables" / f"table1.{suffix}").read_text() for suffix in ("md", "tex"))
+
+    return show
+
+
+def test_markdown_reads_like_a_papers_table(shown):
+    cells = [
+        cell(value=0.0781, n=98, undefined=2),
+        cell(statistic="std", value=0.1636),
+        cell(scorer="arcface_r50", value=0.5),
+        cell(anonymizer="blur", value=0.4),
+    ]
+    markdown, _ = shown(cells, [paper(std=0.161), paper(scorer="arcface_r50"), paper(scorer="adaface_vit", value=0.05)])
+    grid = lines_of(markdown, "### Anonymized: cosine similarity to the original, mean ± standard deviation")
+    assert grid == [
+        ["anonymizer", "view", "", "n", "undefined", "facenet_vggface2 ↓", "arcface_r50 ↓", "adaface_vit ↓"],
+        [
+            "signflip", "anonymized", "ours", "98 to 100", "0 to 2",
+            "0.07810 ± 0.1636 [0.06810, 0.08810]", "0.5000 [0.4900, 0.5100]", "not run",
+        ],
+        ["", "", "paper", "", "", "0.0755 ± 0.161 (within)", "0.0755 (outside)", "0.05"],
+        ["blur", "anonymized", "ours", "100", "0", "0.4000 [0.3900, 0.4100]", "", ""],
+    ]  # fmt: skip
+    assert "Of the paper's 3 cells 1 within tolerance, 1 outside, 1 not run." in markdown
+    assert "standard deviation\n\n|" in markdown
+    assert markdown.count("### ") == 1  # the standard deviation stands behind the mean, not in a grid of its own
+    assert "unconfirmed" in markdown.split("## Where the paper's numbers are from")[1]
+
+
+def test_every_cell_is_shown_in_some_grid(shown):
+    views = ["original", "anonymized", "recovered", "recovered_float", "jpeg75", "wrong_key", "near_key"]
+    scorers = ["psnr", "arcface_r50", "fid"]
+    cells = [
+        cell(view=view, scorer=scorer, statistic=statistic, value=100 + i * 10 + j + k / 10)
+        for i, view in enumerate(views)
+        for j, scorer in enumerate(scorers)
+        for k, statistic in enumerate(["mean", "tar@far=0.001", "threshold@far=0.001"])
+    ]
+    markdown, latex = shown(cells)
+    for row in cells:
+        assert markdown.count(f" {row['value']:.1f} [") == 1
+        assert latex.count(f" {row['value']:.1f} [") == 1
+
+
+def test_an_undefined_number_and_a_missing_interval(shown):
+    undefined = cell(value=NAN, n=0, undefined=100)
+    markdown, _ = shown([undefined, cell(scorer="fid", statistic="set", value=12.5, low=NAN, high=NAN)])
+    assert lines_of(markdown, "### Anonymized: cosine")[1] == [
+        "signflip",
+        "anonymized",
+        "ours",
+        "0",
+        "100",
+        "undefined",
+    ]
+    assert lines_of(markdown, "### Anonymized: over the whole set")[1][-1] == "12.50"
+
+
+def test_titles_carry_every_note_and_say_whom_it_is_about(shown):
+    both, one = "random weights stand in for LDM-FFHQ", "8 of 30,000 pictures"
+    cells = [cell(notes=f"{both}\n{one}"), cell(anonymizer="blur", notes=both), cell(dataset="lfw")]
+    markdown, latex = shown(cells)
+    assert f"## celebahq: {both}; {one} (signflip)\n" in markdown
+    assert "## lfw\n" in markdown
+    assert latex.count(f"{both}; {one} (signflip)") == latex.count("\\caption") - 1
+
+
+@pytest.mark.parametrize(
+    ("aim", "scorer", "statistic", "expected"),
+    [
+        (ANONYMIZED, "arcface_r50", "mean", "↓"),
+        (RECOVERED, "arcface_r50", "mean", "↑"),
+        ("Attacks and wrong keys", "arcface_r50", "tar@far=0.001", "↓"),
+        (CLEAN, "facenet_casia", "tar@far=0.001", "↑"),
+        (ANONYMIZED, "facenet_casia", "eer", "↑"),
+        (RECOVERED, "facenet_casia", "eer", "↓"),
+        (ANONYMIZED, "facenet_casia", "d_sys", "↓"),
+        (RECOVERED, "psnr", "mean", "↑"),
+        (RECOVERED, "mae", "mean", "↓"),
+        (ANONYMIZED, "psnr", "mean", ""),
+        (ANONYMIZED, "fid", "set", "↓"),
+        (RECOVERED, "detected", "mean", "↑"),
+        (CLEAN, "arcface_r50", "threshold@far=0.001", ""),
+        (RECOVERED, "psnr", "std", ""),
+        (RECOVERED, "a_new_measure", "mean", ""),
+    ],
+)
+def test_arrows(aim, scorer, statistic, expected):
+    assert arrow(aim, scorer, statistic) == expected
+
+
+def test_latex_escapes_what_would_break_it(shown):
+    _, latex = shown([cell(notes="50% of {a}_b & c # $d ~ ^ \\x")])
+    caption = next(line for line in latex.splitlines() if "caption" in line)
+    assert r"50\% of \{a\}\_b \& c \# \$d \textasciitilde{} \^{} \textbackslash{}x" in caption
+    assert r"facenet\_vggface2 $\downarrow$" in latex
+    assert latex.isascii()
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")
+def test_latex_compiles(shown, tmp_path):
+    _, latex = shown([cell(notes="50% of a_b"), cell(statistic="std")], [paper(), paper(view="recovered", std=0.1)])
+    document = r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}%s\end{document}"
+    (tmp_path / "t.tex").write_text(document % latex)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]

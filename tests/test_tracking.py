@@ -1,0 +1,104 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from experiments.plots import contact_sheet
+from experiments.tracking import Off, Wandb, public_config
+
+ROOT = Path(__file__).parents[1]
+STATISTICS = pd.DataFrame(
+    [
+        ("recovered", "psnr", "mean", 4, 0, 31.25, 30.0, 32.0),
+        ("recovered", "arcface_r50", "mean", 0, 4, *[float("nan")] * 3),
+    ],
+    columns=["view", "scorer", "statistic", "n", "undefined", "value", "low", "high"],
+)
+
+
+def everything_below(folder: Path) -> bytes:
+    return b"".join(str(path).encode() + path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_public_config_keeps_settings_and_drops_secrets_at_any_depth():
+    config = {
+        "anonymizer": {"_target_": "keyanon.anonymizers.SignFlip", "steps": 50, "master_key": "cafe", "guidance": None},
+        "attacks": [{"quality": 75, "password": "hunter2"}],
+        "key": {"fingerprint": "ab12", "bytes": "cafe"},
+        "key_fingerprint": "ab12",
+        "api_token": "t",
+        "apiKey": "t",
+        "passphrase": "t",
+        "seed": 3,
+        "dataset": {"name": "lfw", "root": "faces", "cache_dir": "c", "list": "/home/me/list.txt", "there": "~/x"},
+        "where": Path("faces"),
+        "raw": b"cafe",
+        "sizes": (1, 2.5, True, "/etc/secret"),
+    }
+    assert public_config(config) == {
+        "anonymizer": {"_target_": "keyanon.anonymizers.SignFlip", "steps": 50, "guidance": None},
+        "attacks": [{"quality": 75}],
+        "key_fingerprint": "ab12",
+        "dataset": {"name": "lfw"},
+        "sizes": [1, 2.5, True],
+    }
+
+
+def test_public_config_leaves_its_argument_alone():
+    config = {"a": {"password": "hunter2"}}
+    public_config(config)
+    assert config == {"a": {"password": "hunter2"}}
+
+
+@pytest.mark.parametrize("name", ["online", "offline", "off"])
+def test_every_choice_on_the_command_line_makes_its_tracker(name):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        tracker = instantiate(compose(overrides=[f"+wandb={name}"]).wandb)
+    assert tracker == (Off() if name == "off" else Wandb(mode=name, project="keyanon"))
+
+
+def test_off_imports_nothing_and_writes_nothing(tmp_path):
+    code = """
+import sys, pandas
+from experiments.tracking import Off
+Off()("abc", {}, pandas.DataFrame(), None)
+assert "wandb" not in sys.modules, "wandb was imported"
+"""
+    subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"], check=True, cwd=tmp_path
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ModuleNotFoundError, match=r"wandb=offline.*keyanon\[wandb\].*wandb=off"):
+        Wandb("offline", "keyanon")("abc", {}, STATISTICS, None)
+
+
+def test_offline_writes_the_numbers_and_no_secret(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setattr(sys, "argv", ["run", "key.password=hunter2-argv"])
+    sheet = tmp_path / "sheet.png"
+    contact_sheet({"original": [torch.zeros(3, 8, 8, dtype=torch.uint8)]}, sheet)
+    config = {"anonymizer": {"steps": 50, "password": "hunter2-config"}, "wandb_note": "a public remark"}
+    for _ in range(2):  # a resumed run
+        Wandb("offline", "keyanon-test")("5ignature", config, STATISTICS, sheet)
+
+    runs = [path for path in (tmp_path / "wandb").rglob("*.wandb") if "latest-run" not in path.parts]
+    names = [path.name for path in runs]
+    assert names == ["run-5ignature.wandb"] * 2  # one id, so that `wandb sync` makes one run of them
+    written = everything_below(tmp_path / "wandb")
+    for public in (b"recovered/psnr/mean", b"a public remark", b"contact_sheet", b"5ignature"):
+        assert public in written
+    assert b"hunter2" not in written
+    assert b"recovered/arcface_r50/mean" not in written  # undefined: no scalar, only a row of the table
+    assert list((tmp_path / "wandb").rglob("*.png"))
+    assert list((tmp_path / "wandb").rglob("*.table.json"))
