@@ -35,7 +35,7 @@ def test_public_config_keeps_settings_and_drops_secrets_at_any_depth():
         "apiKey": "t",
         "passphrase": "t",
         "seed": 3,
-        "dataset": {"name": "lfw", "root": "faces", "cache_dir": "c", "list": "/home/me/list.txt", "there": "~/x"},
+        "dataset": {"name": "lfw", "root": "faces", "cache_dir": "c", "list": "/etc/list.txt", "there": "~/x"},
         "where": Path("faces"),
         "raw": b"cafe",
         "sizes": (1, 2.5, True, "/etc/secret"),

@@ -1,0 +1,66 @@
+# `make` lists the targets. The first one that needs it makes $(VENV) and installs the project there.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+LIMIT ?=
+
+RUN := $(VENV)/bin/python -m
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: install
+install: $(INSTALLED) ## Make the virtual environment and install the project (others do so when they need it)
+
+# torch goes first, so that TORCH can choose another build: make install TORCH="torch==2.13.0 --index-url ..."
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "keyanon needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install $(TORCH)
+	$(RUN) pip install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+.PHONY: quickstart
+quickstart: $(INSTALLED) ## Anonymize, recover, attack and score with the embedded model: CPU, minutes (LIMIT=8 for fewer pictures)
+	-$(RUN) keyanon.weights fetch mobilefacenet
+	$(RUN) experiments.run experiment=quickstart $(if $(LIMIT),limit=$(LIMIT))
+
+# one target for each file of the paper's numbers
+REPRODUCE := $(patsubst results/paper/%.yaml,reproduce-%,$(wildcard results/paper/*.yaml))
+
+.PHONY: reproduce-all $(REPRODUCE)
+reproduce-table1: ## Reproduce the paper's Table 1 (needs CelebA-HQ, LFW, the weights and a GPU)
+reproduce-table2: ## Reproduce verification on LFW (needs LFW, the weights and a GPU)
+reproduce-all: $(REPRODUCE) ## Reproduce everything the paper has a number for, one experiment after the other
+
+$(REPRODUCE): reproduce-%: $(INSTALLED)
+	$(RUN) experiments.run experiment=$*
+	$(RUN) experiments.tables $*
+
+.PHONY: tables
+tables: $(INSTALLED) ## Rebuild every committed table from the committed scores
+	$(RUN) experiments.tables
+
+.PHONY: test
+test: $(INSTALLED) ## Run the tests; the library has to be covered to 90 %
+	$(RUN) pytest --cov=keyanon --cov-fail-under=90
+
+.PHONY: check
+check: $(INSTALLED) ## Lint, formatting and types
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+	$(RUN) mypy
+
+.PHONY: bench
+bench: $(INSTALLED) ## Measure throughput on this machine
+	$(RUN) benchmarks.throughput
+
+.PHONY: clean
+clean: ## Remove caches and the virtual environment; runs and results stay
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage build dist *.egg-info
