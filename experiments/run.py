@@ -18,7 +18,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import preflight, provenance, tables
+from experiments.plots import contact_sheet
 from experiments.statistics import write_statistics
+from experiments.tracking import Tracker
 from keyanon import runner
 from keyanon.diffusion import BadModel, LatentDiffusion
 from keyanon.headers import BadHeader
@@ -30,6 +32,8 @@ from keyanon.weights import MissingWeights, WrongWeights
 log = logging.getLogger(__name__)
 
 NOT_READY, FAILED = 2, 1
+SHEET_ROWS = 8
+SHEET_VIEWS = (runner.ORIGINAL, runner.MASK, runner.ANONYMIZED, runner.RECOVERED, "wrong_key")
 READABLE = (BadKey, BadHeader, BadModel, MissingWeights, WrongWeights, FileNotFoundError, ValueError, OSError)
 
 
@@ -51,6 +55,7 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
     parser = instantiate(cfg.parser)
     recognizers, scorers = dict(instantiate(cfg.recognizers)), dict(instantiate(cfg.scorers))
     attacks = dict(instantiate(cfg.attacks))
+    tracker: Tracker = instantiate(cfg.wandb)
 
     problems = preflight.missing_parts(method, parser, recognizers, scorers)
     try:
@@ -73,7 +78,8 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
         "weights": [part.sha256 for part in preflight.walk(method) if isinstance(part, LatentDiffusion)],
     }
     dataset_name, anonymizer_name = choices["dataset"], choices["anonymizer"]
-    folder = Path(cfg.runs) / f"{dataset_name}-{anonymizer_name}-{provenance.signature(question)}"
+    signature = provenance.signature(question)
+    folder = Path(cfg.runs) / cfg.name / f"{dataset_name}-{anonymizer_name}-{signature}"
     folder.mkdir(parents=True, exist_ok=True)
     log.info("%s: %d pictures, key %s", folder, len(ids), key.fingerprint)
     same_attacks(folder, OmegaConf.to_container(cfg.attacks, resolve=True))
@@ -81,7 +87,7 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
     skipped = runner.generate(folder, dataset, ids, method, key, attacks, parser, cfg.batch_size)
     generated = time.monotonic()
     runner.score(folder, ids, scorers, recognizers, cfg.batch_size)
-    write_statistics(folder, dataset, cfg.far)
+    statistics = write_statistics(folder, dataset, cfg.far)
     for id, reason in skipped.items():
         log.warning("skipped %s: %s", id, reason)
     log.info("%d of %d pictures skipped", len(skipped), len(ids))
@@ -98,7 +104,10 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
         **provenance.record(),
     }
     write_whole(folder / "run.json", json.dumps(record, indent=2).encode() + b"\n")
-    tables.write_experiment(cfg.name, [folder])
+    sheet = draw_sheet(folder, ids)
+    tracker(f"{cfg.name}-{folder.name}", record, statistics, sheet)
+    rows = tables.build(cfg.name, latest_cells(folder))
+    log.info("%s.md: %s", Path("results/tables") / cfg.name, tables.summary(rows))
     return folder
 
 
@@ -111,6 +120,27 @@ def sharded(ids: Sequence[str], shard: str) -> list[str]:
     if not 1 <= i <= n:
         raise ValueError(f"shard={shard}: i goes from 1 to n")
     return list(ids[i - 1 :: n])
+
+
+def latest_cells(folder: Path) -> list[Path]:
+    """The finished run folders beside `folder`, the latest of each dataset and anonymizer; `folder` is the latest."""
+    cells: dict[tuple[str, str], Path] = {}
+    for path in sorted(folder.parent.glob("*/run.json"), key=lambda path: path.stat().st_mtime):
+        about = json.loads(path.read_text())
+        cells[about["dataset"], about["anonymizer"]] = path.parent
+    return sorted(cells.values())
+
+
+def draw_sheet(folder: Path, ids: Sequence[str]) -> Path | None:
+    """The first pictures in each view that shows what the method does, side by side; None where there is no picture."""
+    files = runner.RunFiles(folder)
+    shown = [id for id in ids if files.has(runner.ANONYMIZED, id)][:SHEET_ROWS]
+    views = [view for view in SHEET_VIEWS if shown and all(files.has(view, id) for id in shown)]
+    if not views:
+        return None
+    path = folder / "contact_sheet.png"
+    contact_sheet({view: list(files.read_all(view, shown)) for view in views}, path)
+    return path
 
 
 def same_attacks(folder: Path, attacks: Any) -> None:
