@@ -31,8 +31,9 @@ quickstart: $(INSTALLED) ## Anonymize, recover, attack and score with the embedd
 	-$(RUN) keyanon.weights fetch mobilefacenet
 	$(RUN) experiments.run experiment=quickstart $(if $(LIMIT),limit=$(LIMIT))
 
-# one target for each file of the paper's numbers
-REPRODUCE := $(patsubst results/paper/%.yaml,reproduce-%,$(wildcard results/paper/*.yaml))
+# one target for each file of the paper's numbers that has an experiment
+PAPER := $(patsubst results/paper/%.yaml,%,$(wildcard results/paper/*.yaml))
+REPRODUCE := $(addprefix reproduce-,$(filter $(PAPER),$(patsubst conf/experiment/%.yaml,%,$(wildcard conf/experiment/*.yaml))))
 
 .PHONY: reproduce-all $(REPRODUCE)
 reproduce-table1: ## Reproduce the paper's Table 1 (needs CelebA-HQ, LFW, the weights and a GPU)
