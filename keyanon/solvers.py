@@ -2,23 +2,36 @@
 
 On the levels 0 = clean < 1 < ... < N, with a_i = sqrt(abar_i) and s_i = sqrt(1 - abar_i), one step down is
 
-    z_{i-1} = S_i(z_i) = a_{i-1} (z_i - s_i e) / a_i + s_{i-1} e,      e = eps(z_i, t_i)                                (eq. 4)
+    z_{i-1} = S_i(z_i) = a_{i-1} (z_i - s_i e) / a_i + s_{i-1} e,      e = eps(z_i, t_i)                          (eq. 4)
 
 and the paper's inversion goes up with the noise predicted at the level it leaves (arXiv 2510.01031, eq. 5):
 
-    z_i = a_i (z_{i-1} - s_{i-1} e) / a_{i-1} + s_i e,                 e = eps(z_{i-1}, t_i)                            (eq. 5)
+    z_i = U_i(z_{i-1}; e) = a_i (z_{i-1} - s_{i-1} e) / a_{i-1} + s_i e,      e = eps(z_{i-1}, t_i)               (eq. 5)
 
-Going up and down again gives z back only as the steps become small. A latent region that is known at every level (the
-background) can be written back after each step down (eq. 7).
+Going up and down again gives z back only as the steps become small. The exact inverse of S_i is the fixed point
+
+    z_i = U_i(z_{i-1}; eps(z_i, t_i)),
+
+of which eq. 5 is the first iterate. We solve it by Anderson acceleration (Walker and Ni, SIAM J. Numer. Anal. 49(4), 2011; for
+diffusion: AIDI, arXiv 2309.04907), each picture on its own, to a tolerance.
+
+A region of the latent that is known at every level (the background) can be written back after each step down (eq. 7). Where both
+directions know the same path, the exact inverse undoes the sampler on the rest.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from keyanon.types import Denoiser, Latent, Mask
+
+log = logging.getLogger(__name__)
+
+KARRAS_RHO = 7.0  # arXiv 2206.00364, table 1
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,7 @@ class NoiseSchedule:
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a latent while it is sampled: outside `mask`, z_i = path[i] for the levels i = 0 .. N."""
+    """What is known of a latent on its way: outside `mask`, z_i = path[i] for the levels i = 0 .. N."""
 
     mask: Mask
     path: Sequence[Latent]
@@ -52,34 +65,70 @@ class Known:
 class Solver(Protocol):
     """Both directions of one discretization of the flow."""
 
-    def invert(self, eps: Denoiser, schedule: NoiseSchedule, z0: Latent) -> list[Latent]: ...
+    def levels(self, schedule: NoiseSchedule) -> list[tuple[float, float]]:
+        """(a_i, s_i) for i = 0 .. N."""
+        ...
+
+    def invert(
+        self, eps: Denoiser, schedule: NoiseSchedule, z0: Latent, known: Known | None = None
+    ) -> list[Latent]: ...
 
     def sample(self, eps: Denoiser, schedule: NoiseSchedule, zT: Latent, known: Known | None = None) -> Latent: ...
 
 
 @dataclass(frozen=True)
 class DDIM:
-    """N DDIM steps on timesteps spaced as diffusers' "leading": 0, T/N, 2T/N, ... plus the schedule's offset."""
+    """N steps of DDIM, inverted as the paper does or exactly.
+
+    Args:
+        steps: N.
+        spacing: "leading" is diffusers' (0, T/N, 2T/N, ... plus the schedule's offset); "karras" spaces sigma = s / a
+            evenly in sigma^(1/7) from the noisiest timestep to the cleanest (arXiv 2206.00364, eq. 5), rounded to timesteps.
+        tolerance: None inverts by eq. 5, one evaluation a step; a number solves for the fixed point until its residual,
+            relative to the picture's latent, is below it.
+        max_evaluations: of eps for each exactly inverted step.
+        memory: differences of earlier iterates that Anderson's method combines.
+    """
 
     steps: int = 50
+    spacing: Literal["leading", "karras"] = "leading"
+    tolerance: float | None = None
+    max_evaluations: int = 60
+    memory: int = 5
 
     def timesteps(self, schedule: NoiseSchedule) -> list[int]:
         """t_1 .. t_N, ascending."""
-        if not 1 <= self.steps <= len(schedule.abar):
-            raise ValueError(f"solver.steps={self.steps}: the schedule has {len(schedule.abar)} timesteps")
-        stride = len(schedule.abar) // self.steps
-        return [min(i * stride + schedule.offset, len(schedule.abar) - 1) for i in range(self.steps)]
+        total = len(schedule.abar)
+        if not 1 <= self.steps <= total:
+            raise ValueError(f"solver.steps={self.steps}: the schedule has {total} timesteps")
+        if self.spacing == "leading":
+            stride = total // self.steps
+            return [min(i * stride + schedule.offset, total - 1) for i in range(self.steps)]
+        sigma = torch.tensor([(1 / abar - 1) ** 0.5 for abar in schedule.abar], dtype=torch.float64)
+        low, high = sigma[0] ** (1 / KARRAS_RHO), sigma[-1] ** (1 / KARRAS_RHO)
+        wanted = torch.linspace(low.item(), high.item(), self.steps, dtype=torch.float64) ** KARRAS_RHO
+        nearest = (sigma.log()[None] - wanted.log()[:, None]).abs().argmin(1).tolist()
+        if len(set(nearest)) < self.steps:
+            raise ValueError(f"solver.steps={self.steps}: Karras spacing needs fewer steps on {total} timesteps")
+        return nearest
 
     def levels(self, schedule: NoiseSchedule) -> list[tuple[float, float]]:
         """(a_i, s_i) for i = 0 .. N."""
         abar = [schedule.abar_clean, *(schedule.abar[t] for t in self.timesteps(schedule))]
         return [(value**0.5, (1 - value) ** 0.5) for value in abar]
 
-    def invert(self, eps: Denoiser, schedule: NoiseSchedule, z0: Latent) -> list[Latent]:
-        """The whole path z_0 .. z_N of eq. 5, N evaluations of eps."""
-        levels, path = self.levels(schedule), [z0]
+    def invert(self, eps: Denoiser, schedule: NoiseSchedule, z0: Latent, known: Known | None = None) -> list[Latent]:
+        """The whole path z_0 .. z_N upwards, with the known region written in at every level."""
+        levels = self.levels(schedule)
+        path = [z0 if known is None else known.write_back(z0, 0)]
         for i, t in enumerate(self.timesteps(schedule), start=1):
-            path.append(move(path[-1], eps(path[-1], t), levels[i - 1], levels[i]))
+
+            def up(z: Latent, i: int = i, t: int = t) -> Latent:
+                out = move(path[-1], eps(z, t), levels[i - 1], levels[i])
+                return out if known is None else known.write_back(out, i)
+
+            start = up(path[-1])
+            path.append(start if self.tolerance is None else self.solve(up, start, i))
         return path
 
     def sample(self, eps: Denoiser, schedule: NoiseSchedule, zT: Latent, known: Known | None = None) -> Latent:
@@ -92,8 +141,60 @@ class DDIM:
                 z = known.write_back(z, i - 1)
         return z
 
+    def solve(self, up: Callable[[Latent], Latent], start: Latent, level: int) -> Latent:
+        """The fixed point of `up` near `start`, each picture until its own residual is small."""
+        assert self.tolerance is not None
+        z, residual = anderson(up, start, self.tolerance, self.max_evaluations, self.memory)
+        failed = int((residual > self.tolerance).sum())
+        if failed:
+            log.warning(
+                "inversion of level %d did not converge for %d of %d pictures (relative residual up to %.1e, asked for %.1e)",
+                level, failed, len(residual), residual.max().item(), self.tolerance,
+            )  # fmt: skip
+        return z
+
 
 def move(z: Latent, e: Latent, here: tuple[float, float], there: tuple[float, float]) -> Latent:
     """From level (a, s) to level (a', s') along the noise e: a' (z - s e) / a + s' e."""
     (a, s), (a_there, s_there) = here, there
     return (a_there / a) * z + (s_there - a_there * s / a) * e
+
+
+def anderson(
+    g: Callable[[Latent], Latent], start: Latent, tolerance: float, max_evaluations: int, memory: int
+) -> tuple[Latent, Tensor]:
+    """Solve z = g(z) for each picture of a batch by Anderson acceleration: the iterate and its relative residuals (b,).
+
+    With f_k = g(z_k) - z_k, the next iterate is g(z_k) - (dG) c, c the least-squares solution of (dF) c = f_k over the last
+    `memory` differences. A picture that has converged is not touched again, so it does not depend on its batch. The
+    iterate of the smallest residual is returned.
+    """
+    z, best = start, start
+    smallest = torch.full((len(start),), torch.inf, device=start.device)
+    images: list[Tensor] = []  # g(z_k), flat
+    residuals: list[Tensor] = []  # f_k, flat
+    for _ in range(max_evaluations):
+        image = g(z)
+        f = (image - z).flatten(1)
+        size = f.norm(dim=1) / image.flatten(1).norm(dim=1)
+        better = size < smallest
+        best = torch.where(expand(better, z), image, best)
+        smallest = torch.where(better, size, smallest)
+        active = smallest > tolerance
+        if not active.any():
+            break
+        images, residuals = [*images[-memory:], image.flatten(1)], [*residuals[-memory:], f]
+        step = images[-1]
+        if len(images) > 1:
+            dF = torch.stack([b - a for a, b in zip(residuals, residuals[1:], strict=False)], 2).double()
+            dG = torch.stack([b - a for a, b in zip(images, images[1:], strict=False)], 2)
+            gram, right = dF.mT @ dF, dF.mT @ f.double()[:, :, None]
+            ridge = 1e-12 * gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] * torch.eye(gram.shape[1]).to(gram)
+            c = torch.linalg.lstsq(gram + ridge, right).solution
+            step = images[-1] - (dG @ c.to(dG))[:, :, 0]
+        z = torch.where(expand(active, z), step.view_as(z), z)
+    return best, smallest
+
+
+def expand(flags: Tensor, like: Tensor) -> Tensor:
+    return flags.view(-1, *[1] * (like.dim() - 1))

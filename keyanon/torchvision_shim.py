@@ -34,7 +34,8 @@ def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torc
         width = (torch.minimum(x2[best], x2[rest]) - torch.maximum(x1[best], x1[rest])).clamp(min=0)
         height = (torch.minimum(y2[best], y2[rest]) - torch.maximum(y1[best], y1[rest])).clamp(min=0)
         overlap = width * height
-        order = rest[overlap / (areas[best] + areas[rest] - overlap) <= iou_threshold]
+        # 0 / 0 of two boxes without area is no overlap: not above the threshold
+        order = rest[~(overlap / (areas[best] + areas[rest] - overlap) > iou_threshold)]
     return torch.tensor(keep, dtype=torch.int64, device=boxes.device)
 
 
