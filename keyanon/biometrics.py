@@ -107,8 +107,8 @@ def d_sys(mated: ArrayLike, nonmated: ArrayLike, omega: float = 1.0) -> float:
     D(s) = max(0, 2 LR(s) ω / (1 + LR(s) ω) - 1) and D_sys = ∫ D(s) p(s | mated) ds, with LR = p(s | mated) / p(s |
     non-mated) and ω = p(mated) / p(non-mated) (Gomez-Barrero et al., General framework to evaluate unlinkability in
     biometric template protection systems, IEEE TIFS 13(6), 2018). Densities are histograms of min(100, n / 10) bins
-    over the common range, n the smaller set's size. Their noise is read as linkability: a tenth where the truth is 0 and
-    n = 1,000, more where n is smaller. NaN scores do not count; NaN where either side has no score.
+    over the common range, n the smaller set's size. Their noise is read as linkability: about 0.1 where the truth is 0
+    and both have 1,000 scores. NaN scores do not count; NaN where either side has no score.
     """
     same, other = _defined(mated), _defined(nonmated)
     if same.size == 0 or other.size == 0:
@@ -393,7 +393,9 @@ def _interval(drawn: Floats, count: int) -> tuple[float, float]:
 def _ratio(numerator: Floats, denominator: Floats) -> Floats:
     """NaN where a draw holds nothing to divide by."""
     denominator = np.broadcast_to(denominator, numerator.shape)
-    return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator > 0)
+    quotient: Floats = np.full(numerator.shape, np.nan)
+    np.divide(numerator, denominator, out=quotient, where=denominator > 0)
+    return quotient
 
 
 def _mean(data: Floats) -> float:
