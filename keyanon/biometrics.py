@@ -107,8 +107,8 @@ def d_sys(mated: ArrayLike, nonmated: ArrayLike, omega: float = 1.0) -> float:
     D(s) = max(0, 2 LR(s) ω / (1 + LR(s) ω) - 1) and D_sys = ∫ D(s) p(s | mated) ds, with LR = p(s | mated) / p(s |
     non-mated) and ω = p(mated) / p(non-mated) (Gomez-Barrero et al., General framework to evaluate unlinkability in
     biometric template protection systems, IEEE TIFS 13(6), 2018). Densities are histograms of min(100, n / 10) bins
-    over the common range, n the smaller set's size. Their noise is read as linkability: about 0.1 where the truth is 0
-    and both have 1,000 scores. NaN scores do not count; NaN where either side has no score.
+    over the common range, n the smaller set's size. Their noise reads as linkability: where the truth is 0, about 0.1
+    up to 1,000 scores a side and 0.02 at 10,000. NaN scores do not count; NaN where either side has no score.
     """
     same, other = _defined(mated), _defined(nonmated)
     if same.size == 0 or other.size == 0:
