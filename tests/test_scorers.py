@@ -1,0 +1,194 @@
+"""Scorers against closed forms, skimage and torchmetrics, on random pictures."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from keyanon.images import to_bytes, to_floats
+from keyanon.scorers import LPIPS, PSNR_CEILING, frechet_distance, mae, psnr, psnr_face, ssim, ssim_face
+from keyanon.weights import Card, Release, WrongWeights
+
+PLAIN = [psnr, ssim, psnr_face, ssim_face, mae]
+
+
+@pytest.fixture
+def pictures():
+    """Smooth pictures, the same with noise of growing strength, and a face of 20 x 24 pixels on each."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(3, 3, 8, 8, generator=generator) * 2 - 1
+    original = torch.nn.functional.interpolate(coarse, (48, 64), mode="bicubic").clamp(-1, 1)
+    strength = torch.tensor([0.02, 0.1, 0.4])[:, None, None, None]
+    view = (original + strength * torch.randn(original.shape, generator=generator)).clamp(-1, 1)
+    face = torch.zeros(3, 1, 48, 64, dtype=torch.bool)
+    face[:, :, 10:30, 20:44] = True
+    return view, original, face
+
+
+def unit(image):
+    return ((image + 1) / 2).permute(1, 2, 0).double().numpy()
+
+
+def skimage_ssim(view, original):
+    return structural_similarity(
+        unit(view),
+        unit(original),
+        data_range=1,
+        channel_axis=-1,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        full=True,
+    )
+
+
+def test_psnr_equals_skimages(pictures):
+    view, original, face = pictures
+    for score, a, b in zip(psnr(view, original, face), view, original, strict=True):
+        assert score == pytest.approx(peak_signal_noise_ratio(unit(b), unit(a), data_range=1), abs=1e-4)
+
+
+def test_ssim_equals_skimages(pictures):
+    view, original, face = pictures
+    for score, a, b in zip(ssim(view, original, face), view, original, strict=True):
+        assert score == pytest.approx(skimage_ssim(a, b)[0], abs=1e-4)
+
+
+def test_ssim_face_is_the_mean_of_skimages_map_over_the_face(pictures):
+    view, original, face = pictures
+    for score, a, b, mask in zip(ssim_face(view, original, face), view, original, face[:, 0].numpy(), strict=True):
+        assert score == pytest.approx(skimage_ssim(a, b)[1][mask].mean(), abs=1e-4)
+
+
+def test_a_shift_of_one_level_has_a_known_psnr_and_error():
+    original = torch.zeros(1, 3, 16, 16)
+    view, face = original + 2 / 255, torch.ones(1, 1, 16, 16, dtype=torch.bool)
+    assert psnr(view, original, face).item() == pytest.approx(20 * math.log10(255), abs=1e-3)  # 48.13 dB
+    assert mae(view, original, face).item() == pytest.approx(2 / 255)
+
+
+def test_equal_pictures_get_the_best_finite_scores(pictures):
+    _, original, face = pictures
+    assert psnr(original, original, face).tolist() == pytest.approx([PSNR_CEILING] * 3)
+    assert psnr_face(original, original, face).tolist() == pytest.approx([PSNR_CEILING] * 3)
+    assert ssim(original, original, face).tolist() == pytest.approx([1] * 3)
+    assert ssim_face(original, original, face).tolist() == pytest.approx([1] * 3)
+    assert mae(original, original, face).tolist() == [0] * 3
+
+
+def test_the_ceiling_is_what_rounding_costs():
+    generator = torch.Generator().manual_seed(1)
+    original = torch.rand(1, 3, 256, 256, generator=generator) * 1.9 - 0.95
+    error = (to_floats(to_bytes(original)) - original).square().mean()
+    assert (10 * torch.log10(4 / error)).item() == pytest.approx(PSNR_CEILING, abs=0.05)
+
+
+@pytest.mark.parametrize(("whole", "face_only"), [(psnr, psnr_face), (ssim, ssim_face)])
+def test_face_scores_see_the_face_and_nothing_else(pictures, whole, face_only):
+    view, original, face = pictures
+    inner = torch.zeros_like(face)
+    inner[:, :, 16:24, 26:38] = True  # so far inside that no window reaches out
+    pasted = torch.where(face, view, original)
+    assert torch.allclose(face_only(pasted, original, inner), face_only(view, original, inner))
+    assert (whole(pasted, original, face) > whole(view, original, face)).all()
+
+
+def test_face_psnr_of_the_whole_picture_is_psnr(pictures):
+    view, original, face = pictures
+    assert torch.allclose(psnr_face(view, original, torch.ones_like(face)), psnr(view, original, face))
+
+
+def test_no_face_is_nan_for_that_picture_only(pictures):
+    view, original, face = pictures
+    face[1] = False
+    for scorer in (psnr_face, ssim_face):
+        assert scorer(view, original, face).isnan().tolist() == [False, True, False]
+    for scorer in (psnr, ssim, mae):
+        assert not scorer(view, original, face).isnan().any()
+
+
+@pytest.mark.parametrize("scorer", PLAIN)
+def test_scores_do_not_depend_on_the_batch_and_follow_the_noise(pictures, scorer):
+    view, original, face = pictures
+    together = scorer(view, original, face)
+    assert together.shape == (3,)
+    alone = torch.cat([scorer(view[i : i + 1], original[i : i + 1], face[i : i + 1]) for i in range(3)])
+    assert torch.allclose(together, alone, atol=1e-5)
+    order = together.diff()
+    assert (order > 0).all() if scorer is mae else (order < 0).all()
+
+
+@pytest.fixture
+def random_alexnet(tmp_path):
+    """AlexNet's layers with random numbers, as a file: the arithmetic of LPIPS does not care."""
+    from torchvision.models import alexnet  # cannot be imported before keyanon
+
+    path = tmp_path / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth"
+    path.parent.mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(alexnet(weights=None).state_dict(), path)
+    return path
+
+
+def random_card(path):
+    return Card("random", path.name, Release("https://example.org"), None, "none", "nothing", "none")
+
+
+def test_lpips_equals_torchmetrics(pictures, random_alexnet, monkeypatch, tmp_path):
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity  # nor this
+
+    view, original, face = pictures
+    scores = LPIPS(random_card(random_alexnet), str(random_alexnet))(view, original, face)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # where torchmetrics takes AlexNet from
+    reference = LearnedPerceptualImagePatchSimilarity(net_type="alex")
+    expected = [reference(a[None], b[None]).item() for a, b in zip(view, original, strict=True)]
+    assert scores.tolist() == pytest.approx(expected, rel=1e-4)
+    assert (scores.diff() > 0).all()
+
+
+def test_lpips_of_equal_pictures_and_of_a_single_one(pictures, random_alexnet):
+    view, original, face = pictures
+    lpips = LPIPS(random_card(random_alexnet), str(random_alexnet))
+    assert lpips(original, original, face).tolist() == [0, 0, 0]
+    assert lpips(view[:1], original[:1], face[:1]).shape == (1,)
+
+
+def test_lpips_refuses_a_file_that_is_not_alexnet(pictures, random_alexnet):
+    with pytest.raises(WrongWeights, match="lpips_alexnet"):
+        LPIPS(path=str(random_alexnet))(*pictures)
+
+
+def test_frechet_distance_of_gaussians_with_known_moments():
+    generator = np.random.default_rng(0)
+    standard = generator.normal(size=(400, 6))
+    standard -= standard.mean(axis=0)
+    white = standard @ np.linalg.inv(np.linalg.cholesky(np.cov(standard.T))).T  # mean 0, covariance 1, exactly
+    scale, shift = np.array([1, 2, 3, 4, 5, 6.0]), np.arange(6.0)
+    assert frechet_distance(white, white) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(white, white + shift) == pytest.approx(np.sum(shift**2))
+    assert frechet_distance(white, white * scale + shift) == pytest.approx(np.sum(shift**2) + np.sum((scale - 1) ** 2))
+
+
+def test_frechet_distance_by_its_formula():
+    generator = np.random.default_rng(1)
+    a, b = generator.normal(size=(50, 5)), generator.normal(size=(70, 5)) @ generator.normal(size=(5, 5)) + 1
+    covariance = [np.cov(rows.T) for rows in (a, b)]
+    root = sqrtm(covariance[0] @ covariance[1]).real
+    truth = np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(covariance[0] + covariance[1] - 2 * root)
+    assert frechet_distance(a, b) == pytest.approx(truth)
+    assert frechet_distance(b, a) == pytest.approx(truth)
+
+
+def test_frechet_distance_of_fewer_pictures_than_dimensions():
+    rows = np.random.default_rng(2).normal(size=(10, 64))
+    assert frechet_distance(rows, rows + 0.5) == pytest.approx(64 * 0.25)
+
+
+def test_frechet_distance_leaves_missing_faces_out():
+    rows = np.random.default_rng(3).normal(size=(20, 4))
+    holed = np.vstack([rows, np.full((3, 4), np.nan)])
+    assert frechet_distance(holed, rows * 2) == pytest.approx(frechet_distance(rows, rows * 2))
+    assert math.isnan(frechet_distance(rows, holed[19:]))
