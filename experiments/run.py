@@ -51,10 +51,12 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
     """One cell: the run folder, with its table written."""
     started = time.monotonic()
     key: MasterKey = instantiate(cfg.key)
-    method = instantiate(cfg.anonymizer)
+    method = instantiate(cfg.anonymizer, _convert_="all")
     parser = instantiate(cfg.parser)
-    recognizers, scorers = dict(instantiate(cfg.recognizers)), dict(instantiate(cfg.scorers))
-    attacks = dict(instantiate(cfg.attacks))
+    # "all": plain containers, or OmegaConf would take the dataclasses in them for structured configs
+    attacks, recognizers, scorers = (
+        instantiate(group, _convert_="all") for group in (cfg.attacks, cfg.recognizers, cfg.scorers)
+    )
     tracker: Tracker = instantiate(cfg.wandb)
 
     problems = preflight.missing_parts(method, parser, recognizers, scorers)
@@ -64,8 +66,8 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
     except (FileNotFoundError, ValueError, hydra.errors.InstantiationException) as error:
         problems.append(f"dataset {choices['dataset']}: {error.__cause__ or error}")
     else:
-        size = dataset.load(dataset.ids[0]).shape[-1] if dataset.ids else 0
-        problems += preflight.missing_disk(Path(cfg.runs), len(ids) + len(dataset.gallery), 4 + len(attacks), size)
+        pictures, views = len(ids) + len(dataset.gallery), 4 + len(attacks)
+        problems += preflight.missing_disk(Path(cfg.runs), pictures, views, cfg.dataset.size)
     if problems:
         print("keyanon: this run cannot start; missing here:", *(f"- {p}" for p in problems), sep="\n", file=sys.stderr)
         sys.exit(NOT_READY)

@@ -36,7 +36,7 @@ def test_leaf_composes_and_instantiates(leaf: str, tmp_path: Path):
     if group in MERGED:
         assert list(node) == [name], f"{leaf}.yaml must hold exactly one entry, named {name}"
     if group != "experiment":
-        assert instantiate(node) is not None
+        assert instantiate(node, _convert_="all") is not None
 
 
 @pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if leaf.startswith("train/")])

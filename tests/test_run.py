@@ -1,0 +1,173 @@
+"""The command from end to end: a table from pictures, its resumption, and every kind of bad input with its message."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+
+from experiments import tables
+from experiments.run import run, same_attacks, sharded
+from keyanon.keys import write_new_key
+from tests.conftest import ROOT, smooth_picture
+
+CHOICES = {"dataset": "folder", "anonymizer": "signflip", "backbone": "ldm_ffhq", "parser": "ellipse", "key": "experiment"}
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("faces")
+    for i in range(5):
+        smooth_picture(i).save(root / f"face{i}.png")
+    (root / "broken.jpg").write_text("this is not a picture")
+    (root / "cut.png").write_bytes((root / "face0.png").read_bytes()[:400])
+    return root
+
+
+def overrides(faces: Path, tiny_ldm: Path, *more: str) -> list[str]:
+    """A whole small run: LDM-FFHQ's layout with random weights, which the table's title says."""
+    return [
+        "dataset=folder", f"dataset.root={faces}", "dataset.size=64", "backbone=ldm_ffhq",
+        f"backbone.source={tiny_ldm}", "backbone.subfolder=''", "parser=ellipse", "solver.steps=2", "recognizers=[]",
+        "scorers=[mae,psnr_face]", "attacks=[wrong_key]", "batch_size=2", "notes=[random weights stand in for LDM-FFHQ]",
+        "name=tiny", *more,
+    ]  # fmt: skip
+
+
+def command(*arguments: str, cwd: Path, check: bool = False) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "KEYANON_OFFLINE": "1"}
+    program = [sys.executable, "-m", "experiments.run", *arguments]
+    return subprocess.run(program, cwd=cwd, env=environment, capture_output=True, text=True, check=check)
+
+
+def in_process(arguments: list[str], **choices: str) -> Path:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return run(compose("config", overrides=arguments), CHOICES | choices)
+
+
+def test_from_pictures_to_a_table(faces, tiny_ldm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = in_process(overrides(faces, tiny_ldm))
+    table = pd.read_csv("results/tables/tiny.csv")
+    assert list(table.columns) == tables.TIDY
+    assert set(table["view"]) == {"original", "anonymized", "recovered", "wrong_key"}
+    assert (table["n"] == 5).all()
+    assert "random weights stand in for LDM-FFHQ" in Path("results/tables/tiny.md").read_text()
+    skipped = pd.read_csv(folder / "skipped.csv", index_col="id")["reason"]
+    assert set(skipped.index) == {"broken", "cut"}
+    record = json.loads((folder / "run.json").read_text())
+    assert record["packages"]["torch"]
+    assert str(faces) not in (folder / "run.json").read_text() or "root" in record["question"]["dataset"]
+    assert (folder / "contact_sheet.png").exists()
+
+    before = Path("results/tables/tiny.csv").read_bytes()
+    assert in_process(overrides(faces, tiny_ldm)) == folder  # the same question: the same folder, nothing to do
+    assert Path("results/tables/tiny.csv").read_bytes() == before
+
+
+def test_shards_give_the_table_of_the_whole(faces, tiny_ldm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    in_process(overrides(faces, tiny_ldm))
+    whole = Path("results/tables/tiny.csv").read_bytes()
+    for i in (3, 1, 2):
+        in_process(overrides(faces, tiny_ldm, "runs=sharded", f"shard={i}/3"))
+    assert Path("results/tables/tiny.csv").read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_table(faces, tiny_ldm, tmp_path):
+    arguments = overrides(faces, tiny_ldm, "solver.steps=10")
+    (tmp_path / "whole").mkdir()
+    command(*arguments, cwd=tmp_path / "whole", check=True)
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    program = [sys.executable, "-m", "experiments.run", *arguments]
+    with subprocess.Popen(program, cwd=killed, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as job:
+        deadline = time.monotonic() + 120
+        while not list(killed.glob("results/runs/tiny/*/anonymized/*.png")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        job.send_signal(signal.SIGKILL)
+    assert not (killed / "results" / "tables" / "tiny.csv").exists()
+    command(*arguments, cwd=killed, check=True)
+    for name in ("tables/tiny.csv", "tables/tiny.md", "tables/tiny.tex"):
+        assert (killed / "results" / name).read_bytes() == (tmp_path / "whole" / "results" / name).read_bytes()
+
+
+def test_preflight_lists_everything_missing_at_once(tmp_path):
+    result = command("experiment=table1", cwd=tmp_path)
+    assert result.returncode == 2
+    for missing in ("PolLabarbarie/diffusion-signflip-anon-face", "bisenet", "facenet_vggface2", "facenet_casia", "arcface_r50", "celebahq"):
+        assert missing in result.stderr, missing
+    assert "Traceback" not in result.stderr
+
+
+def fails(capsys, arguments: list[str], **choices: str) -> tuple[int, str]:
+    """Exit code and message of a run that must not start."""
+    with pytest.raises(SystemExit) as raised:
+        in_process(arguments, **choices)
+    return raised.value.code, capsys.readouterr().err
+
+
+def test_unknown_dataset_root(faces, tiny_ldm, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, message = fails(capsys, overrides(tmp_path / "nowhere", tiny_ldm))
+    assert code == 2
+    assert "nowhere" in message
+
+
+def test_no_space_for_the_pictures(faces, tiny_ldm, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: os.statvfs_result([0] * 10) and type("Usage", (), {"free": 10})())
+    code, message = fails(capsys, overrides(faces, tiny_ldm))
+    assert code == 2
+    assert "disk:" in message
+
+
+def test_bad_keys_and_typos_on_the_command_line(faces, tiny_ldm, tmp_path):
+    arguments = overrides(faces, tiny_ldm)
+    (tmp_path / "short").write_text("abcd")
+    (tmp_path / "short").chmod(0o600)
+    for extra, code, message in (
+        (["key=file", f"key.path={tmp_path / 'none'}"], 1, "no key file"),
+        (["key=file", f"key.path={tmp_path / 'short'}"], 1, "holds 2 bytes"),
+        (["solver.stepz=3"], 1, "stepz"),
+    ):
+        result = command(*arguments, *extra, cwd=tmp_path)
+        assert result.returncode == code
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_a_secret_key_leaves_no_trace_but_its_fingerprint(faces, tiny_ldm, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    key = write_new_key(tmp_path / "secret-key")
+    with caplog.at_level("DEBUG"):
+        folder = in_process(overrides(faces, tiny_ldm, "key=file", f"key.path={tmp_path / 'secret-key'}"), key="file")
+    assert key.fingerprint in (folder / "run.json").read_text()
+    written = [path.read_bytes() for path in Path("results").rglob("*") if path.is_file()]
+    for trace in (key.secret, key.secret.hex().encode()):
+        assert not any(trace in data for data in written)
+        assert trace.hex() not in caplog.text
+    assert key.secret.hex() not in caplog.text
+
+
+def test_shard_arithmetic():
+    ids = list("abcdefg")
+    assert sorted(sum((sharded(ids, f"{i}/3") for i in (1, 2, 3)), [])) == ids
+    for wrong in ("0/3", "4/3", "3", "a/b"):
+        with pytest.raises(ValueError, match="shard="):
+            sharded(ids, wrong)
+
+
+def test_a_view_is_not_mixed_from_two_attacks(tmp_path):
+    same_attacks(tmp_path, {"jpeg": {"quality": 90}})
+    same_attacks(tmp_path, {"jpeg": {"quality": 90}, "other": {}})
+    with pytest.raises(ValueError, match="other settings"):
+        same_attacks(tmp_path, {"jpeg": {"quality": 50}})
