@@ -1,7 +1,7 @@
 """The only place where value ranges change: bytes 0 .. 255 <-> floats in [-1, 1], and PNG files with a public header.
 
-The header travels in a private ancillary chunk of the PNG (PNG specification 3, section 4.7.2: `kaNo`, not safe to copy after
-the pixels were edited), so any viewer shows the picture and any editor drops the chunk.
+The header travels in a private ancillary chunk of the PNG (PNG specification 3, chunk naming conventions: `kaNO`, not
+safe to copy after the pixels were edited), so any viewer shows the picture and any editor drops the chunk.
 """
 
 import io
@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 from PIL.PngImagePlugin import PngInfo
 
 from keyanon.types import BadPicture, Bytes, Image, Picture
 
-HEADER_CHUNK = b"kaNo"
+HEADER_CHUNK = b"kaNO"  # the capital O is the bit "not safe to copy"
+UNREADABLE = (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError)  # what Pillow raises on bad files
 
 
 def to_bytes(images: Image) -> Bytes:
@@ -35,12 +37,15 @@ def resize(picture: PIL.Image.Image, size: int) -> PIL.Image.Image:
     return picture.resize((size, size), PIL.Image.Resampling.LANCZOS, box=box)
 
 
-def open_rgb(path: Path) -> PIL.Image.Image:
-    """A picture file of any common format as RGB; BadPicture names the file that cannot be read."""
+def open_rgb(path: Path, data: bytes | None = None) -> PIL.Image.Image:
+    """A picture file of any common format as RGB, upright as its EXIF data says; BadPicture names the file.
+
+    `data` are the file's bytes where `path` only names it, as inside an archive.
+    """
     try:
-        with PIL.Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        with PIL.Image.open(path if data is None else io.BytesIO(data)) as picture:
+            return PIL.ImageOps.exif_transpose(picture).convert("RGB")
+    except UNREADABLE as error:
         raise BadPicture(f"{path}: not a readable picture ({error})") from error
 
 
@@ -78,7 +83,7 @@ def read_png(path: Path) -> tuple[Bytes, bytes]:
             chunks = getattr(picture, "private_chunks", [])
             header = next((chunk[1] for chunk in chunks if chunk[0] == HEADER_CHUNK), b"")
             pixels = np.array(picture.convert("RGB"), dtype=np.uint8)
-    except (OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise BadPicture(f"{path}: not a readable picture ({error})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1), header
 

@@ -1,0 +1,419 @@
+"""Faces by id, in a committed order: CelebA-HQ, FFHQ, LFW, two pictures a person, or any folder.
+
+Which pictures and in which order is said by a list, `keyanon/lists/NAME.txt` or a file of your own; without a list ids
+are sorted, so that no order ever comes from a disk. Pictures stay where they were downloaded. A dataset can be made
+without them: it looks for them when it is first asked, and then raises FileNotFoundError where none of its pictures is
+there, and BadPicture for a single one that is missing or broken.
+"""
+
+import re
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import PIL.Image
+
+from keyanon import images
+from keyanon.types import BadPicture, Picture
+
+LISTS = Path(__file__).with_name("lists")
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+SMALLEST = 16  # pixels: a picture with a shorter side shows no face
+
+Crop = Sequence[float]  # left, top, right, bottom as fractions of the picture's width and height
+
+
+@dataclass(frozen=True)
+class CelebAHQ:
+    """CelebA-HQ, 1024 px, as CelebAMask-HQ has it (CelebA-HQ-img/0.jpg to 29999.jpg), or flat: N.jpg or N.png.
+
+    Lee et al., MaskGAN, CVPR 2020, https://github.com/switchablenorms/CelebAMask-HQ. It comes without identities. The
+    authors resize bilinearly, we with Lanczos.
+    """
+
+    root: str | None
+    size: int = 256
+    list: str = "celebahq"
+    crop: Crop | None = None
+
+    @cached_property
+    def ids(self) -> Sequence[str]:
+        return CELEBAHQ.present(self.root, read_list(self.list))
+
+    @property
+    def gallery(self) -> Sequence[str]:
+        return ()
+
+    def identity(self, id: str) -> str | None:
+        return None
+
+    def load(self, id: str) -> Picture:
+        path = CELEBAHQ.find(self.root, id)
+        return prepare(images.open_rgb(path), path, self.size, self.crop)
+
+
+@dataclass(frozen=True)
+class FFHQ:
+    """FFHQ in its official folders of 1000, images1024x1024/00000/00000.png or thumbnails128x128/..., or flat.
+
+    Karras et al., StyleGAN, CVPR 2019, https://github.com/NVlabs/ffhq-dataset.
+    """
+
+    root: str | None
+    size: int = 256
+    version: Literal["images1024x1024", "thumbnails128x128"] = "images1024x1024"
+    list: str = "ffhq"
+    crop: Crop | None = None
+
+    @cached_property
+    def ids(self) -> Sequence[str]:
+        return FFHQ_LAYOUTS[self.version].present(self.root, read_list(self.list))
+
+    @property
+    def gallery(self) -> Sequence[str]:
+        return ()
+
+    def identity(self, id: str) -> str | None:
+        return None
+
+    def load(self, id: str) -> Picture:
+        path = FFHQ_LAYOUTS[self.version].find(self.root, id)
+        return prepare(images.open_rgb(path), path, self.size, self.crop)
+
+
+@dataclass(frozen=True)
+class LFW:
+    """Labeled Faces in the Wild, 250 px, Person/Person_0001.jpg, in the pairs of its official files.
+
+    Huang et al., 2007, https://vis-www.cs.umass.edu/lfw. The first picture of each pair is in the gallery, the second
+    is anonymized; each is listed once, where it first comes up. A picture may be both.
+
+    Args:
+        root: the folder that holds the pictures and the files of pairs.
+        size: of the pictures, pixels.
+        pairs: files of pairs in `root`, in LFW's own format or as CSV (name,i,j for a match, name,i,name,j for a
+            mismatch). The two by default hold 1,100 + 500 matches, the authors' 1,600 (their matchpairs.csv will do as
+            well). `pairs.txt` is the protocol View 2: 10 folds of 300 matches and then 300 mismatches.
+        mismatches: take the pairs of two persons too.
+        transform: `authors`: Resize 256, CenterCrop 200, Resize, bilinear; `lanczos`: `crop`, then one Lanczos resize.
+        crop: only with `lanczos`.
+    """
+
+    root: str | None
+    size: int = 256
+    pairs: Sequence[str] = ("pairsDevTrain.txt", "pairsDevTest.txt")
+    mismatches: bool = False
+    transform: Literal["authors", "lanczos"] = "authors"
+    crop: Crop | None = None
+
+    def __post_init__(self) -> None:
+        if self.transform not in ("authors", "lanczos"):
+            raise ValueError(f"transform is 'authors' or 'lanczos', not {self.transform!r}")
+        if self.transform == "authors" and self.crop is not None:
+            raise ValueError("the authors' transform has a crop of its own; take transform=lanczos with crop")
+
+    @cached_property
+    def comparisons(self) -> Sequence[tuple[str, str]]:
+        """The listed pairs (gallery id, probe id), in the files' order."""
+        listed = [pair for name in self.pairs for pair in read_pairs(LFW_LAYOUT.file(self.root, name))]
+        wanted = [(a, b) for a, b in listed if self.mismatches or person(a) == person(b)]
+        if not wanted:
+            raise ValueError(f"{self.root}: no pairs in {', '.join(self.pairs)}")
+        LFW_LAYOUT.present(self.root, [id for pair in wanted for id in pair])
+        return wanted
+
+    @cached_property
+    def ids(self) -> Sequence[str]:
+        return tuple(dict.fromkeys(second for _, second in self.comparisons))
+
+    @cached_property
+    def gallery(self) -> Sequence[str]:
+        return tuple(dict.fromkeys(first for first, _ in self.comparisons))
+
+    def identity(self, id: str) -> str | None:
+        return person(id)
+
+    def load(self, id: str) -> Picture:
+        path = LFW_LAYOUT.find(self.root, id)
+        picture = images.open_rgb(path)
+        if self.transform == "lanczos":
+            return prepare(picture, path, self.size, self.crop)
+        bilinear = PIL.Image.Resampling.BILINEAR
+        cropped = picture.resize((256, 256), bilinear).crop((28, 28, 228, 228))
+        return images.from_pil(cropped.resize((self.size, self.size), bilinear))
+
+
+@dataclass(frozen=True)
+class PairsFolder:
+    """Two pictures of each person, Person_Name_0001.webp: the first by name is in the gallery, the second anonymized.
+
+    `root` is a folder of pictures or of tar files, or a tar file. Without `list` all of its pictures are taken.
+    """
+
+    root: str | None
+    size: int = 256
+    list: str | None = None
+    crop: Crop | None = None
+
+    @cached_property
+    def ids(self) -> Sequence[str]:
+        return tuple(second for _, second in self._pairs)
+
+    @cached_property
+    def gallery(self) -> Sequence[str]:
+        return tuple(first for first, _ in self._pairs)
+
+    def identity(self, id: str) -> str | None:
+        return person(id)
+
+    def load(self, id: str) -> Picture:
+        return load_member(self._members, id, self.root, self.size, self.crop)
+
+    @cached_property
+    def _members(self) -> dict[str, "Member"]:
+        return members(self.root)
+
+    @cached_property
+    def _pairs(self) -> Sequence[tuple[str, str]]:
+        pictures = defaultdict(set)
+        for id in listed(self._members, self.list, self.root):
+            pictures[person(id)].add(id)
+        for name, ids in pictures.items():
+            if len(ids) != 2:
+                raise ValueError(f"{self.root}: {name} has {len(ids)} pictures ({', '.join(sorted(ids))}), expected 2")
+        return [(min(ids), max(ids)) for _, ids in sorted(pictures.items())]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of pictures or of tar files, or a tar file; ids are file names without suffix, sorted unless listed."""
+
+    root: str | None
+    size: int = 256
+    list: str | None = None
+    crop: Crop | None = None
+
+    @cached_property
+    def ids(self) -> Sequence[str]:
+        return listed(self._members, self.list, self.root)
+
+    @property
+    def gallery(self) -> Sequence[str]:
+        return ()
+
+    def identity(self, id: str) -> str | None:
+        return None
+
+    def load(self, id: str) -> Picture:
+        return load_member(self._members, id, self.root, self.size, self.crop)
+
+    @cached_property
+    def _members(self) -> dict[str, "Member"]:
+        return members(self.root)
+
+
+def read_list(name: str) -> tuple[str, ...]:
+    """The ids of the committed list `name`, or of the file at the path `name`.
+
+    One id a line, with or without a picture's suffix; `#` begins a comment; `0..29999` stands for all whole numbers
+    from the first to the last, `00000..69999` for the same with as many digits each.
+    """
+    committed = LISTS / f"{name}.txt"
+    path = committed if committed.is_file() else Path(name).expanduser()
+    if not path.is_file():
+        there = ", ".join(sorted(file.stem for file in LISTS.glob("*.txt")))
+        raise FileNotFoundError(f"no list of ids {name!r}: neither a file nor one of the committed lists {there}")
+    ids: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry = line.partition("#")[0].strip()
+        if span := re.fullmatch(r"(\d+)\.\.(\d+)", entry):
+            first, last = span.groups()
+            ids += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+        elif entry:
+            ids.append(entry.removesuffix(suffix) if (suffix := PurePosixPath(entry).suffix) in SUFFIXES else entry)
+    if not ids:
+        raise ValueError(f"{path}: a list without ids")
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{path}: {Counter(ids).most_common(1)[0][0]} is listed twice")
+    return tuple(ids)
+
+
+def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
+    """The pairs of ids in a file of LFW's format, or the same as CSV; counts and column names are passed over."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        fields = [field for field in re.split(r"[\t, ]+", line.strip()) if field]
+        match fields:
+            case [name, i, j] if i.isdecimal() and j.isdecimal():
+                yield lfw_id(name, i), lfw_id(name, j)
+            case [first, i, second, j] if i.isdecimal() and j.isdecimal():
+                yield lfw_id(first, i), lfw_id(second, j)
+            case [*counts] if number > 1 and not all(count.isdecimal() for count in counts):
+                raise ValueError(f"{path}, line {number}: {line!r} is no pair (name i j, or name i name j)")
+
+
+def lfw_id(name: str, number: str) -> str:
+    return f"{name}_{int(number):04}"
+
+
+def person(id: str) -> str:
+    """Person_Name of Person_Name_0001."""
+    return id.rpartition("_")[0]
+
+
+def prepare(picture: PIL.Image.Image, path: Path, size: int, crop: Crop | None) -> Picture:
+    """Crop to fractions (to the nearest pixel), then a square of `size` pixels."""
+    if crop is not None:
+        left, top, right, bottom = crop
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            raise ValueError(f"crop is left, top, right, bottom as fractions of the picture, not {list(crop)}")
+        width, height = picture.size
+        picture = picture.crop((round(left * width), round(top * height), round(right * width), round(bottom * height)))
+    if min(picture.size) < SMALLEST:
+        raise BadPicture(f"{path}: {picture.width} x {picture.height} pixels, less than {SMALLEST}")
+    return images.from_pil(images.resize(picture, size))
+
+
+# Where pictures are: published folder layouts, and flat folders or tar files.
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where below a root a collection keeps the picture `id` (of `person`), and how to get the collection."""
+
+    name: str
+    places: tuple[str, ...]
+    variable: str
+    source: str
+
+    def paths(self, root: str | None, id: str) -> list[Path]:
+        return [self.folder(root) / place.format(id=id, person=person(id)) for place in self.places]
+
+    def folder(self, root: str | None) -> Path:
+        if root is None:
+            raise FileNotFoundError(f"{self.name}: no folder given. {self.remedy}")
+        if not Path(root).expanduser().is_dir():
+            raise FileNotFoundError(f"{self.name}: there is no folder {root}. {self.remedy}")
+        return Path(root).expanduser()
+
+    def find(self, root: str | None, id: str) -> Path:
+        """The picture's file; raises BadPicture."""
+        paths = self.paths(root, id)
+        for path in paths:
+            if path.is_file():
+                return path
+        raise BadPicture(f"{self.name}: {id} is missing; looked for {', '.join(map(str, paths))}")
+
+    def present(self, root: str | None, ids: Iterable[str]) -> tuple[str, ...]:
+        """The ids as they are, if a single one of the pictures is there; else FileNotFoundError."""
+        ids = tuple(ids)
+        if not any(path.is_file() for id in ids for path in self.paths(root, id)):
+            looked = ", ".join(str(path.relative_to(self.folder(root))) for path in self.paths(root, ids[0]))
+            raise FileNotFoundError(
+                f"{self.name}: {root} holds none of the {len(ids)} pictures listed; looked for {looked} and so on. "
+                + self.remedy
+            )
+        return ids
+
+    def file(self, root: str | None, name: str) -> Path:
+        path = self.folder(root) / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{self.name}: there is no {path}. {self.remedy}")
+        return path
+
+    @property
+    def remedy(self) -> str:
+        return f"Set dataset.root=/path or {self.variable}. To be had: {self.source}"
+
+
+CELEBAHQ = Layout(
+    name="CelebA-HQ",
+    places=("CelebA-HQ-img/{id}.jpg", "{id}.jpg", "{id}.png"),
+    variable="KEYANON_CELEBAHQ",
+    source="CelebAMask-HQ.zip, linked from https://github.com/switchablenorms/CelebAMask-HQ (research only).",
+)
+FFHQ_LAYOUTS = {
+    version: Layout(
+        name="FFHQ",
+        places=(f"{version}/{{id:.2}}000/{{id}}.png", f"{version}/{{id}}.png", "{id:.2}000/{id}.png", "{id}.png"),
+        variable="KEYANON_FFHQ",
+        source=f"{version}, linked from https://github.com/NVlabs/ffhq-dataset.",
+    )
+    for version in ("images1024x1024", "thumbnails128x128")
+}
+LFW_LAYOUT = Layout(
+    name="LFW",
+    places=("{person}/{id}.jpg", "lfw/{person}/{id}.jpg", "lfw_funneled/{person}/{id}.jpg"),
+    variable="KEYANON_LFW",
+    source="lfw.tgz, pairs.txt, pairsDevTrain.txt and pairsDevTest.txt from https://vis-www.cs.umass.edu/lfw, in one "
+    "folder; or the folder lfw_home that scikit-learn's fetch_lfw_pairs(funneled=False) leaves.",
+)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A picture file, or the part of an uncompressed tar file that holds one."""
+
+    path: Path
+    archive: Path | None = None
+    start: int = 0
+    length: int = 0
+
+    def open_rgb(self) -> PIL.Image.Image:
+        if self.archive is None:
+            return images.open_rgb(self.path)
+        with self.archive.open("rb") as file:
+            file.seek(self.start)
+            return images.open_rgb(self.path, file.read(self.length))
+
+
+def members(root: str | None) -> dict[str, Member]:
+    """The pictures in a folder, in the tar files of a folder, or in a tar file, by file name without suffix."""
+    if root is None:
+        raise FileNotFoundError("no folder of pictures given. Set dataset.root=/path, to a folder or a tar file")
+    place = Path(root).expanduser()
+    if not place.exists():
+        raise FileNotFoundError(f"there is no {place}. Set dataset.root=/path, to a folder of pictures or a tar file")
+    found: dict[str, Member] = {}
+    for file in sorted(place.iterdir()) if place.is_dir() else [place]:
+        for member in tar_members(file) if file.suffix == ".tar" else [Member(file)]:
+            if member.path.suffix.lower() not in SUFFIXES or member.path.name.startswith("."):
+                continue
+            if member.path.stem in found:
+                both = f"{found[member.path.stem].path} and {member.path}"
+                raise ValueError(f"two pictures have the id {member.path.stem}: {both}; rename one of them")
+            found[member.path.stem] = member
+    if not found:
+        raise FileNotFoundError(
+            f"{place} holds no picture; looked for *{', *'.join(SUFFIXES)} in it or in its tar files"
+        )
+    return found
+
+
+def tar_members(archive: Path) -> Iterator[Member]:
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            for part in tar:
+                if part.isfile():
+                    yield Member(archive / part.name, archive, part.offset_data, part.size)
+    except tarfile.TarError as error:
+        raise ValueError(f"{archive}: not an uncompressed tar file ({error})") from error
+
+
+def listed(found: dict[str, Member], name: str | None, root: str | None) -> Sequence[str]:
+    """All ids found, sorted; or those of the list `name`, if a single one of them was found."""
+    if name is None:
+        return tuple(sorted(found))
+    ids = read_list(name)
+    if not any(id in found for id in ids):
+        raise FileNotFoundError(f"{root} holds none of the {len(ids)} pictures of the list {name}, such as {ids[0]}")
+    return ids
+
+
+def load_member(found: dict[str, Member], id: str, root: str | None, size: int, crop: Crop | None) -> Picture:
+    if id not in found:
+        raise BadPicture(f"{root} holds no picture {id}")
+    return prepare(found[id].open_rgb(), found[id].path, size, crop)

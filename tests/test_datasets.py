@@ -1,0 +1,376 @@
+"""Datasets on small folders made here in the published layouts; the committed lists; the real folders, if there."""
+
+import os
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from keyanon.datasets import FFHQ, LFW, LISTS, CelebAHQ, Folder, PairsFolder, prepare, read_list, read_pairs
+from keyanon.images import from_pil
+from keyanon.types import BadPicture, Dataset
+
+DATA = Path(os.environ.get("KEYANON_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+def draw(path, side=32, seed=None):
+    """A picture of one colour, or noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if seed is None:
+        PIL.Image.new("RGB", (side, side), (200, 100, 50)).save(path, quality=95)
+    else:
+        pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(path, quality=95)
+    return path
+
+
+def note(path, *lines):
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+# Lists
+
+
+def test_list_of_names_numbers_and_comments(tmp_path):
+    path = note(tmp_path / "mine.txt", "# rule", "593.jpg", "", "0008..0011  # four", "a.b_0001")
+    assert read_list(path) == ("593", "0008", "0009", "0010", "0011", "a.b_0001")
+
+
+def test_range_without_leading_zeros(tmp_path):
+    assert read_list(note(tmp_path / "x.txt", "8..11")) == ("8", "9", "10", "11")
+
+
+def test_bad_lists_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"x\.txt: 3 is listed twice"):
+        read_list(note(tmp_path / "x.txt", "1..5", "3"))
+    with pytest.raises(ValueError, match="without ids"):
+        read_list(note(tmp_path / "y.txt", "# nothing"))
+    with pytest.raises(FileNotFoundError, match=r"'nolist'.*celebahq, celebahq_mini"):
+        read_list("nolist")
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "first", "last"),
+    [
+        ("celebahq", 30_000, "0", "29999"),
+        ("celebahq_mini", 28, "005735", "196930"),
+        ("ffhq", 70_000, "00000", "69999"),
+        ("lfw_gray", 2600, "Abdel_Nasser_Assidi_0001", None),
+        ("utkface128_heldout", 1000, None, None),
+    ],
+)
+def test_committed_lists(name, count, first, last):
+    ids = read_list(name)
+    assert len(ids) == len(set(ids)) == count
+    assert first in (None, ids[0])
+    assert last in (None, ids[-1])
+
+
+def test_every_list_says_its_rule():
+    assert all(path.read_text().startswith("# ") for path in LISTS.glob("*.txt"))
+
+
+def test_lfw_gray_lists_two_pictures_of_each_person():
+    ids = read_list("lfw_gray")
+    assert list(ids) == sorted(ids)
+    assert set(Counter(id.rpartition("_")[0] for id in ids).values()) == {2}
+
+
+# Pictures
+
+
+def test_crop_then_resize():
+    picture = PIL.Image.new("RGB", (100, 100), "white")
+    picture.paste("black", (20, 30, 70, 80))
+    inside = prepare(picture, Path("x"), 50, (0.2, 0.3, 0.7, 0.8))
+    assert inside.shape == (3, 50, 50)
+    assert (inside == -1).all()
+    assert (prepare(picture, Path("x"), 100, (0, 0, 1, 1)) == from_pil(picture)).all()
+
+
+def test_crop_of_a_list_from_a_config():
+    assert prepare(PIL.Image.new("RGB", (64, 64)), Path("x"), 32, [0.25, 0, 1, 0.75]).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("crop", [(-0.1, 0, 1, 1), (0, 0, 1, 1.2), (0.5, 0, 0.5, 1)])
+def test_crop_outside_the_picture_is_refused(crop):
+    with pytest.raises(ValueError, match="fractions"):
+        prepare(PIL.Image.new("RGB", (64, 64)), Path("x"), 32, crop)
+
+
+def test_tiny_picture_is_bad():
+    with pytest.raises(BadPicture, match=r"face\.png: 8 x 40 pixels"):
+        prepare(PIL.Image.new("RGB", (8, 40)), Path("face.png"), 32, None)
+
+
+# CelebA-HQ and FFHQ
+
+
+@pytest.mark.parametrize("place", ["CelebA-HQ-img/{}.jpg", "{}.jpg", "{}.png"])
+def test_celebahq_layouts(tmp_path, place):
+    draw(tmp_path / place.format(7))
+    faces = CelebAHQ(str(tmp_path), size=16)
+    assert isinstance(faces, Dataset)
+    assert (len(faces.ids), faces.ids[593], len(faces.gallery), faces.identity("7")) == (30_000, "593", 0, None)
+    assert faces.load("7").shape == (3, 16, 16)
+    assert faces.load("7").mean(dim=(1, 2)).tolist() == pytest.approx(
+        [200 / 127.5 - 1, 100 / 127.5 - 1, 50 / 127.5 - 1], abs=0.03
+    )
+    with pytest.raises(BadPicture, match=r"CelebA-HQ: 8 is missing; looked for .*CelebA-HQ-img/8\.jpg"):
+        faces.load("8")
+
+
+def test_celebahq_in_the_order_of_a_list_file(tmp_path):
+    draw(tmp_path / "593.jpg")
+    order = note(tmp_path / "order.txt", "593.jpg", "11544.jpg", "10464.jpg")
+    assert CelebAHQ(str(tmp_path), list=order).ids == ("593", "11544", "10464")
+
+
+def test_missing_collections_say_what_to_do(tmp_path):
+    draw(tmp_path / "holiday.jpg")
+    with pytest.raises(
+        FileNotFoundError, match=r"none of the 30000.*CelebA-HQ-img/0\.jpg.*dataset\.root.*KEYANON_CELEBAHQ.*https"
+    ):
+        _ = CelebAHQ(str(tmp_path)).ids
+    with pytest.raises(FileNotFoundError, match=r"no folder given.*KEYANON_CELEBAHQ"):
+        _ = CelebAHQ(None).ids
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere.*KEYANON_FFHQ"):
+        _ = FFHQ(str(tmp_path / "nowhere")).ids
+    with pytest.raises(FileNotFoundError, match=r"pairsDevTrain\.txt.*KEYANON_LFW.*vis-www"):
+        _ = LFW(str(tmp_path)).ids
+    with pytest.raises(FileNotFoundError, match=r"no folder of pictures given.*dataset\.root"):
+        _ = Folder(None).ids
+
+
+@pytest.mark.parametrize("version", ["images1024x1024", "thumbnails128x128"])
+def test_ffhq_layouts(tmp_path, version):
+    draw(tmp_path / version / "12000" / "12345.png", seed=1)
+    draw(tmp_path / version / "54321.png", seed=2)
+    faces = FFHQ(str(tmp_path), size=16, version=version)
+    assert (len(faces.ids), faces.ids[12345]) == (70_000, "12345")
+    assert not torch.equal(faces.load("12345"), faces.load("54321"))
+    with pytest.raises(BadPicture, match="00001 is missing"):
+        faces.load("00001")
+    inner = FFHQ(str(tmp_path / version), size=16, version=version)
+    assert torch.equal(inner.load("12345"), faces.load("12345"))
+
+
+def test_a_broken_file_is_a_bad_picture(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(draw(tmp_path / "1.jpg", 64, seed=0).read_bytes()[:1000])
+    with pytest.raises(BadPicture, match=r"0\.jpg: not a readable picture"):
+        CelebAHQ(str(tmp_path)).load("0")
+
+
+# LFW
+
+
+@pytest.fixture
+def lfw(tmp_path):
+    """A miniature of LFW: six pictures, its three files of pairs, tabs and counts as in the originals."""
+    for name, count in (("Ann_Lee", 3), ("Bob", 2), ("Cid_de_la_Mar", 1)):
+        for number in range(1, count + 1):
+            draw(tmp_path / name / f"{name}_{number:04}.jpg", 250, seed=number)
+    note(
+        tmp_path / "pairsDevTrain.txt",
+        "2",
+        "Ann_Lee\t1\t2",
+        "Ann_Lee\t3\t2",
+        "Ann_Lee\t1\tBob\t1",
+        "Bob\t2\tCid_de_la_Mar\t1",
+    )
+    note(tmp_path / "pairsDevTest.txt", "1", "Bob\t1\t2", "Cid_de_la_Mar\t1\tAnn_Lee\t3")
+    note(tmp_path / "pairs.txt", "2\t1", "Bob\t1\t2", "Bob\t1\tAnn_Lee\t2", "Ann_Lee\t1\t3", "Cid_de_la_Mar\t1\tBob\t2")
+    return tmp_path
+
+
+def test_lfw_takes_the_matched_pairs(lfw):
+    faces = LFW(str(lfw))
+    assert isinstance(faces, Dataset)
+    assert faces.comparisons == [
+        ("Ann_Lee_0001", "Ann_Lee_0002"),
+        ("Ann_Lee_0003", "Ann_Lee_0002"),
+        ("Bob_0001", "Bob_0002"),
+    ]
+    assert faces.ids == ("Ann_Lee_0002", "Bob_0002")  # once, though it is in two pairs
+    assert faces.gallery == ("Ann_Lee_0001", "Ann_Lee_0003", "Bob_0001")
+    assert faces.identity("Cid_de_la_Mar_0001") == "Cid_de_la_Mar"
+
+
+def test_lfw_view_2_keeps_mismatches_and_order(lfw):
+    faces = LFW(str(lfw), pairs=("pairs.txt",), mismatches=True)
+    same = [faces.identity(a) == faces.identity(b) for a, b in faces.comparisons]
+    assert same == [True, False, True, False]
+    assert faces.comparisons[3] == ("Cid_de_la_Mar_0001", "Bob_0002")
+    assert faces.ids == ("Bob_0002", "Ann_Lee_0002", "Ann_Lee_0003")
+
+
+def test_lfw_pairs_as_csv(lfw):
+    note(lfw / "matchpairs.csv", "name,i,j", "Ann_Lee,1,2", "Bob,1,2")
+    assert LFW(str(lfw), pairs=["matchpairs.csv"]).ids == ("Ann_Lee_0002", "Bob_0002")
+
+
+def test_lfw_pairs_that_are_none(lfw):
+    path = Path(note(lfw / "odd.txt", "1", "Ann_Lee 1"))
+    with pytest.raises(ValueError, match=r"odd\.txt, line 2: 'Ann_Lee 1' is no pair"):
+        list(read_pairs(path))
+    note(lfw / "none.txt", "0")
+    with pytest.raises(ValueError, match=r"no pairs in none\.txt"):
+        _ = LFW(str(lfw), pairs=["none.txt"]).ids
+
+
+def test_lfw_in_a_subfolder_as_scikit_learn_leaves_it(lfw):
+    (lfw / "home").mkdir()
+    for folder in ("Ann_Lee", "Bob", "Cid_de_la_Mar"):
+        (lfw / folder).rename(lfw / "home" / folder)
+    (lfw / "home").rename(lfw / "lfw")
+    assert LFW(str(lfw)).load("Bob_0002").shape == (3, 256, 256)
+
+
+def test_lfw_transform_is_the_authors(lfw):
+    from torchvision import transforms  # cannot be imported before keyanon
+
+    authors = transforms.Compose(
+        [
+            transforms.Resize((256, 256)),
+            transforms.CenterCrop(200),
+            transforms.Resize((256, 256)),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5] * 3, [0.5] * 3),
+        ]
+    )
+    with PIL.Image.open(lfw / "Bob" / "Bob_0001.jpg") as picture:
+        expected = authors(picture.convert("RGB"))
+    assert torch.allclose(LFW(str(lfw)).load("Bob_0001"), expected, atol=1e-6)
+    assert not torch.allclose(LFW(str(lfw), transform="lanczos").load("Bob_0001"), expected, atol=0.1)
+
+
+def test_lfw_arguments_that_contradict():
+    with pytest.raises(ValueError, match="transform=lanczos"):
+        LFW("x", crop=(0, 0, 1, 1))
+    with pytest.raises(ValueError, match="'nearest'"):
+        LFW("x", transform="nearest")
+
+
+# Folders and tar files
+
+
+def packed(folder, archive):
+    with tarfile.open(archive, "w") as tar:
+        for path in sorted(folder.iterdir(), reverse=True):
+            tar.add(path, f"inside/{path.name}")
+    return str(archive)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    folder = tmp_path / "pairs"
+    for seed, name in enumerate(("Zoe_0004", "Zoe_0001", "Al_Ba_0011", "Al_Ba_0002")):
+        draw(folder / f"{name}.png", seed=seed)
+    return folder
+
+
+def test_pairs_folder(pairs):
+    faces = PairsFolder(str(pairs), size=16)
+    assert isinstance(faces, Dataset)
+    assert (faces.gallery, faces.ids) == (("Al_Ba_0002", "Zoe_0001"), ("Al_Ba_0011", "Zoe_0004"))
+    assert faces.identity("Al_Ba_0011") == "Al_Ba"
+
+
+def test_a_tar_file_holds_what_the_folder_holds(pairs, tmp_path):
+    folder, archive = PairsFolder(str(pairs)), PairsFolder(packed(pairs, tmp_path / "pairs.tar"))
+    assert (folder.ids, folder.gallery) == (archive.ids, archive.gallery)
+    for id in (*folder.ids, *folder.gallery):
+        assert torch.equal(folder.load(id), archive.load(id))
+    assert PairsFolder(str(tmp_path)).ids == archive.ids  # a folder of tar files
+
+
+def test_broken_picture_in_a_tar_file_is_named(pairs, tmp_path):
+    (pairs / "Zoe_0004.png").write_bytes(b"no picture")
+    faces = PairsFolder(packed(pairs, tmp_path / "pairs.tar"))
+    with pytest.raises(BadPicture, match=r"pairs\.tar/inside/Zoe_0004\.png"):
+        faces.load("Zoe_0004")
+    assert faces.load("Zoe_0001").shape == (3, 256, 256)
+
+
+def test_compressed_tar_file_is_refused(pairs, tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w:gz") as tar:
+        tar.add(pairs / "Zoe_0001.png")
+    with pytest.raises(ValueError, match=r"x\.tar: not an uncompressed tar file"):
+        _ = Folder(str(tmp_path / "x.tar")).ids
+
+
+@pytest.mark.parametrize("extra", ["Zoe_0009", "Solo_0001"])
+def test_pairs_of_three_or_of_one_are_refused(pairs, extra):
+    draw(pairs / f"{extra}.png")
+    with pytest.raises(ValueError, match=r"(Zoe has 3|Solo has 1) pictures \(.*\), expected 2"):
+        _ = PairsFolder(str(pairs)).ids
+
+
+def test_pairs_by_list(pairs, tmp_path):
+    draw(pairs / "Solo_0001.png")
+    wanted = note(tmp_path / "wanted.txt", "Zoe_0001", "Zoe_0004", "Gone_0001", "Gone_0002")
+    faces = PairsFolder(str(pairs), list=wanted)
+    assert faces.ids == ("Gone_0002", "Zoe_0004")
+    with pytest.raises(BadPicture, match="holds no picture Gone_0002"):
+        faces.load("Gone_0002")
+
+
+def test_folder_sorts_and_passes_over_other_files(tmp_path):
+    for name in ("b.PNG", "a10.jpg", "a2.webp", "Z.png"):
+        draw(tmp_path / name)
+    note(tmp_path / "readme.md", "no picture")
+    (tmp_path / "._a2.webp").write_bytes(b"left by another system")
+    faces = Folder(str(tmp_path), size=32, crop=(0, 0, 0.5, 0.5))
+    assert isinstance(faces, Dataset)
+    assert faces.ids == ("Z", "a10", "a2", "b")
+    assert (faces.gallery, faces.identity("b"), faces.load("b").shape) == ((), None, (3, 32, 32))
+
+
+def test_folder_by_list(tmp_path):
+    draw(tmp_path / "b.png")
+    draw(tmp_path / "a.png")
+    assert Folder(str(tmp_path), list=note(tmp_path / "l.txt", "b", "c", "a")).ids == ("b", "c", "a")
+    with pytest.raises(FileNotFoundError, match="holds none of the 1 pictures of the list"):
+        _ = Folder(str(tmp_path), list=note(tmp_path / "m.txt", "x")).ids
+
+
+def test_two_pictures_of_one_id_are_refused(tmp_path):
+    draw(tmp_path / "a.png")
+    draw(tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match=r"two pictures have the id a: .*a\.jpg and .*a\.png"):
+        _ = Folder(str(tmp_path)).ids
+
+
+def test_folder_without_pictures(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no picture; looked for \*\.bmp"):
+        _ = Folder(str(tmp_path)).ids
+    with pytest.raises(FileNotFoundError, match=r"there is no .*gone"):
+        _ = Folder(str(tmp_path / "gone")).ids
+
+
+# The real thing
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("dataset", "count", "gallery"),
+    [
+        (CelebAHQ(str(DATA / "celebahq-mini"), 128, "celebahq_mini", (0.178, 0.289, 0.827, 0.938)), 28, 0),
+        (PairsFolder(str(DATA / "lfw-gray"), 128, "lfw_gray"), 1300, 1300),
+        (Folder(str(DATA / "utkface128"), 128, "utkface128_heldout"), 1000, 0),
+    ],
+    ids=["celebahq_mini", "lfw_gray", "utkface_heldout"],
+)
+def test_shipped_folders(dataset, count, gallery):
+    if not DATA.is_dir():
+        pytest.skip(f"no faces at {DATA}; set KEYANON_DATA")
+    assert (len(dataset.ids), len(dataset.gallery)) == (count, gallery)
+    for id in (dataset.ids[0], dataset.ids[-1]):
+        picture = dataset.load(id)
+        assert picture.shape == (3, 128, 128)
+        assert -1 <= picture.min() < picture.max() <= 1
