@@ -50,7 +50,12 @@ def verification(embeddings: pd.DataFrame, dataset: Dataset, far: float) -> Iter
         for view, probes in rows[rows["view"] != GALLERY].groupby("view", sort=True):
             calibration = clean.set_index("id").loc[probes["id"]]
             for statistic in biometrics.verification_statistics(
-                stack(probes), stack(gallery), people(probes, dataset), people(gallery, dataset), stack(calibration), far
+                stack(probes),
+                stack(gallery),
+                people(probes, dataset),
+                people(gallery, dataset),
+                stack(calibration),
+                far,
             ):
                 yield str(view), str(recognizer), statistic
 

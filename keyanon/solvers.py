@@ -22,6 +22,7 @@ directions know the same path, the exact inverse undoes the sampler on the rest.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import torch
@@ -186,8 +187,8 @@ def anderson(
         images, residuals = [*images[-memory:], image.flatten(1)], [*residuals[-memory:], f]
         step = images[-1]
         if len(images) > 1:
-            dF = torch.stack([b - a for a, b in zip(residuals, residuals[1:], strict=False)], 2).double()
-            dG = torch.stack([b - a for a, b in zip(images, images[1:], strict=False)], 2)
+            dF = torch.stack([b - a for a, b in pairwise(residuals)], 2).double()
+            dG = torch.stack([b - a for a, b in pairwise(images)], 2)
             gram, right = dF.mT @ dF, dF.mT @ f.double()[:, :, None]
             ridge = 1e-12 * gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] * torch.eye(gram.shape[1]).to(gram)
             c = torch.linalg.lstsq(gram + ridge, right).solution

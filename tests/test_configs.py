@@ -24,7 +24,7 @@ def composed(*overrides: str):
 @pytest.mark.parametrize("leaf", TREE)
 def test_leaf_composes_and_instantiates(leaf: str, tmp_path: Path):
     group, _, name = leaf.rpartition("/")
-    overrides = [f"+{group}={name}" if group == "experiment" else f"{group}={[name] if group in MERGED else name}"]
+    overrides = [f"{group}={[name] if group in MERGED else name}"]
     if leaf == "key/file":
         write_new_key(tmp_path / "key")
         overrides.append(f"key.path={tmp_path / 'key'}")
@@ -32,7 +32,7 @@ def test_leaf_composes_and_instantiates(leaf: str, tmp_path: Path):
         overrides.append(f"dataset.root={tmp_path}")
     cfg = composed(*overrides)
     OmegaConf.resolve(cfg)
-    node = cfg[group] if group in cfg else cfg
+    node = cfg.get(group, cfg)
     if group in MERGED:
         assert list(node) == [name], f"{leaf}.yaml must hold exactly one entry, named {name}"
     if group != "experiment":

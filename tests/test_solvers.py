@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from keyanon.solvers import DDIM, Known, NoiseSchedule
+from keyanon.solvers import DDIM, Known, NoiseSchedule, anderson
 from tests.conftest import LDM_NOISE
 
 SCHEDULE = NoiseSchedule.of(DDIMScheduler(**LDM_NOISE))
@@ -95,3 +95,56 @@ def test_timesteps_equal_diffusers_leading_spacing(steps, offset):
 def test_more_steps_than_timesteps_is_refused():
     with pytest.raises(ValueError, match="1000 timesteps"):
         DDIM(1001).timesteps(SCHEDULE)
+
+
+def test_anderson_solves_a_linear_fixed_point_for_each_picture():
+    """z = A z + b has the solution (I - A)^-1 b; a plain iteration with this spectral radius would need hundreds."""
+    generator = torch.Generator().manual_seed(0)
+    q, _ = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=generator))
+    A = q @ torch.diag(torch.tensor([0.98, -0.9, 0.5, 0.3, -0.2, 0.1], dtype=torch.float64)) @ q.T
+    b = torch.randn(3, 6, dtype=torch.float64, generator=generator)
+    z, residual = anderson(lambda z: z @ A.T + b, torch.zeros(3, 6, dtype=torch.float64), 1e-10, 40, 6)
+    assert (residual <= 1e-10).all()
+    torch.testing.assert_close(z, torch.linalg.solve(torch.eye(6, dtype=torch.float64) - A, b.T).T, atol=1e-7, rtol=0)
+
+
+def test_anderson_says_what_did_not_converge():
+    z, residual = anderson(lambda z: 3 * z + 1, torch.ones(2, 1), 1e-6, 1, 5)
+    assert (residual > 1e-6).all()
+    assert torch.isfinite(z).all()
+
+
+@pytest.mark.parametrize("spacing", ["leading", "karras"])
+@pytest.mark.parametrize("closed", [False, True])
+def test_exact_inversion_is_the_inverse_of_sampling(spacing, closed):
+    """On the closed-form denoiser the implicit inverse undoes the sampler, with and without a known background."""
+    eps = gaussian_eps(torch.linspace(0.05, 4.0, 3 * 8 * 8, dtype=torch.float64).view(1, 3, 8, 8))
+    z0 = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    solver = DDIM(10, spacing, tolerance=1e-12)
+    mask = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
+    mask[..., 2:6, 2:6] = True
+    known = Known(mask, [a * z0 for a, _ in solver.levels(SCHEDULE)]) if closed else None
+    back = solver.sample(eps, SCHEDULE, solver.invert(eps, SCHEDULE, z0, known)[-1], known)
+    torch.testing.assert_close(back, z0, atol=1e-8, rtol=0)
+    naive = DDIM(10, spacing)
+    rough = naive.sample(eps, SCHEDULE, naive.invert(eps, SCHEDULE, z0, known)[-1], known)
+    assert (rough - z0).norm() > 1e-2 * z0.norm()
+
+
+def test_inversion_that_cannot_converge_warns_and_counts(caplog):
+    solver = DDIM(2, tolerance=1e-9, max_evaluations=2)
+    z0 = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    solver.invert(lambda z, t: torch.sin(20 * z), SCHEDULE, z0)
+    assert "did not converge for 2 of 2 pictures" in caplog.text
+
+
+def test_karras_spacing_is_even_in_sigma_to_the_seventh():
+    t = DDIM(10, "karras").timesteps(SCHEDULE)
+    assert t[0] == 0
+    assert t[-1] == 999
+    assert t == sorted(set(t))
+    root = [((1 / SCHEDULE.abar[i] - 1) ** 0.5) ** (1 / 7) for i in t]
+    gaps = [b - a for a, b in pairwise(root)]
+    assert max(gaps) / min(gaps) < 1.3
+    with pytest.raises(ValueError, match="fewer steps"):
+        DDIM(900, "karras").timesteps(SCHEDULE)
