@@ -17,7 +17,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.functional.image.lpips import _NoTrainLpips
 
 from keyanon.types import Image, Mask, Scores
-from keyanon.weights import Card, named, resolve
+from keyanon.weights import Card, missing, named, resolve
 
 PSNR_CEILING = 10 * math.log10(12 * 255**2)  # 58.9 dB
 SSIM_BORDER = 5  # pixels: half of its window
@@ -70,6 +70,10 @@ class LPIPS:
 
     card: str | Card = "lpips_alexnet"
     path: str | None = None
+
+    def missing(self) -> str | None:
+        """What a preflight says if AlexNet is not on this machine, None if it is; downloads nothing."""
+        return missing(named(self.card), self.path)
 
     def __call__(self, view: Image, original: Image, face: Mask) -> Scores:
         network = _alexnet_lpips(self.card, self.path).to(view.device)

@@ -156,6 +156,13 @@ def test_lpips_of_equal_pictures_and_of_a_single_one(pictures, random_alexnet):
     assert lpips(view[:1], original[:1], face[:1]).shape == (1,)
 
 
+def test_lpips_tells_a_preflight_what_it_lacks(random_alexnet, tmp_path):
+    assert LPIPS(path=str(random_alexnet)).missing() is None
+    message = LPIPS(path=str(tmp_path / "gone.pth")).missing()
+    assert message is not None
+    assert "lpips_alexnet" in message
+
+
 def test_lpips_refuses_a_file_that_is_not_alexnet(pictures, random_alexnet):
     with pytest.raises(WrongWeights, match="lpips_alexnet"):
         LPIPS(path=str(random_alexnet))(*pictures)
