@@ -81,7 +81,7 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
     }
     dataset_name, anonymizer_name = choices["dataset"], choices["anonymizer"]
     signature = provenance.signature(question)
-    folder = Path(cfg.runs) / cfg.name / f"{dataset_name}-{anonymizer_name}-{signature}"
+    folder: Path = Path(cfg.runs) / cfg.name / f"{dataset_name}-{anonymizer_name}-{signature}"
     folder.mkdir(parents=True, exist_ok=True)
     log.info("%s: %d pictures, key %s", folder, len(ids), key.fingerprint)
     same_attacks(folder, OmegaConf.to_container(cfg.attacks, resolve=True))

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.functional.image.lpips import _NoTrainLpips
 
+from keyanon.recognition import Detector
 from keyanon.types import Image, Mask, Scores
 from keyanon.weights import Card, missing, named, resolve
 
@@ -79,6 +80,19 @@ class LPIPS:
         network = _alexnet_lpips(self.card, self.path).to(view.device)
         distances: Tensor = network(view, original)  # b 1 1 1
         return distances.flatten()
+
+
+@dataclass(frozen=True)
+class Detected:
+    """1 where `detector` finds a face on the view, else 0; the mean is the detection rate, higher is better."""
+
+    detector: Detector
+
+    def cards(self) -> tuple[Card, ...]:
+        return self.detector.cards()
+
+    def __call__(self, view: Image, original: Image, face: Mask) -> Scores:
+        return torch.tensor([float(found is not None) for found in self.detector.detect(view)])
 
 
 def frechet_distance(a: ArrayLike, b: ArrayLike) -> float:

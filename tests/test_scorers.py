@@ -1,6 +1,7 @@
 """Scorers against closed forms, skimage and torchmetrics, on random pictures."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from scipy.linalg import sqrtm
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from keyanon.images import to_bytes, to_floats
-from keyanon.scorers import LPIPS, PSNR_CEILING, frechet_distance, mae, psnr, psnr_face, ssim, ssim_face
-from keyanon.weights import Card, Release, WrongWeights
+from keyanon.recognition import Detection
+from keyanon.scorers import LPIPS, PSNR_CEILING, Detected, frechet_distance, mae, psnr, psnr_face, ssim, ssim_face
+from keyanon.weights import CARDS, Card, Release, WrongWeights
 
 PLAIN = [psnr, ssim, psnr_face, ssim_face, mae]
 
@@ -199,3 +201,21 @@ def test_frechet_distance_leaves_missing_faces_out():
     holed = np.vstack([rows, np.full((3, 4), np.nan)])
     assert frechet_distance(holed, rows * 2) == pytest.approx(frechet_distance(rows, rows * 2))
     assert math.isnan(frechet_distance(rows, holed[19:]))
+
+
+@dataclass(frozen=True)
+class Bright:
+    """Finds a "face" on bright pictures."""
+
+    def detect(self, images):
+        return [Detection(np.zeros(4), np.zeros((5, 2)), 1.0) if image.mean() > 0 else None for image in images]
+
+    def cards(self):
+        return (CARDS["dlib"],)
+
+
+def test_detected_is_one_where_the_detector_finds_a_face():
+    view = torch.stack([torch.full((3, 8, 8), 0.5), torch.full((3, 8, 8), -0.5)])
+    detected = Detected(Bright())
+    assert detected(view, view, torch.ones(2, 1, 8, 8, dtype=torch.bool)).tolist() == [1.0, 0.0]
+    assert detected.cards() == (CARDS["dlib"],)
