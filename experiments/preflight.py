@@ -19,7 +19,10 @@ def missing_parts(*parts: Any) -> list[str]:
             message = part.missing()
             found |= {message: None} if message else {}
         if hasattr(part, "cards"):
-            found |= dict.fromkeys(message for card in part.cards() if (message := weights.missing(card)))
+            own, *others = [*part.cards(), None]
+            path = getattr(part, "weights", None)  # of the part's own card, which comes first
+            messages = [weights.missing(own, path) if own else None, *(weights.missing(card) for card in others if card)]
+            found |= dict.fromkeys(message for message in messages if message)
     return list(found)
 
 

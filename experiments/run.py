@@ -32,7 +32,7 @@ from keyanon.weights import MissingWeights, WrongWeights
 log = logging.getLogger(__name__)
 
 NOT_READY, FAILED = 2, 1
-SHEET_ROWS = 8
+SHEET_ROWS, SHOWN_SKIPPED = 8, 10
 SHEET_VIEWS = (runner.ORIGINAL, runner.MASK, runner.ANONYMIZED, runner.RECOVERED, "wrong_key")
 READABLE = (BadKey, BadHeader, BadModel, MissingWeights, WrongWeights, FileNotFoundError, ValueError, OSError)
 
@@ -90,9 +90,9 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
     generated = time.monotonic()
     runner.score(folder, ids, scorers, recognizers, cfg.batch_size)
     statistics = write_statistics(folder, dataset, cfg.far)
-    for id, reason in skipped.items():
+    for id, reason in list(skipped.items())[:SHOWN_SKIPPED]:
         log.warning("skipped %s: %s", id, reason)
-    log.info("%d of %d pictures skipped", len(skipped), len(ids))
+    log.info("%d of %d pictures skipped, all listed in %s", len(skipped), len(ids), folder / "skipped.csv")
 
     record = {
         "experiment": cfg.name,
