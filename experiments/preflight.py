@@ -21,7 +21,10 @@ def missing_parts(*parts: Any) -> list[str]:
         if hasattr(part, "cards"):
             own, *others = [*part.cards(), None]
             path = getattr(part, "weights", None)  # of the part's own card, which comes first
-            messages = [weights.missing(own, path) if own else None, *(weights.missing(card) for card in others if card)]
+            messages = [
+                weights.missing(own, path) if own else None,
+                *(weights.missing(card) for card in others if card),
+            ]
             found |= dict.fromkeys(message for message in messages if message)
     return list(found)
 

@@ -7,20 +7,17 @@ The weights spend the network on the coefficients that carry most of the picture
 exported model is the exponential moving average of the weights, in half precision.
 """
 
-import io
 import json
 import logging
 import signal
-import tarfile
 import time
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
 import numpy as np
-import PIL.Image
 import torch
 from diffusers.training_utils import EMAModel
 from huggingface_hub import load_state_dict_from_file, save_torch_state_dict
@@ -28,7 +25,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
-from keyanon.types import Image
+from keyanon.datasets import Folder, read_list
+from keyanon.images import to_bytes, to_floats
+from keyanon.types import Bytes, Image
 
 log = logging.getLogger(__name__)
 
@@ -36,35 +35,13 @@ STATS_PICTURES = 4096
 LOG_STEPS = 100
 
 
-def read_pictures(root: Path, size: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(id, uint8 h w 3) of every picture below `root`, packed in tar files or not, sorted by file name."""
-    if not root.is_dir():
-        raise FileNotFoundError(f"data.root: no folder {root}; unpack the training pictures there or name their folder")
-    for path in sorted(root.rglob("*")):
-        if path.suffix == ".tar":
-            with tarfile.open(path) as tar:
-                for member in sorted(tar.getmembers(), key=lambda m: m.name):
-                    stream = tar.extractfile(member)
-                    if stream is not None:
-                        yield Path(member.name).stem, decode(stream.read(), size)
-        elif path.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"}:
-            yield path.stem, decode(path.read_bytes(), size)
-
-
-def decode(data: bytes, size: int) -> np.ndarray:
-    with PIL.Image.open(io.BytesIO(data)) as picture:
-        rgb = picture.convert("RGB")
-    return np.asarray(rgb if rgb.size == (size, size) else rgb.resize((size, size), PIL.Image.Resampling.LANCZOS))
-
-
-def load_training_set(root: Path, size: int, heldout: Path) -> Tensor:
-    """uint8 (n 3 h w) of all pictures whose id is not in the held-out list."""
-    lines = heldout.read_text().splitlines()
-    excluded = {line for line in lines if line and not line.startswith("#")}
-    pictures = [pixels for name, pixels in read_pictures(root, size) if name not in excluded]
-    if not pictures:
-        raise FileNotFoundError(f"data.root: no training picture below {root}")
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+def load_pictures(root: str, size: int, heldout: str) -> tuple[Bytes, Bytes]:
+    """All pictures below `root` (a folder, of tar files or not): those to train on, and those of the list `heldout`."""
+    dataset, excluded = Folder(root, size), set(read_list(heldout))
+    train = [id for id in dataset.ids if id not in excluded]
+    with ThreadPoolExecutor() as pool:
+        read = [list(pool.map(lambda id: to_bytes(dataset.load(id)), ids)) for ids in (train, sorted(excluded))]
+    return torch.stack(read[0]), torch.stack(read[1])
 
 
 def augment(images: Image, scale: tuple[float, float], shift: float, generator: torch.Generator) -> Image:
@@ -151,16 +128,16 @@ def main(cfg: DictConfig) -> None:
     torch.manual_seed(cfg.seed)
     torch.set_num_threads(cfg.threads)
     device, out = torch.device(cfg.device), Path(cfg.out)
-    pictures = load_training_set(Path(cfg.data.root), cfg.data.size, Path(cfg.data.heldout))
+    pictures, _ = load_pictures(cfg.data.root, cfg.data.size, cfg.data.heldout)
     log.info("%d training pictures", len(pictures))
 
     def batch(indices: Tensor, generator: torch.Generator) -> Image:
-        images = pictures[indices].to(device).float() / 127.5 - 1
+        images = to_floats(pictures[indices].to(device))
         return augment(images, tuple(cfg.data.scale), cfg.data.shift, generator)
 
     sample = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(cfg.seed))[:STATS_PICTURES]
     raw = hydra.utils.instantiate(cfg.latent)
-    coefficients = torch.cat([raw.encode(part.float() / 127.5 - 1) for part in pictures[sample].split(256)])
+    coefficients = torch.cat([raw.encode(to_floats(part)) for part in pictures[sample].split(256)])
     std = coefficients.std((0, 2, 3))
     mean = coefficients.mean((0, 2, 3))
     latent = hydra.utils.instantiate(cfg.latent, mean=mean.tolist(), std=std.tolist(), _convert_="all")

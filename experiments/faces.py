@@ -1,0 +1,169 @@
+"""Draw the embedded faces, and measure the embedded model: `python -m experiments.faces --data /path/to/utkface128`.
+
+Two thousand samples of an unconditional model are compared with the pictures it was trained on and with those held out: how
+many show a face, how far their embeddings lie from real ones (Frechet distance, beside that of two halves of real pictures), and
+how near the nearest training picture comes (beside how near it comes to held-out ones). The first samples that pass the rule become
+the embedded dataset: a face is found, no earlier one of them looks like it, no training picture comes nearer than a bound.
+"""
+
+import argparse
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from experiments.plots import contact_sheet
+from experiments.train import load_pictures
+from keyanon.diffusion import LatentDiffusion
+from keyanon.images import to_bytes, to_floats, write_whole
+from keyanon.recognition import FACES128_TEMPLATE, ArcFaceOnnx, Detection, MtcnnDetector
+from keyanon.scorers import PSNR_CEILING, frechet_distance, psnr
+from keyanon.solvers import DDIM
+from keyanon.types import Bytes, Image
+
+BATCH = 32
+SIDE = 128
+DISTINCT, UNSEEN = 0.5, 0.6  # largest cosine to another embedded face, and to a training picture
+
+
+class TemplateDetector:
+    """Finds every face where the model's aligned crops have it: for embedding tens of thousands of such crops."""
+
+    def detect(self, images: Image) -> list[Detection | None]:
+        side = images.shape[-1]
+        face = Detection(np.array([0.0, 0.0, side, side]), FACES128_TEMPLATE * side, 1.0)
+        return [face] * len(images)
+
+    def cards(self) -> tuple[()]:
+        return ()
+
+
+def draw(model: LatentDiffusion, count: int, steps: int, seed: int) -> Bytes:
+    """`count` samples (n 3 h w); the i-th is a function of seed and i alone."""
+    channels, size = model.unet.config.in_channels, model.unet.config.sample_size
+    parts = []
+    for start in tqdm(range(0, count, BATCH), "draw", unit="batch"):
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(start, min(start + BATCH, count))]
+        noise = torch.stack([torch.randn(channels, size, size, generator=g) for g in generators])
+        parts.append(
+            to_bytes(model.decode(DDIM(steps).sample(model.eps, model.schedule, noise.to(model.device)))).cpu()
+        )
+    return torch.cat(parts)
+
+
+def embed(recognizer: ArcFaceOnnx, pictures: Bytes, title: str) -> NDArray[np.float64]:
+    """Unit rows (n d), NaN where no face is found."""
+    parts = tqdm(pictures.split(BATCH), title, unit="batch")  # type: ignore[no-untyped-call]
+    return np.concatenate([recognizer.embed(to_floats(part)).double().numpy() for part in parts])
+
+
+def choose(
+    found: NDArray[np.bool_], embeddings: NDArray[np.float64], nearest: NDArray[np.float64], count: int
+) -> list[int]:
+    """The first `count` samples that pass the rule."""
+    chosen: list[int] = []
+    for i in np.flatnonzero(found & (nearest <= UNSEEN)):
+        if not chosen or (embeddings[chosen] @ embeddings[i]).max() <= DISTINCT:
+            chosen.append(int(i))
+        if len(chosen) == count:
+            return chosen
+    raise ValueError(
+        f"only {len(chosen)} of {len(found)} samples pass the rule, {count} are wanted; draw more (--samples)"
+    )
+
+
+def nearest_cosine(probe: NDArray[np.float64], gallery: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.concatenate([(part @ gallery.T).max(1) for part in np.array_split(probe, max(1, len(probe) // 256))])
+
+
+def quantiles(values: NDArray[np.float64]) -> dict[str, float]:
+    defined = values[~np.isnan(values)]
+    return {
+        name: round(float(np.quantile(defined, q)), 4) for name, q in (("median", 0.5), ("p99", 0.99), ("max", 1.0))
+    }
+
+
+def webp(pixels: Tensor) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "WEBP", quality=90, method=6)
+    return buffer.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.faces", description="Draw and measure embedded faces.")
+    parser.add_argument("--data", required=True, help="the folder of the training pictures (UTKFace, 128 px)")
+    parser.add_argument("--heldout", default="utkface128_heldout")
+    parser.add_argument("--backbone", default="embedded:faces128")
+    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=int, default=256)
+    parser.add_argument("--out", type=Path, default=Path("keyanon/assets/faces"))
+    args = parser.parse_args()
+
+    train, heldout = load_pictures(args.data, SIDE, args.heldout)
+    model = LatentDiffusion(args.backbone)
+    samples = draw(model, args.samples, args.steps, args.seed)
+    fixed, searched = (ArcFaceOnnx("mobilefacenet", d) for d in (TemplateDetector(), MtcnnDetector(padding=0.25)))
+    aligned = {name: embed(fixed, part, name) for name, part in (("training", train), ("held out", heldout))}
+    drawn, found_at = embed(fixed, samples, "samples"), embed(searched, samples, "detect")
+    found, found_real = ~np.isnan(found_at).any(1), ~np.isnan(embed(searched, heldout, "detect held out")).any(1)
+    nearest = nearest_cosine(drawn, aligned["training"])
+
+    shuffled = np.random.default_rng(args.seed).permutation(len(aligned["training"]))
+    half = len(aligned["held out"])
+    reconstructed = to_floats(to_bytes(model.decode(model.encode(to_floats(heldout)))))
+    everywhere = torch.ones(len(heldout), 1, SIDE, SIDE, dtype=torch.bool)
+    back = embed(fixed, to_bytes(reconstructed), "held out, reconstructed")
+    report = {
+        "model": args.backbone,
+        "model_sha256": model.sha256,
+        "samples": {"count": len(samples), "ddim_steps": args.steps, "seed": args.seed},
+        "autoencoder_heldout": {
+            "psnr_db_mean": round(float(psnr(reconstructed, to_floats(heldout), everywhere).mean()), 2),
+            "psnr_db_ceiling": round(PSNR_CEILING, 2),
+            "cosine_mean": round(float((back * aligned["held out"]).sum(1).mean()), 4),
+        },
+        "detected": {"samples": round(float(found.mean()), 4), "heldout": round(float(found_real.mean()), 4)},
+        "frechet_distance": {
+            "samples_to_heldout": round(frechet_distance(drawn, aligned["held out"]), 4),
+            "training_to_heldout": round(
+                frechet_distance(aligned["training"][shuffled[:half]], aligned["held out"]), 4
+            ),
+        },
+        "nearest_training_cosine": {
+            "samples": quantiles(nearest),
+            "heldout": quantiles(nearest_cosine(aligned["held out"], aligned["training"])),
+        },
+    }
+    chosen = choose(found, found_at, nearest, args.keep)
+    report["embedded"] = {"kept": len(chosen), "largest_cosine_between": DISTINCT, "largest_cosine_to_training": UNSEEN}
+    write_faces(args.out, samples, chosen, report)
+    print(json.dumps(report, indent=2))
+
+
+def write_faces(folder: Path, samples: Bytes, chosen: Sequence[int], report: dict[str, object]) -> None:
+    """One WebP file a face, named by its place among the samples, the report, and a sheet of the first 64 samples as drawn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.webp"):
+        old.unlink()
+    for i in chosen:
+        write_whole(folder / f"{i:04d}.webp", webp(samples[i]))
+    write_whole(folder / "report.json", json.dumps(report, indent=2).encode() + b"\n")
+    contact_sheet({f"{c}": list(rows) for c, rows in enumerate(columns(samples[:64], 8))}, folder / "samples.png")
+
+
+def columns(pictures: Bytes, count: int) -> Iterator[Bytes]:
+    for c in range(count):
+        yield pictures[c::count]
+
+
+if __name__ == "__main__":
+    main()
