@@ -63,12 +63,15 @@ class Detector(Protocol):
 class MtcnnDetector:
     """facenet-pytorch's MTCNN with its own weights and thresholds (0.6, 0.7, 0.7; faces of 20 px or more).
 
-    `select` picks among several faces: the authors' "center_weighted_size" (area minus twice the squared distance
-    from the centre) or "largest". `padding` repeats the picture's edge around it, as a fraction of its shorter side,
-    before looking: 0 is the authors' protocol; tight crops need it (see MEASURED). Pictures are looked at one by one,
-    so that a result does not depend on its batch.
+    `select` picks among several faces: the authors' "center_weighted_size" (area minus twice the squared distance from
+    the centre) or "largest". `padding` repeats the picture's edge around it before looking, as a fraction of its
+    shorter side. 0 is the authors' protocol. Tight crops need 0.25: at 0 as many faces are found, but with points so
+    far off that mobilefacenet's TAR at FAR 1e-3 on 350 LFW pairs falls from 0.963 to 0.819 (0.15 and 0.5, mirrored or
+    black margins do as well as 0.25). Pictures are looked at one by one, so that a result does not depend on its
+    batch.
 
-    MEASURED
+    Found, with either padding: 499 of 500 UTKFace at 128 px, 698 of 700 LFW at 224 px, 28 of 28 CelebA-HQ at 256 and at
+    128 px, none on 308 pictures without a face (noise, textures, animals). Enlarging to 256 px finds no more.
     """
 
     select: Literal["center_weighted_size", "largest"] = "center_weighted_size"
@@ -104,7 +107,10 @@ class MtcnnDetector:
 class DlibDetector:
     """dlib's frontal face detector (HOG) with its 68 landmarks; the largest face where there are several.
 
-    The picture's edge is repeated around it by a quarter of its shorter side before looking; MEASURED2
+    The picture's edge is repeated around it by a quarter of its shorter side before looking: without, it found 113 of
+    120 LFW crops and 118 of 120 UTKFace, with it 118 and 119; half, mirrored or black margins and enlarging to 256 px
+    gain no more. Found in all: 495 of 500 UTKFace at 128 px, 682 of 700 LFW at 224 px, 28 of 28 CelebA-HQ at 256 and
+    at 128 px, none on 308 pictures without a face.
     """
 
     weights: str | None = None

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import sys
+import tarfile
 from collections import defaultdict
 from dataclasses import dataclass
 from hashlib import file_digest
@@ -141,7 +143,7 @@ def test_mtcnn_finds_the_one_face(astronaut, select, padding):
     assert left_eye[0] < nose[0] < right_eye[0]
     assert left_eye[1] < nose[1] < left_mouth[1]
     assert left_mouth[0] < right_mouth[0]
-    np.testing.assert_allclose(face.points.mean(0), [131, 113], atol=6)
+    np.testing.assert_allclose(face.points.mean(0), [129, 123], atol=4)
     assert face.box[0] < left_eye[0]
     assert face.box[3] > left_mouth[1]
     assert face.score > 0.9
@@ -149,14 +151,13 @@ def test_mtcnn_finds_the_one_face(astronaut, select, padding):
 
 def test_the_rule_chooses_among_two_faces(astronaut):
     small = torch.nn.functional.interpolate(astronaut, scale_factor=0.6, mode="bilinear", antialias=True)
-    both = torch.full((1, 3, 256, 512), 0.0)
+    both = torch.zeros(1, 3, 256, 640)
     both[..., :256] = astronaut
-    both[..., :153, 300:453] = small[..., :153, :153]
-    middle = torch.roll(both, -130, dims=-1)  # the small face nearer to the centre, the large one at the edge
-    (large,) = MtcnnDetector("largest").detect(middle)
-    (central,) = MtcnnDetector("center_weighted_size").detect(middle)
-    assert large.points[:, 0].mean() < 20
-    assert 220 < central.points[:, 0].mean() < 280
+    both[..., 54:207, 256:409] = small  # in the middle
+    (large,) = MtcnnDetector("largest").detect(both)
+    (central,) = MtcnnDetector("center_weighted_size").detect(both)
+    np.testing.assert_allclose(large.points[:, 0].mean(), 129, atol=4)
+    np.testing.assert_allclose(central.points[:, 0].mean(), 256 + 0.6 * 129, atol=4)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,6 @@ def test_dlib_agrees_with_mtcnn_on_the_points(astronaut, dlib_detector):
     assert [card.name for card in dlib_detector.cards()] == ["dlib_landmarks68"]
 
 
-@pytest.mark.weights
 def test_aligned_faces_land_on_the_template(astronaut):
     (face,) = MtcnnDetector().detect(astronaut)
     aligned = align(astronaut[0], face.points, 128)
@@ -193,7 +193,7 @@ def test_aligned_faces_land_on_the_template(astronaut):
 
 
 def test_without_dlib_the_message_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "dlib", None)
+    monkeypatch.setitem(sys.modules, "dlib", None)
     with pytest.raises(ImportError, match=r"keyanon\[offline\]"):
         import_dlib()
 
@@ -279,13 +279,11 @@ def test_the_facenet_margin_is_14_of_160():
     assert (facenet_crop(pixels, np.array([25.0, 25.0, 173.0, 173.0]))[:, :, 0] < 0).any()
 
 
-def test_the_astronaut_is_more_like_herself(facenet, astronaut):
-    del facenet
+def test_a_mirrored_picture_gives_a_mirrored_crop(astronaut):
+    mirrored = astronaut.flip(-1)
     detector = MtcnnDetector()
-    (face,) = detector.detect(astronaut)
-    (flipped,) = detector.detect(astronaut.flip(-1))
-    crops = [arcface_crop(to_pixels(x)[0], y.points) for x, y in ((astronaut, face), (astronaut.flip(-1), flipped))]
-    assert (crops[0] - crops[1].flip(-1)).abs().mean() < 0.1  # a mirrored picture gives a mirrored crop
+    crops = [arcface_crop(to_pixels(x)[0], detector.detect(x)[0].points) for x in (astronaut, mirrored)]
+    assert (crops[0] - crops[1].flip(-1)).abs().mean() < 0.1
 
 
 @pytest.mark.weights
@@ -319,13 +317,11 @@ def test_same_people_score_above_different_people(name, dlib_detector):
     similarity = (first @ second.T).numpy()
     genuine, impostor = np.diag(similarity), similarity[~np.eye(25, dtype=bool)]
     assert np.isnan(genuine).sum() <= 3
-    assert np.nanmean(genuine) > np.nanmean(impostor) + 0.1
+    assert np.nanmean(genuine) > np.nanmean(impostor) + 0.05
     assert np.mean(genuine[~np.isnan(genuine)] > np.nanquantile(impostor, 0.99)) > 0.85
 
 
 def lfw_pairs(count: int) -> list[list[torch.Tensor]]:
-    import tarfile
-
     archive = DATA / "lfw-gray" / "pairs.tar"
     if not archive.is_file():
         pytest.skip(f"{archive} is not there (KEYANON_DATA)")
@@ -348,7 +344,7 @@ def test_every_recognizer_config_is_made_without_weights(path, monkeypatch, tmp_
     from omegaconf import OmegaConf
 
     monkeypatch.setenv("KEYANON_CACHE", str(tmp_path))
-    made = instantiate(OmegaConf.load(path))
+    made = instantiate(OmegaConf.load(path), _convert_="all")
     assert list(made) == [path.stem]
     recognizer = made[path.stem]
     assert isinstance(recognizer, Recognizer)
