@@ -9,7 +9,7 @@ the embedded dataset: a face is found, no earlier one of them looks like it, no 
 import argparse
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,7 @@ def draw(model: LatentDiffusion, count: int, steps: int, seed: int) -> Bytes:
     """`count` samples (n 3 h w); the i-th is a function of seed and i alone."""
     channels, size = model.unet.config.in_channels, model.unet.config.sample_size
     parts = []
-    for start in tqdm(range(0, count, BATCH), "draw", unit="batch"):
+    for start in tqdm(range(0, count, BATCH), "draw", unit="batch", disable=None):
         generators = [torch.Generator().manual_seed(seed + i) for i in range(start, min(start + BATCH, count))]
         noise = torch.stack([torch.randn(channels, size, size, generator=g) for g in generators])
         parts.append(
@@ -60,7 +60,7 @@ def draw(model: LatentDiffusion, count: int, steps: int, seed: int) -> Bytes:
 
 def embed(recognizer: ArcFaceOnnx, pictures: Bytes, title: str) -> NDArray[np.float64]:
     """Unit rows (n d), NaN where no face is found."""
-    parts = tqdm(pictures.split(BATCH), title, unit="batch")  # type: ignore[no-untyped-call]
+    parts = tqdm(pictures.split(BATCH), title, unit="batch", disable=None)
     return np.concatenate([recognizer.embed(to_floats(part)).double().numpy() for part in parts])
 
 
@@ -80,6 +80,7 @@ def choose(
 
 
 def nearest_cosine(probe: NDArray[np.float64], gallery: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of each row of `probe` (n d), the largest cosine to a row of `gallery`."""
     return np.concatenate([(part @ gallery.T).max(1) for part in np.array_split(probe, max(1, len(probe) // 256))])
 
 
@@ -105,7 +106,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=int, default=256)
-    parser.add_argument("--out", type=Path, default=Path("keyanon/assets/faces"))
+    parser.add_argument("--out", type=Path, default=Path("keyanon/assets/faces"), help="where the chosen faces go")
+    parser.add_argument("--report", type=Path, default=Path("keyanon/assets/faces128"), help="... and what was measured")
     args = parser.parse_args()
 
     train, heldout = load_pictures(args.data, SIDE, args.heldout)
@@ -143,26 +145,21 @@ def main() -> None:
             "heldout": quantiles(nearest_cosine(aligned["held out"], aligned["training"])),
         },
     }
-    chosen = choose(found, found_at, nearest, args.keep)
+    chosen = choose(np.asarray(found), found_at, nearest, args.keep)
     report["embedded"] = {"kept": len(chosen), "largest_cosine_between": DISTINCT, "largest_cosine_to_training": UNSEEN}
-    write_faces(args.out, samples, chosen, report)
+    write_faces(args.out, samples, chosen)
+    write_whole(args.report / "report.json", json.dumps(report, indent=2).encode() + b"\n")
+    contact_sheet({f"{c}": list(samples[c:64:8]) for c in range(8)}, args.report / "samples.png")
     print(json.dumps(report, indent=2))
 
 
-def write_faces(folder: Path, samples: Bytes, chosen: Sequence[int], report: dict[str, object]) -> None:
-    """One WebP file a face, named by its place among the samples, the report, and a sheet of the first 64 samples as drawn."""
+def write_faces(folder: Path, samples: Bytes, chosen: Sequence[int]) -> None:
+    """One WebP file a face, named by its place among the samples; faces of an earlier model are removed."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.webp"):
         old.unlink()
     for i in chosen:
         write_whole(folder / f"{i:04d}.webp", webp(samples[i]))
-    write_whole(folder / "report.json", json.dumps(report, indent=2).encode() + b"\n")
-    contact_sheet({f"{c}": list(rows) for c, rows in enumerate(columns(samples[:64], 8))}, folder / "samples.png")
-
-
-def columns(pictures: Bytes, count: int) -> Iterator[Bytes]:
-    for c in range(count):
-        yield pictures[c::count]
 
 
 if __name__ == "__main__":

@@ -19,13 +19,10 @@ def missing_parts(*parts: Any) -> list[str]:
             message = part.missing()
             found |= {message: None} if message else {}
         if hasattr(part, "cards"):
-            own, *others = [*part.cards(), None]
-            path = getattr(part, "weights", None)  # of the part's own card, which comes first
-            messages = [
-                weights.missing(own, path) if own else None,
-                *(weights.missing(card) for card in others if card),
-            ]
-            found |= dict.fromkeys(message for message in messages if message)
+            for place, card in enumerate(part.cards()):
+                path = getattr(part, "weights", None) if place == 0 else None  # a part's own card comes first
+                message = weights.missing(card, path)
+                found |= {message: None} if message else {}
     return list(found)
 
 

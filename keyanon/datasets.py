@@ -216,6 +216,11 @@ class Folder:
         return members(self.root)
 
 
+def embedded_faces(size: int = 128) -> Folder:
+    """256 synthetic faces that the embedded model drew and this package ships (experiments/faces.py); nobody's pictures."""
+    return Folder(str(Path(__file__).with_name("assets") / "faces"), size)
+
+
 def read_list(name: str) -> tuple[str, ...]:
     """The ids of the committed list `name`, or of the file at the path `name`.
 

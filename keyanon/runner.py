@@ -8,7 +8,8 @@ are left to do, and every secret and nonce hangs on the picture's id.
 import csv
 import hashlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,8 @@ EMBEDDING_SCHEMA = pa.schema(
     [("id", pa.string()), ("view", pa.string()), ("scorer", pa.string()), ("embedding", pa.list_(pa.float32()))]
 )
 IO_WORKERS = 4
+PROGRESS = 0.5 if sys.stderr.isatty() else 20  # seconds between lines: a log file is read later
+SMALLEST_BATCH = 2  # one picture alone takes matrix-vector kernels, which round differently; the loop amplifies that
 
 
 def generate(
@@ -60,6 +63,7 @@ def generate(
 
     A picture is skipped when it cannot be read or shows no face to `parser`.
     """
+    batch_size = max(batch_size, SMALLEST_BATCH)
     views = [ORIGINAL, MASK, ANONYMIZED]
     if isinstance(method, Reversible):
         views += [RECOVERED, *attacks]
@@ -68,11 +72,9 @@ def generate(
     files = RunFiles(folder)
     skipped = files.skipped()
 
-    for id in tqdm([id for id in dataset.gallery if not files.has(GALLERY, id)], GALLERY, unit="image"):
-        try:
-            files.write(GALLERY, id, channel.to_bytes(dataset.load(id)[None])[0])
-        except BadPicture as bad:
-            skipped[id] = str(bad)
+    for batch in batches([id for id in dataset.gallery if not files.has(GALLERY, id)], batch_size, GALLERY):
+        good, pictures = load(dataset, batch, skipped)
+        files.write_all(GALLERY, good, [channel.to_bytes(picture) for picture in pictures])
     pending = [id for id in ids if id not in skipped and not all(files.has(view, id) for view in views)]
     for batch in batches(pending, batch_size, "anonymize and recover"):
         good, pictures = load(dataset, batch, skipped)
@@ -121,6 +123,7 @@ def score(
 
     A recognizer's score is the cosine of view and original; its embeddings are kept for verification, beside the scores.
     """
+    batch_size = max(batch_size, SMALLEST_BATCH)
     files = RunFiles(folder)
     views = files.views()
     done = {(row["id"], row["view"], row["scorer"]) for row in read_parts(folder / "scores").to_pylist()}
@@ -194,7 +197,9 @@ class RunFiles:
     def write(self, view: str, id: str, pixels: Tensor, header: bytes = b"") -> None:
         channel.write_png(self.path(view, id), pixels, header)
 
-    def write_all(self, view: str, ids: Sequence[str], pixels: Bytes, headers: Sequence[bytes] | None = None) -> None:
+    def write_all(
+        self, view: str, ids: Sequence[str], pixels: Iterable[Tensor], headers: Sequence[bytes] | None = None
+    ) -> None:
         headers = headers or [b""] * len(ids)
         with ThreadPoolExecutor(IO_WORKERS) as pool:
             list(pool.map(lambda args: self.write(view, *args), zip(ids, pixels, headers, strict=False)))
@@ -243,7 +248,7 @@ def load(dataset: Dataset, ids: Sequence[str], skipped: dict[str, str]) -> tuple
 
 def batches(ids: Sequence[str], size: int, title: str) -> Iterator[list[str]]:
     """Consecutive batches, with a progress bar that counts pictures."""
-    with tqdm(total=len(ids), desc=title, unit="image", disable=not ids) as bar:
+    with tqdm(total=len(ids), desc=title, unit="image", disable=not ids, mininterval=PROGRESS) as bar:
         for start in range(0, len(ids), size):
             batch = list(ids[start : start + size])
             yield batch
