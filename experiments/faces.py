@@ -107,7 +107,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=int, default=256)
     parser.add_argument("--out", type=Path, default=Path("keyanon/assets/faces"), help="where the chosen faces go")
-    parser.add_argument("--report", type=Path, default=Path("keyanon/assets/faces128"), help="... and what was measured")
+    parser.add_argument(
+        "--report", type=Path, default=Path("keyanon/assets/faces128"), help="... and what was measured"
+    )
     args = parser.parse_args()
 
     train, heldout = load_pictures(args.data, SIDE, args.heldout)

@@ -40,7 +40,9 @@ READABLE = (BadKey, BadHeader, BadModel, MissingWeights, WrongWeights, FileNotFo
 @hydra.main(config_path="../conf", config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     try:
-        run(cfg, dict(HydraConfig.get().runtime.choices))
+        folder = run(cfg, dict(HydraConfig.get().runtime.choices))
+        print(Path("results/tables", f"{cfg.name}.md").read_text("utf-8"))
+        print(f"pictures side by side: {folder / 'contact_sheet.png'}")
     except READABLE as error:
         log.debug("", exc_info=True)
         print(f"keyanon: {error}", file=sys.stderr)
