@@ -32,9 +32,8 @@ def missing_disk(folder: Path, pictures: int, views: int, size: int) -> list[str
     needed, free = int(pictures * views * size * size * 3 * BYTES_PER_VALUE), shutil.disk_usage(existing).free
     if needed <= free:
         return []
-    return [
-        f"disk: {folder} needs about {needed / 1e9:.1f} GB and has {free / 1e9:.1f} GB; free some, or set runs=/another/disk"
-    ]
+    need, have = needed / 1e6, free / 1e6
+    return [f"disk: {folder} needs about {need:,.1f} MB and has {have:,.1f} MB; free some, or set runs=/another/disk"]
 
 
 def walk(node: Any) -> Iterable[Any]:

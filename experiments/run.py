@@ -3,6 +3,7 @@
 Preflight, then make every view, then score it, then average, then write the table.
 """
 
+import errno
 import json
 import logging
 import sys
@@ -45,7 +46,8 @@ def main(cfg: DictConfig) -> None:
         print(f"pictures side by side: {folder / 'contact_sheet.png'}")
     except READABLE as error:
         log.debug("", exc_info=True)
-        print(f"keyanon: {error}", file=sys.stderr)
+        remedy = f"; free some below {cfg.runs} and start again to resume" if is_full_disk(error) else ""
+        print(f"keyanon: {error}{remedy}", file=sys.stderr)
         sys.exit(FAILED)
 
 
@@ -113,6 +115,10 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
     rows = tables.build(cfg.name, latest_cells(folder))
     log.info("%s.md: %s", Path("results/tables") / cfg.name, tables.summary(rows))
     return folder
+
+
+def is_full_disk(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.ENOSPC
 
 
 def sharded(ids: Sequence[str], shard: str) -> list[str]:
