@@ -54,6 +54,8 @@ def main(cfg: DictConfig) -> None:
 def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
     """One cell: the run folder, with its table written."""
     started = time.monotonic()
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
     key: MasterKey = instantiate(cfg.key)
     method = instantiate(cfg.anonymizer, _convert_="all")
     parser = instantiate(cfg.parser)

@@ -131,7 +131,8 @@ def score(
     skipped = files.skipped()
 
     def is_pending(id: str) -> bool:
-        return id not in skipped and any((id, view, scorer) not in done for view in views for scorer in wanted)
+        there = [view for view in views if files.has(view, id)]
+        return id not in skipped and any((id, view, scorer) not in done for view in there for scorer in wanted)
 
     for batch in batches([id for id in ids if is_pending(id)], batch_size, "score"):
         rows: list[dict[str, object]] = []
@@ -141,6 +142,8 @@ def score(
         face = files.read_all(MASK, names)[:, :1] > 127
         embedded = {name: recognizer.embed(original) for name, recognizer in recognizers.items()}
         for view in views:
+            if not all(files.has(view, id) for id in batch):
+                continue  # an attack that an earlier, larger run did not finish
             pictures = channel.to_floats(files.read_all(view, names))
             values: dict[str, Tensor] = {name: scorer(pictures, original, face) for name, scorer in scorers.items()}
             for name, recognizer in recognizers.items():

@@ -19,7 +19,7 @@ LAYOUT = [
 ]  # fmt: skip
 NOT_FOR_THE_LIBRARY = {"benchmarks", "experiments", "hydra", "omegaconf", "pandas", "wandb"}
 JUNK_DRAWERS = {"common", "helper", "helpers", "misc", "util", "utils"}
-BINARY = {".onnx", ".parquet", ".png", ".safetensors"}
+BINARY = {".onnx", ".parquet", ".png", ".safetensors", ".webp"}
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".pdf", ".png", ".svg", ".tif", ".tiff", ".webp"}
 PICTURE_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"BM", b"%PDF")
 PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
