@@ -27,6 +27,7 @@ from keyanon.types import Image, Latent
 from keyanon.weights import MissingWeights, offline
 
 Precision = Literal["fp32", "tf32", "bf16"]
+CHUNK = 4
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
@@ -88,14 +89,27 @@ class LatentDiffusion:
         return height // factor, width // factor
 
     def eps(self, z: Latent, t: int) -> Latent:
-        """The network's estimate of the noise in z at the timestep t, in fp32."""
+        """The network's estimate of the noise in z at the timestep t, in fp32.
+
+        On a CPU the network always sees CHUNK pictures at a time, the last ones filled up with copies: its kernels are
+        chosen by the batch's size and round differently, and the loop amplifies that to visible pixels.
+        """
+        if z.device.type == "cpu":
+            chunks = z.split(CHUNK)
+            filled = [torch.cat([c, c[-1:].expand(CHUNK - len(c), *c.shape[1:])]) for c in chunks]
+            out = torch.cat([self._network(c, t) for c in filled])[: len(z)]
+        else:
+            out = self._network(z, t)
+        if self._predicts_v:
+            abar = self.schedule.abar[t]
+            out = abar**0.5 * out + (1 - abar) ** 0.5 * z
+        return out
+
+    def _network(self, z: Latent, t: int) -> Latent:
         with torch.no_grad():
             steps = torch.full((z.shape[0],), t, device=z.device)
             prompt = () if self.condition is None else (self.condition.expand(z.shape[0], -1, -1),)
             out: Latent = self.unet(z.to(self._dtype), steps, *prompt).sample.float()
-        if self._predicts_v:
-            abar = self.schedule.abar[t]
-            out = abar**0.5 * out + (1 - abar) ** 0.5 * z
         return out
 
     @cached_property

@@ -46,7 +46,6 @@ EMBEDDING_SCHEMA = pa.schema(
 )
 IO_WORKERS = 4
 PROGRESS = 0.5 if sys.stderr.isatty() else 20  # seconds between lines: a log file is read later
-SMALLEST_BATCH = 2  # one picture alone takes matrix-vector kernels, which round differently; the loop amplifies that
 
 
 def generate(
@@ -63,7 +62,6 @@ def generate(
 
     A picture is skipped when it cannot be read or shows no face to `parser`.
     """
-    batch_size = max(batch_size, SMALLEST_BATCH)
     views = [ORIGINAL, MASK, ANONYMIZED]
     if isinstance(method, Reversible):
         views += [RECOVERED, *attacks]
@@ -123,7 +121,6 @@ def score(
 
     A recognizer's score is the cosine of view and original; its embeddings are kept for verification, beside the scores.
     """
-    batch_size = max(batch_size, SMALLEST_BATCH)
     files = RunFiles(folder)
     views = files.views()
     done = {(row["id"], row["view"], row["scorer"]) for row in read_parts(folder / "scores").to_pylist()}

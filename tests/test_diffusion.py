@@ -133,3 +133,16 @@ def test_incomplete_folders_are_refused(tiny_ldm, tmp_path):
     odd = LatentDiffusion(str(tmp_path), noise={**LDM_NOISE, "prediction_type": "sample"})
     with pytest.raises(BadModel, match="prediction_type sample"):
         odd.eps(torch.randn(1, 3, 16, 16), 0)
+
+
+def test_noise_of_a_picture_does_not_depend_on_the_batch(tiny_ldm):
+    """To the last bit on one thread: sizes around and beyond the chunk."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model = LatentDiffusion(str(tiny_ldm), noise=LDM_NOISE)
+    z = torch.randn(9, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    whole = model.eps(z, 400)
+    for size in (1, 3, 4, 5, 8):
+        assert torch.equal(model.eps(z[:size], 400), whole[:size])
+        assert torch.equal(model.eps(z[1 : 1 + size], 400), whole[1 : 1 + size])
+    torch.set_num_threads(threads)
