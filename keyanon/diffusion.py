@@ -95,9 +95,7 @@ class LatentDiffusion:
         chosen by the batch's size and round differently, and the loop amplifies that to visible pixels.
         """
         if z.device.type == "cpu":
-            chunks = z.split(CHUNK)
-            filled = [torch.cat([c, c[-1:].expand(CHUNK - len(c), *c.shape[1:])]) for c in chunks]
-            out = torch.cat([self._network(c, t) for c in filled])[: len(z)]
+            out = torch.cat([self._network(padded(chunk, CHUNK), t) for chunk in z.split(CHUNK)])[: len(z)]
         else:
             out = self._network(z, t)
         if self._predicts_v:
@@ -238,3 +236,8 @@ class LatentDiffusion:
         if kind not in {"epsilon", "v_prediction"}:
             raise BadModel(f"{self.folder}: prediction_type {kind}; this project runs epsilon and v_prediction")
         return kind == "v_prediction"
+
+
+def padded(batch: Tensor, size: int) -> Tensor:
+    """The batch filled up to `size` with copies of its last entry: kernels may round differently for other shapes."""
+    return torch.cat([batch, batch[-1:].expand(size - len(batch), *batch.shape[1:])])

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from keyanon import images as channel
 from keyanon.attacks import FloatChannel
+from keyanon.diffusion import padded
 from keyanon.types import (
     Anonymizer,
     Attack,
@@ -91,7 +92,7 @@ def generate(
         files.write_all(ORIGINAL, good, channel.to_bytes(originals))
         files.write_all(MASK, good, face_pictures(faces))
 
-        names, keys = [*good, *[good[-1]] * (batch_size - len(good))], [key] * batch_size
+        names, keys = filled(good, batch_size), [key] * batch_size
         todo = [view for view in views if not all(files.has(view, id) for id in good)]
         published = None
         if ANONYMIZED in todo or any(isinstance(attacks.get(view), FloatChannel) for view in todo):
@@ -134,7 +135,7 @@ def score(
     for batch in batches([id for id in ids if is_pending(id)], batch_size, "score"):
         rows: list[dict[str, object]] = []
         vectors: list[dict[str, object]] = []
-        names = [*batch, *[batch[-1]] * (batch_size - len(batch))]
+        names = filled(batch, batch_size)
         original = channel.to_floats(files.read_all(ORIGINAL, names))
         face = files.read_all(MASK, names)[:, :1] > 127
         embedded = {name: recognizer.embed(original) for name, recognizer in recognizers.items()}
@@ -164,7 +165,7 @@ def score(
     known = {(row["id"], row["scorer"]) for row in read_parts(folder / "embeddings", GALLERY).to_pylist()}
     for name, recognizer in recognizers.items():
         for batch in batches([id for id in gallery if (id, name) not in known], batch_size, f"{name}: gallery"):
-            names = [*batch, *[batch[-1]] * (batch_size - len(batch))]
+            names = filled(batch, batch_size)
             embedding = recognizer.embed(channel.to_floats(files.read_all(GALLERY, names)))
             vectors = [
                 {"id": id, "view": GALLERY, "scorer": name, "embedding": row.tolist()}
@@ -255,9 +256,9 @@ def batches(ids: Sequence[str], size: int, title: str) -> Iterator[list[str]]:
             bar.update(len(batch))
 
 
-def padded(batch: Tensor, size: int) -> Tensor:
-    """The batch filled up to `size` with copies of its last entry: kernels may round differently for other shapes."""
-    return torch.cat([batch, batch[-1:].expand(size - len(batch), *batch.shape[1:])])
+def filled(ids: Sequence[str], size: int) -> list[str]:
+    """The ids filled up to `size` with copies of the last, as `padded` fills their pictures."""
+    return [*ids, *[ids[-1]] * (size - len(ids))]
 
 
 def face_pictures(faces: Mask) -> Bytes:
