@@ -1,16 +1,26 @@
-"""Train an unconditional diffusion model of faces in a fixed latent: `python -m experiments.train --config-name faces128`.
+"""Train this project's own models: `python -m experiments.train --config-name faces128 data.root=...`.
+
+A diffusion model (configurations with `unet`), in the latent of a fixed or an already trained autoencoder:
 
     z0 = E(x),  z_t = sqrt(abar_t) z0 + sqrt(1 - abar_t) eps,  v = sqrt(abar_t) eps - sqrt(1 - abar_t) z0
-    minimize  sum_c w_c |v_c - net(z_t, t)_c|^2,  w_c ~ sqrt(std of channel c in pixels)         (v: arXiv 2202.00512, eq. 12)
+    minimize  sum_c w_c |v_c - net(z_t, t)_c|^2                                       (v: arXiv 2202.00512, eq. 12)
 
-The weights spend the network on the coefficients that carry most of the picture. Timesteps are stratified over the batch. The
-exported model is the exponential moving average of the weights, in half precision.
+On the block-DCT latent w_c ~ sqrt(std of channel c in pixels) spends the network on the coefficients that carry most of the
+picture; on a learned latent w = 1. Timesteps are stratified over the batch.
+
+An autoencoder (configurations with `vae`), without adversary or perceptual loss:
+
+    q(z | x) = N(mu(x), sigma(x)^2),   minimize  |x - D(mu + sigma eps)|_1 + lambda KL(q | N(0, 1))      (arXiv 1312.6114)
+
+The exported model is the exponential moving average of the weights, in half precision.
 """
 
 import json
 import logging
+import math
 import signal
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +29,8 @@ from typing import Any
 import hydra
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.training_utils import EMAModel
 from huggingface_hub import load_state_dict_from_file, save_torch_state_dict
 from omegaconf import DictConfig
@@ -104,23 +116,110 @@ class Training:
             }
 
 
-def export(folder: Path, net: Any, ema: EMAModel, latent: Any, scheduler: Any) -> None:
-    """Write the averaged network in half precision, the latent and the scheduler in the layout of a diffusers pipeline."""
-    ema.store(net.parameters())
-    ema.copy_to(net.parameters())
+@dataclass(frozen=True)
+class Task:
+    """What to train: the network, its loss on a batch of pictures at one step, and what is written when it is saved."""
+
+    net: Any
+    loss: Callable[[Image, torch.Generator], Tensor]
+    export: Callable[[], None]
+
+
+def diffusion(cfg: DictConfig, pictures: Bytes) -> Task:
+    device = torch.device(cfg.device)
+    sample = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(cfg.seed))[:STATS_PICTURES]
+    if "latent" in cfg:
+        raw = hydra.utils.instantiate(cfg.latent)
+        coefficients = torch.cat([raw.encode(to_floats(part)) for part in pictures[sample].split(256)])
+        std, mean = coefficients.std((0, 2, 3)), coefficients.mean((0, 2, 3))
+        latent = hydra.utils.instantiate(cfg.latent, mean=mean.tolist(), std=std.tolist(), _convert_="all")
+        weight = (std.sqrt() / std.sqrt().mean()).view(1, -1, 1, 1).to(device)
+        encode = latent.encode
+    else:
+        latent = AutoencoderKL.from_pretrained(Path(cfg.autoencoder) / "vae").to(device).eval().requires_grad_(False)
+        latent.to(memory_format=torch.channels_last)
+        weight = torch.ones(1, device=device)
+
+        def encode(images: Image) -> Tensor:
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+                mode: Tensor = latent.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist.mode()
+            return mode.float() * latent.config.scaling_factor
+
+    scheduler = hydra.utils.instantiate(cfg.scheduler)
+    alpha_bar = scheduler.alphas_cumprod.to(device)
+    net = hydra.utils.instantiate(cfg.unet, _convert_="all").to(device, memory_format=torch.channels_last)
+    forward = torch.compile(net) if cfg.compile else net
+
+    def loss(images: Image, generator: torch.Generator) -> Tensor:
+        z0, b = encode(images), len(images)
+        strata = (torch.randperm(b, generator=generator) + torch.rand(b, generator=generator)) / b
+        t = (strata * len(alpha_bar)).long().to(device)
+        noise = torch.randn(z0.shape, generator=generator).to(device)
+        a, s = alpha_bar[t].sqrt().view(-1, 1, 1, 1), (1 - alpha_bar[t]).sqrt().view(-1, 1, 1, 1)
+        z_t, v = a * z0 + s * noise, a * noise - s * z0
+        with torch.autocast(device.type, torch.bfloat16):
+            prediction = forward(z_t.contiguous(memory_format=torch.channels_last), t).sample
+        return (weight * (prediction.float() - v) ** 2).mean()
+
+    def export() -> None:
+        folder = Path(cfg.export)
+        halved(net).save_pretrained(folder / "unet")
+        if "latent" in cfg:
+            latent.save_config(folder / "latent")
+        scheduler.save_pretrained(folder / "scheduler")
+        part = ["latent", type(latent).__module__] if "latent" in cfg else ["vae", "diffusers"]
+        index = {
+            "_class_name": "LDMPipeline",
+            part[0]: [part[1], type(latent).__name__],
+            "scheduler": ["diffusers", type(scheduler).__name__],
+            "unet": ["diffusers", type(net).__name__],
+        }
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    return Task(net, loss, export)
+
+
+def autoencoder(cfg: DictConfig, pictures: Bytes) -> Task:
+    device = torch.device(cfg.device)
+    net = hydra.utils.instantiate(cfg.vae, _convert_="all").to(device, memory_format=torch.channels_last)
+    with torch.no_grad():
+        # As diffusers starts them, the decoder sees noise of sigma = 1 only and learns a constant. So: log sigma^2 = -6,
+        # and residual blocks that begin as the identity.
+        net.quant_conv.bias[net.config.latent_channels :] = -6.0
+        for block in net.modules():
+            if isinstance(block, ResnetBlock2D):
+                block.conv2.weight.zero_()
+                block.conv2.bias.zero_()
+
+    def rebuild(images: Image, noise: Tensor) -> tuple[Image, Tensor]:
+        posterior = net.encode(images).latent_dist
+        return net.decode(posterior.mean + posterior.std * noise).sample, posterior.kl()
+
+    forward = torch.compile(rebuild) if cfg.compile else rebuild
+    factor = 2 ** (len(net.config.block_out_channels) - 1)
+    shape = (net.config.latent_channels, cfg.data.size // factor, cfg.data.size // factor)
+
+    def loss(images: Image, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(len(images), *shape, generator=generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            rebuilt, kl = forward(images.contiguous(memory_format=torch.channels_last), noise)
+        return (rebuilt.float() - images).abs().mean() + cfg.kl_weight * kl.float().mean() / math.prod(shape)
+
+    def export() -> None:
+        """Latents are scaled to a standard deviation of 1 over the training pictures, as in LDM (arXiv 2112.10752, G)."""
+        sample = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(cfg.seed))[:256]
+        with torch.no_grad():
+            modes = [net.encode(to_floats(part).to(device)).latent_dist.mode() for part in pictures[sample].split(64)]
+        net.register_to_config(scaling_factor=1 / torch.cat(modes).std().item())
+        halved(net).save_pretrained(Path(cfg.export) / "vae")
+
+    return Task(net, loss, export)
+
+
+def halved(net: Any) -> Any:
     half = type(net).from_config(net.config)
     half.load_state_dict(net.state_dict())
-    half.to(torch.float16).save_pretrained(folder / "unet")
-    ema.restore(net.parameters())
-    latent.save_config(folder / "latent")
-    scheduler.save_pretrained(folder / "scheduler")
-    index = {
-        "_class_name": "LDMPipeline",
-        "latent": [type(latent).__module__, type(latent).__name__],
-        "scheduler": ["diffusers", type(scheduler).__name__],
-        "unet": ["diffusers", type(net).__name__],
-    }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return half.to(torch.float16)
 
 
 @hydra.main(config_path="../conf/train", config_name=None, version_base="1.3")
@@ -130,29 +229,14 @@ def main(cfg: DictConfig) -> None:
     device, out = torch.device(cfg.device), Path(cfg.out)
     pictures, _ = load_pictures(cfg.data.root, cfg.data.size, cfg.data.heldout)
     log.info("%d training pictures", len(pictures))
-
-    def batch(indices: Tensor, generator: torch.Generator) -> Image:
-        images = to_floats(pictures[indices].to(device))
-        return augment(images, tuple(cfg.data.scale), cfg.data.shift, generator)
-
-    sample = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(cfg.seed))[:STATS_PICTURES]
-    raw = hydra.utils.instantiate(cfg.latent)
-    coefficients = torch.cat([raw.encode(to_floats(part)) for part in pictures[sample].split(256)])
-    std = coefficients.std((0, 2, 3))
-    mean = coefficients.mean((0, 2, 3))
-    latent = hydra.utils.instantiate(cfg.latent, mean=mean.tolist(), std=std.tolist(), _convert_="all")
-    weight = (std.sqrt() / std.sqrt().mean()).view(1, -1, 1, 1).to(device)
-
-    scheduler = hydra.utils.instantiate(cfg.scheduler)
-    alpha_bar = scheduler.alphas_cumprod.to(device)
-    net = hydra.utils.instantiate(cfg.unet, _convert_="all").to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    ema = EMAModel(net.parameters(), decay=cfg.ema_decay, use_ema_warmup=True, power=0.75)
-    training = Training(net, ema, optimizer)
+    task = autoencoder(cfg, pictures) if "vae" in cfg else diffusion(cfg, pictures)
+    parameters = task.net.parameters
+    optimizer = torch.optim.AdamW(parameters(), lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    ema = EMAModel(parameters(), decay=cfg.ema_decay, use_ema_warmup=True, power=0.75)
+    training = Training(task.net, ema, optimizer)
     if (out / "state").exists():
         training.resume(out / "state")
         log.info("resumed at step %d", training.step)
-    forward = torch.compile(net) if cfg.compile else net
 
     stop = False
 
@@ -165,37 +249,32 @@ def main(cfg: DictConfig) -> None:
 
     def save() -> None:
         training.save(out / "state")
-        export(Path(cfg.export), net, ema, latent, scheduler)
+        ema.store(parameters())
+        ema.copy_to(parameters())
+        task.export()
+        ema.restore(parameters())
         log.info("saved at step %d", training.step)
 
-    begin = saved = time.monotonic()
+    begin = saved = window = time.monotonic()
     losses: list[float] = []
-    window = begin
     while not stop and time.monotonic() - begin < cfg.minutes * 60:
         # The generator hangs on the step, so that a resumed run draws what an uninterrupted one would.
         generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + training.step)
-        b = cfg.batch_size
-        z0 = latent.encode(batch(torch.randint(0, len(pictures), (b,), generator=generator), generator))
-        strata = (torch.randperm(b, generator=generator) + torch.rand(b, generator=generator)) / b
-        t = (strata * len(alpha_bar)).long().to(device)
-        noise = torch.randn(z0.shape, generator=generator).to(device)
-        a, s = alpha_bar[t].sqrt().view(-1, 1, 1, 1), (1 - alpha_bar[t]).sqrt().view(-1, 1, 1, 1)
-        z_t, v = a * z0 + s * noise, a * noise - s * z0
+        indices = torch.randint(0, len(pictures), (cfg.batch_size,), generator=generator)
+        images = augment(to_floats(pictures[indices].to(device)), tuple(cfg.data.scale), cfg.data.shift, generator)
         for group in optimizer.param_groups:
             group["lr"] = cfg.learning_rate * min(1.0, (training.step + 1) / cfg.warmup_steps)
-        with torch.autocast(device.type, torch.bfloat16):
-            prediction = forward(z_t.contiguous(memory_format=torch.channels_last), t).sample
-        loss = (weight * (prediction.float() - v) ** 2).mean()
+        loss = task.loss(images, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters(), 1.0)
         optimizer.step()
-        ema.step(net.parameters())
+        ema.step(parameters())
         training.step += 1
         losses.append(loss.item())
         if training.step % LOG_STEPS == 0:
             now = time.monotonic()
-            rate = LOG_STEPS * b / (now - window)
+            rate = LOG_STEPS * cfg.batch_size / (now - window)
             log.info("step %d  loss %.4f  %.0f pictures/s", training.step, np.mean(losses[-LOG_STEPS:]), rate)
             losses, window = losses[-LOG_STEPS:], now
         if time.monotonic() - saved > cfg.save_every_minutes * 60:
