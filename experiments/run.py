@@ -15,6 +15,7 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -33,6 +34,10 @@ from keyanon.weights import MissingWeights, WrongWeights
 log = logging.getLogger(__name__)
 
 NOT_READY, FAILED = 2, 1
+UNTOLD = {
+    "experiment", "dataset", "anonymizer", "name", "notes", "runs", "limit", "shard", "batch_size", "device", "threads",
+    "key", "wandb", "hydra", "recognizers", "scorers", "attacks", "backbone.source", "backbone.subfolder",
+}  # fmt: skip
 SHEET_ROWS, SHOWN_SKIPPED = 8, 10
 SHEET_VIEWS = (runner.ORIGINAL, runner.MASK, runner.ANONYMIZED, runner.RECOVERED, "wrong_key")
 READABLE = (BadKey, BadHeader, BadModel, MissingWeights, WrongWeights, FileNotFoundError, ValueError, OSError)
@@ -41,7 +46,9 @@ READABLE = (BadKey, BadHeader, BadModel, MissingWeights, WrongWeights, FileNotFo
 @hydra.main(config_path="../conf", config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     try:
-        folder = run(cfg, dict(HydraConfig.get().runtime.choices))
+        job = HydraConfig.get()
+        swept = telling(job.overrides.task) if job.mode == RunMode.MULTIRUN else []
+        folder = run(cfg, dict(job.runtime.choices), swept)
         print(Path("results/tables", f"{cfg.name}.md").read_text("utf-8"))
         print(f"pictures side by side: {folder / 'contact_sheet.png'}")
     except READABLE as error:
@@ -51,8 +58,8 @@ def main(cfg: DictConfig) -> None:
         sys.exit(FAILED)
 
 
-def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
-    """One cell: the run folder, with its table written."""
+def run(cfg: DictConfig, choices: dict[str, Any], swept: Sequence[str] = ()) -> Path:
+    """One cell: the run folder, with its table written. What it sets apart from the others of its sweep is in its name."""
     started = time.monotonic()
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
@@ -85,7 +92,7 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
         "key": key.fingerprint,
         "weights": [part.sha256 for part in preflight.walk(method) if isinstance(part, LatentDiffusion)],
     }
-    dataset_name, anonymizer_name = choices["dataset"], choices["anonymizer"]
+    dataset_name, anonymizer_name = choices["dataset"], ",".join([choices["anonymizer"], *swept])
     signature = provenance.signature(question)
     folder: Path = Path(cfg.runs) / cfg.name / f"{dataset_name}-{anonymizer_name}-{signature}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,6 +100,8 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
     same_attacks(folder, OmegaConf.to_container(cfg.attacks, resolve=True))
 
     skipped = runner.generate(folder, dataset, ids, method, key, attacks, parser, cfg.batch_size)
+    if ids and all(id in skipped for id in ids):
+        raise ValueError(f"none of the {len(ids)} pictures could be used; the first, {ids[0]}: {skipped[ids[0]]}")
     generated = time.monotonic()
     runner.score(folder, ids, scorers, recognizers, cfg.batch_size)
     statistics = write_statistics(folder, dataset, cfg.far)
@@ -117,6 +126,16 @@ def run(cfg: DictConfig, choices: dict[str, Any]) -> Path:
     rows = tables.build(cfg.name, latest_cells(folder))
     log.info("%s.md: %s", Path("results/tables") / cfg.name, tables.summary(rows))
     return folder
+
+
+def telling(overrides: Sequence[str]) -> list[str]:
+    """Of the overrides of a sweep's cell those that tell it from the others, where dataset and anonymizer do not."""
+
+    def tells(override: str) -> bool:
+        key = override.lstrip("+~").partition("=")[0]
+        return key not in UNTOLD and key.partition(".")[0] not in UNTOLD
+
+    return [override for override in overrides if tells(override)]
 
 
 def is_full_disk(error: Exception) -> bool:

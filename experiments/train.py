@@ -143,7 +143,7 @@ def diffusion(cfg: DictConfig, pictures: Bytes) -> Task:
         def encode(images: Image) -> Tensor:
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
                 mode: Tensor = latent.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist.mode()
-            return mode.float() * latent.config.scaling_factor
+            return mode.float() * float(latent.config.scaling_factor)
 
     scheduler = hydra.utils.instantiate(cfg.scheduler)
     alpha_bar = scheduler.alphas_cumprod.to(device)
@@ -159,7 +159,7 @@ def diffusion(cfg: DictConfig, pictures: Bytes) -> Task:
         z_t, v = a * z0 + s * noise, a * noise - s * z0
         with torch.autocast(device.type, torch.bfloat16):
             prediction = forward(z_t.contiguous(memory_format=torch.channels_last), t).sample
-        return (weight * (prediction.float() - v) ** 2).mean()
+        return torch.mean(weight * (prediction.float() - v) ** 2)
 
     def export() -> None:
         folder = Path(cfg.export)
@@ -190,25 +190,26 @@ def autoencoder(cfg: DictConfig, pictures: Bytes) -> Task:
             if isinstance(block, ResnetBlock2D):
                 block.conv2.weight.zero_()
                 block.conv2.bias.zero_()
+                if cfg.compile:
+                    # Block by block: compiled as a whole, on a CPU in bf16, the upsampling passes a gradient of zero back.
+                    block.compile()
 
-    def rebuild(images: Image, noise: Tensor) -> tuple[Image, Tensor]:
-        posterior = net.encode(images).latent_dist
-        return net.decode(posterior.mean + posterior.std * noise).sample, posterior.kl()
-
-    forward = torch.compile(rebuild) if cfg.compile else rebuild
     factor = 2 ** (len(net.config.block_out_channels) - 1)
     shape = (net.config.latent_channels, cfg.data.size // factor, cfg.data.size // factor)
 
     def loss(images: Image, generator: torch.Generator) -> Tensor:
         noise = torch.randn(len(images), *shape, generator=generator).to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            rebuilt, kl = forward(images.contiguous(memory_format=torch.channels_last), noise)
-        return (rebuilt.float() - images).abs().mean() + cfg.kl_weight * kl.float().mean() / math.prod(shape)
+            posterior = net.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
+            rebuilt = net.decode(posterior.mean + posterior.std * noise).sample
+        distance: Tensor = (rebuilt.float() - images).abs().mean()
+        divergence: Tensor = posterior.kl().float().mean() / math.prod(shape)
+        return torch.add(distance, divergence, alpha=cfg.kl_weight)
 
     def export() -> None:
         """Latents are scaled to a standard deviation of 1 over the training pictures, as in LDM (arXiv 2112.10752, G)."""
         sample = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(cfg.seed))[:256]
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # these shapes shall compile nothing anew
             modes = [net.encode(to_floats(part).to(device)).latent_dist.mode() for part in pictures[sample].split(64)]
         net.register_to_config(scaling_factor=1 / torch.cat(modes).std().item())
         halved(net).save_pretrained(Path(cfg.export) / "vae")

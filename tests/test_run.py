@@ -14,7 +14,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from experiments import tables
-from experiments.run import run, same_attacks, sharded
+from experiments.run import run, same_attacks, sharded, telling
 from keyanon.keys import write_new_key
 from tests.conftest import ROOT, smooth_picture
 
@@ -187,3 +187,24 @@ def test_a_view_is_not_mixed_from_two_attacks(tmp_path):
     same_attacks(tmp_path, {"jpeg": {"quality": 90}, "other": {}})
     with pytest.raises(ValueError, match="other settings"):
         same_attacks(tmp_path, {"jpeg": {"quality": 50}})
+
+
+def test_a_sweep_makes_one_table_with_a_row_for_each_cell(faces, tiny_ldm, tmp_path):
+    small = [o for o in overrides(faces, tiny_ldm, "limit=3") if not o.startswith("solver.steps")]
+    done = command("--multirun", *small, "solver.steps=1,2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = set(pd.read_csv(tmp_path / "results/tables/tiny.csv")["anonymizer"])
+    told = "signflip,backbone=ldm_ffhq,parser=ellipse,solver.steps="
+    assert names == {told + "1", told + "2"}
+
+
+def test_a_sweeps_cells_are_told_apart_by_what_they_vary():
+    overrides = ["experiment=a", "dataset.root=/faces", "solver.steps=10", "+parser.forehead=0.5", "limit=3"]
+    assert telling(overrides) == ["solver.steps=10", "+parser.forehead=0.5"]
+
+
+def test_pictures_that_all_had_to_be_skipped_are_said_in_one_line(faces, tiny_ldm, tmp_path):
+    done = command(*overrides(faces, tiny_ldm, "limit=2"), cwd=tmp_path)
+    assert done.returncode == 1
+    assert "none of the 2 pictures could be used; the first, broken" in done.stderr
+    assert "Traceback" not in done.stderr
