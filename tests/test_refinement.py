@@ -80,7 +80,7 @@ def test_refined_picture_encodes_to_the_latent(scene, tone):
     assert scene.start.abs().max() > 1.02
     plain = to_bytes(scene.start)
     refined = Refinement(tone)(scene.backbone, scene.z, scene.start, scene.free, scene.cells)
-    assert error(scene, refined, tone) < 0.3 * error(scene, plain)
+    assert error(scene, refined, tone) < 0.3 * error(scene, plain, ToneCurve())
     assert (refined.float() - plain.float()).square().mean().sqrt() < 255 * 10 ** (-45 / 20)
 
 
