@@ -1,0 +1,172 @@
+"""The 8-bit picture whose encoding is a wanted latent z*, rather than the rounded and clipped decoding of z*.
+
+    x = argmin |E(x) - z*|^2 + mu |x - D(z*)|^2   over x in L^n on the free pixels, x given on the others
+
+L are the 256 values that a byte stands for, and the first norm runs over the latent cells that the receiver will read. Decoders
+leave [-1, 1], and clipping them costs more than rounding. The receiver's E reads far fewer numbers than the picture has, so the
+rest of the picture can make up for both.
+
+Block DCT. Each block is a problem of its own, with E(x) = B x + b. Over the box [min L, max L]^n its dual is unconstrained:
+
+    x(l) = clip(D(z*) + B^T l),      B x(l) + b - z* + mu l = 0,
+
+and Newton's method (Jacobian B diag(x(l) is not clipped) B^T + mu) ends in a few steps. Rounding then moves one pixel of each block
+at a time by one level, the one that lowers |E(x) - z*|^2 most, until none does.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from keyanon.block_dct import BLOCK, BlockDCT
+from keyanon.diffusion import LatentDiffusion
+from keyanon.images import to_bytes, to_floats
+from keyanon.types import Bytes, Image, Latent, Mask
+
+Levels = Float[Tensor, "256"]  # what each byte stands for, ascending
+
+NEWTON_STEPS = 30
+NEWTON_TOLERANCE = 1e-9
+STEP_LENGTHS = 10  # 1, 1/2, 1/4, ...
+ROUNDING_MOVES = 400  # pixels of a block that are moved by a level
+
+
+@dataclass(frozen=True)
+class ToneCurve:
+    """What bytes stand for inside the face: more than [-1, 1], so that little of D(z*) is clipped.
+
+    The curve is the usual one between -knee and knee, and goes on from there in a straight line to `reach` at white and to
+    -reach at black. The default is the usual one throughout. ToneCurve(0.95, 1.35) spends six levels at either end.
+    """
+
+    knee: float = 1.0
+    reach: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.knee < 1 <= self.reach or self.knee == self.reach == 1):
+            raise ValueError(f"tone curve: knee={self.knee}, reach={self.reach}; it needs 0 < knee < 1 <= reach")
+
+    def levels(self) -> Levels:
+        usual = to_floats(torch.arange(256)).double()
+        beyond = (usual.abs() - self.knee).clamp(min=0)
+        slope = (self.reach - self.knee) / (1 - self.knee) if self.knee < 1 else 1.0
+        return usual + usual.sign() * beyond * (slope - 1)
+
+    def read(self, published: Bytes, free: Mask) -> Image:
+        """The floats of published bytes: by the curve on the free pixels, the usual ones elsewhere."""
+        return torch.where(free, self.levels().float().to(published.device)[published.long()], to_floats(published))
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """Finds the published picture for a latent.
+
+    Args:
+        tone: what the receiver takes the bytes of free pixels for.
+        pull: mu above, of the stay near D(z*); at 0.01 a block that no picture can encode looks no worse than clipped.
+    """
+
+    tone: ToneCurve = ToneCurve()
+    pull: float = 0.01
+
+    def __call__(self, backbone: LatentDiffusion, target: Latent, start: Image, free: Mask, cells: Mask) -> Bytes:
+        """Bytes whose encoding, once the receiver has read them by `tone.read(bytes, free)`, is near `target` on `cells`.
+
+        Args:
+            backbone: the receiver's.
+            target: z*.
+            start: D(z*) unclipped on the free pixels, the given picture's floats on the others.
+            free: (b, 1, h, w) pixels that may change; the others are published as they are.
+            cells: (b, 1, u, v) what counts of the latent.
+        """
+        levels = self.tone.levels().to(start.device)
+        if isinstance(backbone.autoencoder, BlockDCT):
+            return refine_blocks(backbone.autoencoder, target, start, free, cells, levels, self.pull)
+        raise NotImplementedError("refinement of pictures for a learned autoencoder")
+
+
+def refine_blocks(
+    latent: BlockDCT, target: Latent, start: Image, free: Mask, cells: Mask, levels: Levels, pull: float
+) -> Bytes:
+    """The refined picture where E is the block DCT; float64, blocks independent of each other."""
+    basis = torch.eye(3 * BLOCK**2, dtype=torch.float64, device=start.device)
+    offset = latent.encode(torch.zeros(1, 3, BLOCK, BLOCK).to(basis)).flatten()
+    B = (latent.encode(basis.view(-1, 3, BLOCK, BLOCK)).flatten(1) - offset).T
+
+    counted = cells[:, 0]
+    blocks = pixel_unshuffle(start.double(), BLOCK).movedim(1, 3)  # b u v 192
+    blocks_free = pixel_unshuffle(free.expand_as(start).double(), BLOCK).movedim(1, 3) > 0
+    x, movable = blocks[counted], blocks_free[counted]
+    wanted = target.double().movedim(1, 3)[counted] - offset
+
+    low, high = (torch.where(movable, end, x) for end in (levels[0], levels[-1]))
+    chosen = round_blocks(B, wanted, project_blocks(B, wanted, x, low, high, pull), movable, levels)
+
+    published = torch.where(blocks_free, nearest(blocks, levels), to_bytes(blocks))
+    published[counted] = torch.where(movable, chosen, to_bytes(x))
+    return pixel_shuffle(published.movedim(3, 1), BLOCK)
+
+
+def project_blocks(
+    B: Float[Tensor, "c p"],
+    wanted: Float[Tensor, "n c"],
+    start: Float[Tensor, "n p"],
+    low: Float[Tensor, "n p"],
+    high: Float[Tensor, "n p"],
+    pull: float,
+) -> Float[Tensor, "n p"]:
+    """argmin |B x - wanted|^2 + pull |x - start|^2 over low <= x <= high, by Newton's method on the dual."""
+    dual = torch.zeros_like(wanted)
+    lengths = 0.5 ** torch.arange(STEP_LENGTHS).to(B)[:, None, None]
+    ridge = pull * torch.eye(len(B)).to(B)
+    todo = torch.arange(len(wanted), device=wanted.device)
+    for _ in range(NEWTON_STEPS):
+        x = start[todo] + dual[todo] @ B
+        gradient = x.clamp(low[todo], high[todo]) @ B.T - wanted[todo] + pull * dual[todo]
+        rough = gradient.norm(dim=1) > NEWTON_TOLERANCE
+        todo, x, gradient = todo[rough], x[rough], gradient[rough]
+        if not len(todo):
+            break
+        loose = (low[todo] < x) & (x < high[todo])
+        step = torch.linalg.solve((B * loose[:, None]) @ B.T + ridge, gradient)
+        trials = dual[todo] - lengths * step
+        x = start[todo] + trials @ B
+        inside = x.clamp(low[todo], high[todo])
+        value = (inside * (x - inside / 2)).sum(2) - (trials * wanted[todo]).sum(2) + pull / 2 * trials.square().sum(2)
+        dual[todo] = trials[value.argmin(0), torch.arange(len(todo), device=todo.device)]
+    return (start + dual @ B).clamp(low, high)
+
+
+def round_blocks(
+    B: Float[Tensor, "c p"],
+    wanted: Float[Tensor, "n c"],
+    x: Float[Tensor, "n p"],
+    movable: Bool[Tensor, "n p"],
+    levels: Levels,
+) -> Tensor:
+    """Bytes (n p) for the movable pixels near x, such that B x keeps near `wanted`."""
+    number, todo = nearest(x, levels).long(), torch.arange(len(x), device=x.device)
+    gap = torch.cat([levels.diff(), levels.new_tensor([torch.inf])])
+    gap_below = gap.roll(1)
+    gram = B.T @ B
+    gradient = (torch.where(movable, levels[number], x) @ B.T - wanted) @ B
+    for _ in range(ROUNDING_MOVES):
+        slope, here = gradient[todo], number[todo]
+        move = torch.where(slope > 0, -gap_below[here], gap[here])
+        change = move * (2 * slope + move * gram.diagonal())
+        change, pixel = torch.where(movable[todo] & move.isfinite(), change, torch.inf).min(1)
+        lowers = change < -1e-14
+        move, pixel, todo = move[lowers, pixel[lowers]], pixel[lowers], todo[lowers]
+        if not len(todo):
+            break
+        number[todo, pixel] += move.sign().long()
+        gradient[todo] += move[:, None] * gram[pixel]
+    return number.to(torch.uint8)
+
+
+def nearest(x: Tensor, levels: Levels) -> Tensor:
+    """The bytes whose levels are nearest to x."""
+    return torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)

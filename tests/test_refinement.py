@@ -1,0 +1,103 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from scipy.optimize import lsq_linear
+
+from keyanon.block_dct import BlockDCT
+from keyanon.images import to_bytes, to_floats
+from keyanon.refinement import Refinement, ToneCurve, project_blocks
+
+
+def test_the_usual_curve_reads_bytes_as_usual():
+    published = torch.arange(192, dtype=torch.uint8).view(1, 3, 8, 8)
+    everywhere = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    assert torch.equal(ToneCurve().read(published, everywhere), to_floats(published))
+
+
+def test_tone_curve_bends_at_the_knee_and_ends_at_its_reach():
+    levels = ToneCurve(0.9, 1.5).levels()
+    usual = to_floats(torch.arange(256)).double()
+    assert (levels.diff() > 0).all()
+    assert levels[[0, -1]].tolist() == pytest.approx([-1.5, 1.5])
+    assert torch.equal(levels[usual.abs() < 0.9], usual[usual.abs() < 0.9])
+    torch.testing.assert_close(levels, -levels.flip(0), atol=1e-6, rtol=0)
+
+
+def test_tone_curve_leaves_pixels_outside_the_face_alone():
+    published = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+    left = torch.tensor([[[[True, False], [True, False]]]])
+    assert ToneCurve(0.9, 1.5).read(published, left)[0, 0, 0].tolist() == pytest.approx([1.5, 1.0])
+
+
+@pytest.mark.parametrize(("knee", "reach"), [(1.0, 1.2), (0.9, 0.95), (0.0, 1.2)])
+def test_tone_curves_that_lose_values_are_refused(knee, reach):
+    with pytest.raises(ValueError, match="tone curve"):
+        ToneCurve(knee, reach)
+
+
+def test_projection_equals_scipys_bounded_least_squares():
+    """Feasible and infeasible blocks, one with fixed pixels, against scipy's active-set solver on the stacked problem."""
+    generator = torch.Generator().manual_seed(0)
+    B = torch.randn(3, 8, generator=generator, dtype=torch.float64)
+    start = 1.5 * torch.randn(4, 8, generator=generator, dtype=torch.float64)
+    wanted = torch.stack([start[0] @ B.T, start[1] @ B.T, 9 * start[2] @ B.T, start[3] @ B.T])
+    low, high = -torch.ones(4, 8, dtype=torch.float64), torch.ones(4, 8, dtype=torch.float64)
+    low[3, :4], high[3, :4] = start[3, :4], start[3, :4]
+    x = project_blocks(B, wanted, start, low, high, 0.01)
+    for i in range(4):
+        stacked = torch.cat([B, 0.1 * torch.eye(8).double()]), torch.cat([wanted[i], 0.1 * start[i]])
+        apart = 1e-9 * (low[i] == high[i])  # scipy wants every interval open
+        solution = lsq_linear(stacked[0], stacked[1], (low[i] - apart, high[i] + apart), tol=1e-14).x
+        torch.testing.assert_close(x[i], torch.from_numpy(solution), atol=1e-5, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """Two pictures on a small block-DCT latent: z* is a given picture's with noise in 4x4 of 6x6 cells, some of it clipped."""
+    autoencoder = BlockDCT(luma=10, chroma=3, std=[4.0, 1.0, 1.0] + [0.3] * 7 + [1.0, 0.2, 0.2] * 2)
+    backbone = SimpleNamespace(autoencoder=autoencoder, encode=autoencoder.encode)
+    generator = torch.Generator().manual_seed(0)
+    given = to_floats(torch.randint(60, 180, (2, 3, 48, 48), generator=generator, dtype=torch.uint8))
+    cells = torch.zeros(2, 1, 6, 6, dtype=torch.bool)
+    cells[:, :, 1:5, 1:5] = True
+    free = cells.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    z = autoencoder.encode(given)
+    z = torch.where(cells, z + torch.randn(z.shape, generator=generator), z)
+    z[0, 0, 2, 2] += 1.0  # a bright block: 22 of its pixels leave [-1, 1]
+    start = torch.where(free, autoencoder.decode(z), given)
+    return SimpleNamespace(backbone=backbone, z=z, start=start, given=given, free=free, cells=cells)
+
+
+def error(scene, published, tone):
+    """Root mean square error of the latent's cells."""
+    e = scene.backbone.encode(tone.read(published, scene.free)) - scene.z
+    return e[scene.cells.expand_as(e)].square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("tone", [ToneCurve(), ToneCurve(0.9, 1.2)])
+def test_refined_picture_encodes_to_the_latent(scene, tone):
+    assert scene.start.abs().max() > 1.02
+    plain = to_bytes(scene.start)
+    refined = Refinement(tone)(scene.backbone, scene.z, scene.start, scene.free, scene.cells)
+    assert error(scene, refined, tone) < 0.3 * error(scene, plain, ToneCurve())
+    assert (refined.float() - plain.float()).square().mean().sqrt() < 255 * 10 ** (-45 / 20)
+
+
+def test_given_pixels_are_published_untouched(scene):
+    """Also where they share a block with free pixels."""
+    free = scene.free.clone()
+    free[:, :, 8:12, 8:12] = False
+    start = torch.where(free, scene.start, scene.given)
+    refined = Refinement()(scene.backbone, scene.z, start, free, scene.cells)
+    untouched = ~free.expand_as(refined)
+    assert torch.equal(refined[untouched], to_bytes(scene.given)[untouched])
+    assert not torch.equal(refined, to_bytes(start))
+
+
+def test_a_picture_does_not_depend_on_its_batch(scene):
+    both = Refinement()(scene.backbone, scene.z, scene.start, scene.free, scene.cells)
+    for i in range(2):
+        one = slice(i, i + 1)
+        alone = Refinement()(scene.backbone, scene.z[one], scene.start[one], scene.free[one], scene.cells[one])
+        assert torch.equal(alone[0], both[i])
