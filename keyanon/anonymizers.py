@@ -18,7 +18,7 @@ import torch
 from keyanon import images as channel
 from keyanon.diffusion import LatentDiffusion
 from keyanon.headers import BadHeader, Header
-from keyanon.keys import nonce_for, signs
+from keyanon.keys import SignTransform, nonce_for
 from keyanon.solvers import Known, Solver
 from keyanon.types import FaceParser, Image, Key, Mask, Published
 
@@ -68,9 +68,8 @@ class SignFlip:
         """Eq. 3 to 7, the same in both directions: pictures in, unclipped pictures out."""
         z0 = self.backbone.encode(images)
         path = self.solver.invert(self.backbone.eps, self.backbone.schedule, z0)
-        k = torch.stack([signs(key, nonce, tuple(z0.shape[1:])) for key, nonce in zip(keys, nonces, strict=True)])
-        mask, zT = mask.to(z0.device), path[-1]
-        flipped = torch.where(mask, k.to(zT) * zT, zT)
+        mask = mask.to(z0.device)
+        flipped = SignTransform()(path[-1], mask, keys, nonces)
         known = Known(mask, path) if self.reinject else None
         return self.backbone.decode(
             self.solver.sample(self.backbone.eps, self.backbone.schedule, flipped, known), self.quantize

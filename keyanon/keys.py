@@ -11,8 +11,10 @@ picture to picture: one known pair of a reused key stream would give the signs a
 import hashlib
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from jaxtyping import Int8
 from torch import Tensor
 
-from keyanon.types import Key, Picture
+from keyanon.types import Key, Latent, Mask, Picture
 
 KEY_BYTES = 32
 NONCE_BYTES = 24
@@ -113,6 +115,25 @@ def signs(key: Key, nonce: bytes, shape: tuple[int, ...]) -> Int8[Tensor, "..."]
     d = int(np.prod(shape))
     bits = np.unpackbits(np.frombuffer(key.stream(nonce, SIGNS, -(-d // 8)), np.uint8))[:d]
     return torch.from_numpy(2 * bits.astype(np.int8) - 1).view(shape)
+
+
+class Transform(Protocol):
+    """A keyed, invertible map of the noise inside the mask."""
+
+    def __call__(
+        self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes], inverse: bool = False
+    ) -> Latent: ...
+
+
+@dataclass(frozen=True)
+class SignTransform:
+    """z' = M * (k * z) + (1 - M) * z, its own inverse (eq. 3, 6)."""
+
+    def __call__(
+        self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes], inverse: bool = False
+    ) -> Latent:
+        k = torch.stack([signs(key, nonce, tuple(zT.shape[1:])) for key, nonce in zip(keys, nonces, strict=True)])
+        return torch.where(mask, k.to(zT) * zT, zT)
 
 
 @dataclass(frozen=True)

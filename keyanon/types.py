@@ -3,8 +3,8 @@
 Everything hangs on a picture's id, never on its position in a batch: keys, nonces, files, rows.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, UInt8
@@ -29,11 +29,13 @@ class Published:
     """What an anonymizer gives to the public, one entry per picture.
 
     `floats` is the decoder's unrounded, unclipped output. No file carries it: only the authors' float protocol reads it.
+    `measured` are numbers the sender takes down while publishing, one per picture, by name: they become scores.
     """
 
     images: Bytes
     headers: tuple[bytes, ...]  # b"" where the method needs none
     floats: Image | None = None
+    measured: Mapping[str, Scores] = field(default_factory=dict)
 
 
 @runtime_checkable
