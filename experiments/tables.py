@@ -175,11 +175,12 @@ def read_parquet(run: Path, name: str) -> pd.DataFrame:
 
 # A table for readers: a section for each dataset, a grid for each statistic
 
-CLEAN, ANONYMIZED, RECOVERED, ATTACKED = (
+CLEAN, ANONYMIZED, RECOVERED, ATTACKED, INVERTED = (
     "Clean pictures",
     "Anonymized",
     "Recovered with the right key",
     "Attacks and wrong keys",
+    "Inverted noise",
 )
 RECOGNIZERS = ("facenet", "arcface", "adaface", "mobilefacenet", "dlib", "sface")
 STATISTIC_NAMES = {
@@ -212,7 +213,7 @@ def grids(cells: pd.DataFrame, paper: Mapping[tuple[str, ...], Reference]) -> It
         if not (behind_mean and row.verdict == "no-reference"):
             group = groups[aim(row.view), row.statistic, is_recognizer(row.scorer)]
             group[row.anonymizer, row.view][row.scorer] = row
-    order = (CLEAN, ANONYMIZED, RECOVERED, ATTACKED)
+    order = (CLEAN, ANONYMIZED, RECOVERED, ATTACKED, INVERTED)
     for (wanted, statistic, identity), lines in sorted(groups.items(), key=lambda item: order.index(item[0][0])):
         scorers = list(dict.fromkeys(scorer for line in lines.values() for scorer in line))
         columns = [f"{scorer} {arrow(wanted, scorer, statistic)}".rstrip() for scorer in scorers]
@@ -239,6 +240,8 @@ def aim(view: str) -> str:
         return CLEAN
     if view == "anonymized":
         return ANONYMIZED
+    if view.startswith("noise"):
+        return INVERTED
     return RECOVERED if view.startswith(("recovered", "jpeg")) else ATTACKED
 
 

@@ -1,0 +1,224 @@
+"""Is the inverted noise z_T Gaussian? `python -m experiments.gaussianity dataset=celebahq_mini_128`
+
+The sampler makes faces of noise from N(0, I), a law that flipped signs leave as it is; of other noise neither is sure. So every
+picture's z_T, over the whole latent and inside the face mask, where the key acts, is compared with N(0, I):
+
+    ks_d                    largest gap between the distribution functions of its entries and of N(0, 1) (Kolmogorov, Smirnov)
+    ks_passed               1 where that gap does not reject N(0, 1) at 5 %; severe, as a latent has thousands of entries
+    mmd2                    squared maximum mean discrepancy between its 2 x 2 patches and as many of normal noise
+    mean, variance, skewness, excess_kurtosis     of its entries; 0, 1, 0, 0 for N(0, 1)
+    neighbour_correlation   of vertically and horizontally adjacent entries of a channel, averaged over channels
+    round_trip              |sample(z_T) - z_0| / |z_0|: how far this inversion is from undoing the sampler
+
+Normal noise in the place of z_T is the control. Per-picture values go to results/scores/NAME.scores.parquet, and the table is
+made from them as any other.
+"""
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import pandas as pd
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from numpy.typing import NDArray
+from omegaconf import DictConfig
+from scipy import stats
+from scipy.spatial.distance import pdist, squareform
+
+from experiments import preflight, tables
+from experiments.run import FAILED, NOT_READY, READABLE
+from experiments.statistics import averages
+from keyanon import runner
+from keyanon.diffusion import LatentDiffusion, padded
+from keyanon.images import write_whole
+from keyanon.solvers import Solver
+from keyanon.types import Dataset, FaceParser
+
+Floats = NDArray[np.floating[Any]]
+Bools = NDArray[np.bool_]
+
+CONTROL = "standard normal"
+WHOLE, FACE = "noise", "noise in the face"
+LEVEL = 0.05  # of the Kolmogorov-Smirnov test
+PATCH = 2
+MEASURES = (
+    "ks_d", "ks_passed", "mmd2", "mean", "variance", "skewness", "excess_kurtosis", "neighbour_correlation",
+)  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+
+def measure(z: Floats, inside: Bools, generator: np.random.Generator) -> dict[str, float]:
+    """MEASURES of one latent (c u v) over its cells `inside` (u v); all NaN where these hold no patch.
+
+    `generator` draws the normal patches of mmd2.
+    """
+    values, pieces = z[:, inside].ravel(), patches(z, inside)
+    if len(pieces) < 2:
+        return dict.fromkeys(MEASURES, np.nan)
+    ks = stats.ks_1samp(values, stats.norm.cdf)
+    numbers = (
+        ks.statistic,
+        ks.pvalue >= LEVEL,
+        mmd2(pieces, generator.standard_normal(pieces.shape)),
+        values.mean(),
+        values.var(),
+        stats.skew(values),
+        stats.kurtosis(values),
+        neighbour_correlation(z, inside),
+    )
+    return dict(zip(MEASURES, map(float, numbers), strict=True))
+
+
+def mmd2(x: Floats, y: Floats) -> float:
+    """Squared maximum mean discrepancy of two samples (n d) and (m d), unbiased, so it may be negative.
+
+    The kernel is exp(-|a - b|^2 / (2 s^2)), s the median distance in the pooled sample (Gretton et al., A kernel two-sample
+    test, JMLR 13, 2012, lemma 6).
+    """
+    squared = pdist(np.concatenate([x, y]), "sqeuclidean")
+    kernel = squareform(np.exp(-squared / (2 * np.median(squared))))  # 0 on the diagonal: no point is its own neighbour
+    n, m = len(x), len(y)
+    within = kernel[:n, :n].sum() / (n * (n - 1)) + kernel[n:, n:].sum() / (m * (m - 1))
+    return float(within - 2 * kernel[:n, n:].mean())
+
+
+def patches(z: Floats, inside: Bools) -> Floats:
+    """The patches (n PATCH^2) of every channel of a latent (c u v) that lie whole inside (u v), side by side."""
+
+    def tiled(planes: Any) -> Any:
+        channels, rows, columns = len(planes), planes.shape[1] // PATCH, planes.shape[2] // PATCH
+        cut = planes[:, : rows * PATCH, : columns * PATCH].reshape(channels, rows, PATCH, columns, PATCH)
+        return cut.swapaxes(2, 3).reshape(channels, rows * columns, PATCH**2)
+
+    taken: Floats = tiled(z)[:, tiled(inside[None])[0].all(axis=1)].reshape(-1, PATCH**2)
+    return taken
+
+
+def neighbour_correlation(z: Floats, inside: Bools) -> float:
+    """Pearson's correlation of vertically and horizontally adjacent cells of a latent (c u v), averaged over its channels.
+
+    Both cells of a pair lie inside (u v).
+    """
+    down, across = inside[1:] & inside[:-1], inside[:, 1:] & inside[:, :-1]
+    first = np.concatenate([z[:, :-1][:, down], z[:, :, :-1][:, across]], axis=1)
+    second = np.concatenate([z[:, 1:][:, down], z[:, :, 1:][:, across]], axis=1)
+    return float(np.mean([stats.pearsonr(a, b).statistic for a, b in zip(first, second, strict=True)]))
+
+
+def measured(
+    dataset: Dataset,
+    ids: Sequence[str],
+    backbone: LatentDiffusion,
+    parser: FaceParser,
+    solvers: Mapping[str, Solver],
+    batch_size: int,
+) -> tuple[pd.DataFrame, dict[str, str]]:
+    """MEASURES of every picture for each solver, by its row's name, and CONTROL; and why pictures were skipped, by id.
+
+    The columns are row, id, view, scorer, value.
+    """
+    rows: list[dict[str, Any]] = []
+    skipped: dict[str, str] = {}
+    for batch in runner.batches(ids, batch_size, "invert"):
+        good, pictures = runner.load(dataset, batch, skipped)
+        if not good:
+            continue
+        images = padded(torch.stack(pictures), batch_size)  # one shape for all batches; zip cuts the copies off below
+        faces = parser.mask(images, backbone.latent_size(images))[:, 0].cpu().numpy()
+        z0 = backbone.encode(images)
+        noise = {CONTROL: np.stack([drawn(id, "control").standard_normal(z0.shape[1:]) for id in good])}
+        for name, solver in solvers.items():
+            zT = solver.invert(backbone.eps, backbone.schedule, z0)[-1]
+            error = (solver.sample(backbone.eps, backbone.schedule, zT) - z0).flatten(1).norm(dim=1)
+            round_trip = (error / z0.flatten(1).norm(dim=1)).tolist()
+            rows += [
+                {"row": name, "id": id, "view": WHOLE, "scorer": "round_trip", "value": value}
+                for id, value in zip(good, round_trip, strict=False)
+            ]
+            noise[name] = zT.double().cpu().numpy()
+        for name, latents in noise.items():
+            for id, z, face in zip(good, latents, faces, strict=False):
+                for view, inside in ((WHOLE, np.ones_like(face)), (FACE, face)):
+                    found = measure(z, inside, drawn(id, view))
+                    rows += [
+                        {"row": name, "id": id, "view": view, "scorer": scorer, "value": value}
+                        for scorer, value in found.items()
+                    ]
+    return pd.DataFrame(rows, columns=["row", "id", "view", "scorer", "value"]), skipped
+
+
+def drawn(id: str, purpose: str) -> np.random.Generator:
+    """Random numbers that hang on a picture's id."""
+    return np.random.default_rng([*purpose.encode(), *id.encode()])
+
+
+@hydra.main(config_path="../conf", config_name="gaussianity", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    try:
+        run(cfg, dict(HydraConfig.get().runtime.choices))
+        print(Path("results/tables", f"{cfg.name}.md").read_text("utf-8"))
+    except READABLE as error:
+        print(f"keyanon: {error}", file=sys.stderr)
+        sys.exit(FAILED)
+
+
+def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
+    """Measure, write the scores and the table; returns the table's cells."""
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    backbone: LatentDiffusion = instantiate(cfg.backbone, _convert_="all")
+    parser: FaceParser = instantiate(cfg.parser)
+    solvers: dict[str, Solver] = {
+        # the number right-aligned, since a table sorts its rows as text
+        f"{name} inversion, {steps:3} steps": instantiate(cfg.solver, steps=steps, tolerance=inversion.tolerance)
+        for name, inversion in cfg.inversions.items()
+        for steps in inversion.steps
+    }
+    problems = preflight.missing_parts(backbone, parser)
+    try:
+        dataset: Dataset = instantiate(cfg.dataset)
+        ids = dataset.ids[: cfg.limit]
+    except (FileNotFoundError, ValueError, hydra.errors.InstantiationException) as error:
+        problems.append(f"dataset {choices['dataset']}: {error.__cause__ or error}")
+    if problems:
+        print("keyanon: this run cannot start; missing here:", *(f"- {p}" for p in problems), sep="\n", file=sys.stderr)
+        sys.exit(NOT_READY)
+
+    values, skipped = measured(dataset, ids, backbone, parser, solvers, cfg.batch_size)
+    for id, reason in skipped.items():
+        log.warning("skipped %s: %s", id, reason)
+    if values.empty:
+        raise ValueError(f"dataset {choices['dataset']}: not one picture could be read; the reasons are above")
+    scores = values.rename(columns={"row": "anonymizer"}).assign(dataset=choices["dataset"])[tables.SCORES]
+    notes = [f"backbone {choices['backbone']}", f"mask from {choices['parser']}", f"{scores.id.nunique()} pictures"]
+    notes.append(f"mmd2 of {PATCH} x {PATCH} patches")
+    if backbone.source.startswith("embedded:"):
+        notes.insert(0, "embedded model, which stands in for LDM-FFHQ")
+    if backbone.precision != "fp32":
+        notes.append(f"network in {backbone.precision}")
+    title = "\n".join([*map(str, cfg.notes), *notes])
+    statistics = pd.DataFrame(
+        [
+            {"anonymizer": row, "view": view, "scorer": scorer, **asdict(statistic)}
+            for row, part in scores.groupby("anonymizer")
+            for view, scorer, statistic in averages(part, dataset)
+        ]
+    ).assign(experiment=cfg.name, dataset=choices["dataset"], notes=title)[tables.STATISTICS]
+
+    committed = Path("results/scores")
+    committed.mkdir(parents=True, exist_ok=True)
+    write_whole(committed / f"{cfg.name}.parquet", statistics.to_parquet(index=False))
+    write_whole(committed / f"{cfg.name}.scores.parquet", scores.to_parquet(index=False))
+    return tables.build(cfg.name)
+
+
+if __name__ == "__main__":
+    main()
