@@ -74,3 +74,7 @@ class SignFlip:
         return self.backbone.decode(
             self.solver.sample(self.backbone.eps, self.backbone.schedule, flipped, known), self.quantize
         )
+
+    def reconstruct(self, images: Image) -> Image:
+        """D(E(x)): what the autoencoder alone makes of the pictures."""
+        return self.backbone.decode(self.backbone.encode(images), self.quantize).cpu()

@@ -107,12 +107,13 @@ class Exact:
         known = self.known(images, mask, nonces)
         z0 = self.backbone.encode(images)
         target = self.loop(eps, z0, known, keys, nonces, inverse=False)
-        floats = torch.where(free, self.backbone.decode(target, quantize=False), images)
-        published = channel.to_bytes(floats)
-        measured = {}
+        decoded = torch.where(free, self.backbone.decode(target, quantize=False), images)
+        floats, published, measured = decoded, channel.to_bytes(decoded), {}
         if self.refinement is not None:
-            rounded, published = published, self.refinement(self.backbone, target, floats, free, mask)
-            measured["refined_psnr"] = psnr_face(channel.to_floats(published), channel.to_floats(rounded), free)
+            rounded, published = published, self.refinement(self.backbone, target, decoded, free, mask)
+            floats = torch.where(free, self.refinement.tone.compress(decoded), images)
+            everywhere = torch.ones_like(free)
+            measured["refined_psnr"] = psnr_face(channel.to_floats(published), channel.to_floats(rounded), everywhere)
         if self.floor is not None:
             back = self.receive(eps, channel.to_floats(published), mask, keys, nonces)
             ceiling = self.face(z0, images, mask)
@@ -155,6 +156,8 @@ class Exact:
     ) -> Image:
         """What the holder of the keys makes of published pictures."""
         known = self.known(images, mask, nonces)
+        if self.refinement is not None:
+            images = torch.where(pixels(mask, images), self.refinement.tone.expand(images), images)
         z0 = self.loop(eps, self.backbone.encode(images), known, keys, nonces, inverse=True)
         return self.face(z0, images, mask)
 

@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,11 +37,14 @@ from keyanon.types import (
     Picture,
     Published,
     Recognizer,
+    Reconstructs,
     Reversible,
     Scorer,
+    Scores,
 )
 
 ORIGINAL, MASK, ANONYMIZED, RECOVERED, GALLERY = "original", "mask", "anonymized", "recovered", "gallery"
+RECONSTRUCTED = "reconstructed"  # D(E(x)): no recovery through an autoencoder can be better
 SCORE_SCHEMA = pa.schema([("id", pa.string()), ("view", pa.string()), ("scorer", pa.string()), ("value", pa.float64())])
 EMBEDDING_SCHEMA = pa.schema(
     [("id", pa.string()), ("view", pa.string()), ("scorer", pa.string()), ("embedding", pa.list_(pa.float32()))]
@@ -66,6 +70,8 @@ def generate(
     views = [ORIGINAL, MASK, ANONYMIZED]
     if isinstance(method, Reversible):
         views += [RECOVERED, *attacks]
+    if isinstance(method, Reconstructs):
+        views += [RECONSTRUCTED]
     for view in [*views, *([GALLERY] if dataset.gallery else [])]:
         (folder / view).mkdir(parents=True, exist_ok=True)
     files = RunFiles(folder)
@@ -96,8 +102,16 @@ def generate(
         todo = [view for view in views if not all(files.has(view, id) for id in good)]
         published = None
         if ANONYMIZED in todo or any(isinstance(attacks.get(view), FloatChannel) for view in todo):
+            begin = time.perf_counter()
             published = method.anonymize(originals, keys, names)
+            taken = time.perf_counter() - begin
             files.write_all(ANONYMIZED, good, published.images, published.headers)
+            sizes = torch.tensor([len(header) for header in published.headers], dtype=torch.float64)
+            pace = torch.full_like(sizes, taken / batch_size)
+            measured = {**published.measured, "header_bytes": sizes, "seconds": pace}
+            write_part(folder / "scores", measurements(good, measured))
+        if RECONSTRUCTED in todo and isinstance(method, Reconstructs):
+            files.write_all(RECONSTRUCTED, good, channel.to_bytes(method.reconstruct(originals)))
         on_file = files.published(names, published.floats if published else None)
         if not isinstance(method, Reversible):
             continue
@@ -143,7 +157,10 @@ def score(
             if not all(files.has(view, id) for id in batch):
                 continue  # an attack that an earlier, larger run did not finish
             pictures = channel.to_floats(files.read_all(view, names))
-            values: dict[str, Tensor] = {name: scorer(pictures, original, face) for name, scorer in scorers.items()}
+            values: dict[str, Tensor] = {
+                name: scorer(pictures, references[getattr(scorer, "reference", ORIGINAL)], face)
+                for name, scorer in scorers.items()
+            }
             for name, recognizer in recognizers.items():
                 embedding = embedded[name] if view == ORIGINAL else recognizer.embed(pictures)
                 values[name] = (embedding * embedded[name]).sum(1)
@@ -259,6 +276,16 @@ def batches(ids: Sequence[str], size: int, title: str) -> Iterator[list[str]]:
 def filled(ids: Sequence[str], size: int) -> list[str]:
     """The ids filled up to `size` with copies of the last, as `padded` fills their pictures."""
     return [*ids, *[ids[-1]] * (size - len(ids))]
+
+
+def measurements(ids: Sequence[str], measured: Mapping[str, Scores]) -> pa.Table:
+    """What was taken down while publishing, as scores of the anonymized pictures."""
+    rows = [
+        {"id": id, "view": ANONYMIZED, "scorer": name, "value": value}
+        for name, values in measured.items()
+        for id, value in zip(ids, values.tolist(), strict=False)
+    ]
+    return pa.Table.from_pylist(rows, SCORE_SCHEMA)
 
 
 def face_pictures(faces: Mask) -> Bytes:

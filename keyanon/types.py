@@ -86,6 +86,13 @@ class Reversible(Anonymizer, Protocol):
 
 
 @runtime_checkable
+class Reconstructs(Protocol):
+    """A method that sends pictures through an autoencoder, and can show what that alone does to them."""
+
+    def reconstruct(self, images: Image) -> Image: ...
+
+
+@runtime_checkable
 class Recognizer(Protocol):
     def embed(self, images: Image) -> Embeddings: ...
 
