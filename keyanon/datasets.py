@@ -1,4 +1,4 @@
-"""Faces by id, in a committed order: CelebA-HQ, FFHQ, LFW, two pictures a person, or any folder.
+"""Faces by id, in a committed order: CelebA-HQ, FFHQ, LFW, two pictures a person, any folder, or what packages ship.
 
 Which pictures and in which order is said by a list, `keyanon/lists/NAME.txt` or a file of your own; without a list ids
 are sorted, so that no order ever comes from a disk. Pictures stay where they were downloaded. A dataset can be made
@@ -15,10 +15,13 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+import numpy as np
 import PIL.Image
 
 from keyanon import images
+from keyanon.recognition import MtcnnDetector, align
 from keyanon.types import BadPicture, Picture
+from keyanon.weights import Package
 
 LISTS = Path(__file__).with_name("lists")
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -221,6 +224,53 @@ def embedded_faces(size: int = 128) -> Folder:
     return Folder(str(Path(__file__).with_name("assets") / "faces"), size)
 
 
+@dataclass(frozen=True)
+class InstalledPhotographs:
+    """Nine faces of real people, on the photographs (`PHOTOGRAPHS`) that packages keyanon depends on ship.
+
+    Each is found by MTCNN when it is loaded, and aligned as UTKFace is, which the embedded model knows. None of them is
+    part of this repository, and the photographs remain their owners': publish no picture made of them without asking.
+    """
+
+    size: int = 128
+
+    @cached_property
+    def ids(self) -> Sequence[str]:
+        files = {photograph.file for photograph in PHOTOGRAPHS.values()}
+        if not any(file.find() for file in files):
+            packages = " ".join(sorted({file.requirement for file in files}))
+            raise FileNotFoundError(
+                f"none of the photographs is installed; looked for {', '.join(sorted(map(str, files)))}. "
+                f"Remedy: `pip install {packages}`"
+            )
+        return tuple(PHOTOGRAPHS)
+
+    @property
+    def gallery(self) -> Sequence[str]:
+        return ()
+
+    def identity(self, id: str) -> str | None:
+        return None
+
+    def load(self, id: str) -> Picture:
+        if id not in PHOTOGRAPHS:
+            raise BadPicture(f"there is no photograph {id}; there are {', '.join(PHOTOGRAPHS)}")
+        file, crop = PHOTOGRAPHS[id].file, PHOTOGRAPHS[id].crop
+        path = file.find()
+        if path is None:
+            raise BadPicture(f"{id} is missing: {file}")
+        picture = images.from_pil(images.open_rgb(path))
+        left, top, right, bottom = pixels(crop, picture.shape[2], picture.shape[1])
+        (face,) = self._detector.detect(picture[None, :, top:bottom, left:right])
+        if face is None:
+            raise BadPicture(f"{path}: no face found for {id}")
+        return align(picture, face.points + np.array([left, top]), self.size)
+
+    @cached_property
+    def _detector(self) -> MtcnnDetector:
+        return MtcnnDetector()
+
+
 def read_list(name: str) -> tuple[str, ...]:
     """The ids of the committed list `name`, or of the file at the path `name`.
 
@@ -272,14 +322,18 @@ def person(id: str) -> str:
 def prepare(picture: PIL.Image.Image, path: Path, size: int, crop: Crop | None) -> Picture:
     """Crop to fractions (to the nearest pixel), then a square of `size` pixels."""
     if crop is not None:
-        left, top, right, bottom = crop
-        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-            raise ValueError(f"crop is left, top, right, bottom as fractions of the picture, not {list(crop)}")
-        width, height = picture.size
-        picture = picture.crop((round(left * width), round(top * height), round(right * width), round(bottom * height)))
+        picture = picture.crop(pixels(crop, *picture.size))
     if min(picture.size) < SMALLEST:
         raise BadPicture(f"{path}: {picture.width} x {picture.height} pixels, less than {SMALLEST}")
     return images.from_pil(images.resize(picture, size))
+
+
+def pixels(crop: Crop, width: int, height: int) -> tuple[int, int, int, int]:
+    """A crop in pixels, to the nearest; ValueError where it is not inside the picture."""
+    left, top, right, bottom = crop
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise ValueError(f"crop is left, top, right, bottom as fractions of the picture, not {list(crop)}")
+    return round(left * width), round(top * height), round(right * width), round(bottom * height)
 
 
 # Where pictures are: published folder layouts, and flat folders or tar files.
@@ -356,6 +410,34 @@ LFW_LAYOUT = Layout(
     source="lfw.tgz, pairs.txt, pairsDevTrain.txt and pairsDevTest.txt from https://vis-www.cs.umass.edu/lfw, in one "
     "folder; or the folder lfw_home that scikit-learn's fetch_lfw_pairs(funneled=False) leaves.",
 )
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """A picture file in a package, and the part of it around one face: the only one there."""
+
+    file: Package
+    crop: Crop = (0, 0, 1, 1)
+
+
+GROUP = Package("insightface", "insightface", "data/images/t1.jpg")
+# All the faces whose box, as MtcnnDetector finds it on the whole photograph, is at least 80 px wide; one package after
+# the other, and in the group from left to right.
+PHOTOGRAPHS = {
+    "skimage-astronaut": Photograph(Package("scikit-image", "skimage", "data/astronaut.png")),
+    "matplotlib-grace_hopper": Photograph(
+        Package("matplotlib", "matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
+    ),
+    "insightface-Tom_Hanks_54745": Photograph(
+        Package("insightface", "insightface", "data/images/Tom_Hanks_54745.png"),
+    ),
+    "insightface-t1-0": Photograph(GROUP, (0.00, 0.24, 0.18, 0.50)),
+    "insightface-t1-1": Photograph(GROUP, (0.17, 0.11, 0.33, 0.37)),
+    "insightface-t1-2": Photograph(GROUP, (0.32, 0.23, 0.49, 0.53)),
+    "insightface-t1-3": Photograph(GROUP, (0.54, 0.32, 0.70, 0.60)),
+    "insightface-t1-4": Photograph(GROUP, (0.68, 0.00, 0.82, 0.29)),
+    "insightface-t1-5": Photograph(GROUP, (0.85, 0.25, 1.00, 0.51)),
+}
 
 
 @dataclass(frozen=True)

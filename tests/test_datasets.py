@@ -10,9 +10,25 @@ import PIL.Image
 import pytest
 import torch
 
-from keyanon.datasets import FFHQ, LFW, LISTS, CelebAHQ, Folder, PairsFolder, prepare, read_list, read_pairs
+from keyanon import datasets
+from keyanon.datasets import (
+    FFHQ,
+    LFW,
+    LISTS,
+    PHOTOGRAPHS,
+    CelebAHQ,
+    Folder,
+    InstalledPhotographs,
+    PairsFolder,
+    Photograph,
+    prepare,
+    read_list,
+    read_pairs,
+)
 from keyanon.images import from_pil
+from keyanon.recognition import FACES128_TEMPLATE, MtcnnDetector
 from keyanon.types import BadPicture, Dataset
+from keyanon.weights import Package
 
 DATA = Path(os.environ.get("KEYANON_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
@@ -351,6 +367,66 @@ def test_folder_without_pictures(tmp_path):
         _ = Folder(str(tmp_path)).ids
     with pytest.raises(FileNotFoundError, match=r"there is no .*gone"):
         _ = Folder(str(tmp_path / "gone")).ids
+
+
+# Photographs that packages ship
+
+GONE = Package("no-such-package", "no_such_package", "data/face.png")
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize("id", PHOTOGRAPHS)
+def test_photographs_are_framed_as_utkface(id):
+    if PHOTOGRAPHS[id].file.find() is None:
+        pytest.skip(f"not installed: {PHOTOGRAPHS[id].file}")
+    picture = InstalledPhotographs(size=128).load(id)
+    assert picture.shape == (3, 128, 128)
+    assert -1 <= picture.min() < picture.max() <= 1
+    (face,) = MtcnnDetector().detect(picture[None])
+    points = (face.points + 0.5) / 128
+    # a turned head has its eyes closer together, so theirs is only the middle; upright is 3 px at most
+    assert points[:2].mean(0) == pytest.approx(FACES128_TEMPLATE[:2].mean(0), abs=0.04)
+    assert points[0, 1] == pytest.approx(points[1, 1], abs=0.03)
+    assert np.linalg.norm(points - FACES128_TEMPLATE, axis=1).mean() < 0.11
+
+
+@pytest.mark.weights
+def test_photographs_show_nine_different_faces():
+    faces = InstalledPhotographs(size=32)
+    assert isinstance(faces, Dataset)
+    assert faces.ids[0] == "skimage-astronaut"
+    assert faces.ids[-6:] == tuple(f"insightface-t1-{i}" for i in range(6))
+    assert (faces.gallery, faces.identity("skimage-astronaut")) == ((), None)
+    group = torch.stack([faces.load(id) for id in faces.ids[-6:]]).flatten(1)
+    assert torch.pdist(group, 1).min() / group.shape[1] > 0.1  # mean difference of the most alike, in [0, 2]
+    with pytest.raises(BadPicture, match=r"no photograph nobody; there are skimage-astronaut"):
+        faces.load("nobody")
+
+
+@pytest.mark.weights
+def test_one_package_missing_is_a_bad_picture(monkeypatch):
+    monkeypatch.setitem(PHOTOGRAPHS, "insightface-t1-0", Photograph(GONE))
+    faces = InstalledPhotographs()
+    assert len(faces.ids) == len(PHOTOGRAPHS)
+    with pytest.raises(BadPicture, match=r"insightface-t1-0 is missing: Python package no-such-package: .*face\.png"):
+        faces.load("insightface-t1-0")
+
+
+@pytest.mark.weights
+def test_photograph_without_a_face_is_a_bad_picture(monkeypatch):
+    sky = Photograph(PHOTOGRAPHS["matplotlib-grace_hopper"].file, (0.7, 0, 1, 0.3))
+    monkeypatch.setitem(PHOTOGRAPHS, "sky", sky)
+    with pytest.raises(BadPicture, match=r"grace_hopper\.jpg: no face found for sky"):
+        InstalledPhotographs().load("sky")
+
+
+def test_no_package_at_all_names_them(monkeypatch):
+    other = Package("another>=2", "another_package", "x.jpg")
+    monkeypatch.setattr(datasets, "PHOTOGRAPHS", {"a": Photograph(GONE), "b": Photograph(other)})
+    with pytest.raises(
+        FileNotFoundError, match=r"none of the photographs.*face\.png.*`pip install another>=2 no-such-pa"
+    ):
+        _ = InstalledPhotographs().ids
 
 
 # The real thing
