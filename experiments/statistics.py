@@ -37,7 +37,12 @@ def averages(scores: pd.DataFrame, dataset: Dataset) -> Iterator[tuple[str, str,
     """Mean, spread, median and 10th percentile of each view and scorer."""
     for (view, scorer), rows in scores.groupby(["view", "scorer"], sort=True):
         values, people = rows["value"].to_numpy(), [dataset.identity(id) or id for id in rows["id"]]
-        for statistic in (biometrics.mean_statistic, biometrics.std_statistic, biometrics.median_statistic, biometrics.p10_statistic):
+        for statistic in (
+            biometrics.mean_statistic,
+            biometrics.std_statistic,
+            biometrics.quantile_statistic,
+            biometrics.p10_statistic,
+        ):
             yield str(view), str(scorer), statistic(values, people)
 
 

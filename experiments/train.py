@@ -10,7 +10,11 @@ picture; on a learned latent w = 1. Timesteps are stratified over the batch.
 
 An autoencoder (configurations with `vae`), without adversary or perceptual loss:
 
-    q(z | x) = N(mu(x), sigma(x)^2),   minimize  |x - D(mu + sigma eps)|_1 + lambda KL(q | N(0, 1))      (arXiv 1312.6114)
+    q(z | x) = N(mu(x), sigma(x)^2),  z = mu + sigma eps                                              (arXiv 1312.6114)
+    minimize  |x - D(z)|_1 + lambda KL(q | N(0, 1)) + rho |mu(D(z')) - z'|^2,  z' = z + s eps'
+
+The last term, on half of each batch, asks of the encoder to read from a picture the latent it was drawn from, which nothing else does:
+what is published is a picture, and what a receiver needs is its latent.
 
 The exported model is the exponential moving average of the weights, in half precision.
 """
@@ -20,7 +24,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +33,7 @@ from typing import Any
 import hydra
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.training_utils import EMAModel
 from huggingface_hub import load_state_dict_from_file, save_torch_state_dict
@@ -148,6 +152,8 @@ def diffusion(cfg: DictConfig, pictures: Bytes) -> Task:
     scheduler = hydra.utils.instantiate(cfg.scheduler)
     alpha_bar = scheduler.alphas_cumprod.to(device)
     net = hydra.utils.instantiate(cfg.unet, _convert_="all").to(device, memory_format=torch.channels_last)
+    if "begin_with" in cfg:
+        load_agreeing(net, UNet2DModel.from_pretrained(Path(cfg.begin_with) / "unet").state_dict())
     forward = torch.compile(net) if cfg.compile else net
 
     def loss(images: Image, generator: torch.Generator) -> Tensor:
@@ -198,13 +204,18 @@ def autoencoder(cfg: DictConfig, pictures: Bytes) -> Task:
     shape = (net.config.latent_channels, cfg.data.size // factor, cfg.data.size // factor)
 
     def loss(images: Image, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(len(images), *shape, generator=generator).to(device)
+        noise, shift = torch.randn(2, len(images), *shape, generator=generator).to(device)
+        half = len(images) // 2
         with torch.autocast(device.type, torch.bfloat16):
             posterior = net.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
-            rebuilt = net.decode(posterior.mean + posterior.std * noise).sample
+            z = posterior.mean + posterior.std * noise
+            rebuilt = net.decode(z).sample
+            drawn = z[:half].detach() + cfg.roundtrip_noise * shift[:half]
+            read = net.encode(net.decode(drawn).sample).latent_dist.mean
         distance: Tensor = (rebuilt.float() - images).abs().mean()
         divergence: Tensor = posterior.kl().float().mean() / math.prod(shape)
-        return torch.add(distance, divergence, alpha=cfg.kl_weight)
+        missed: Tensor = (read.float() - drawn.float()).square().mean()
+        return distance + float(cfg.kl_weight) * divergence + float(cfg.roundtrip_weight) * missed
 
     def export() -> None:
         """Latents are scaled to a standard deviation of 1 over the training pictures, as in LDM (arXiv 2112.10752, G)."""
@@ -215,6 +226,14 @@ def autoencoder(cfg: DictConfig, pictures: Bytes) -> Task:
         halved(net).save_pretrained(Path(cfg.export) / "vae")
 
     return Task(net, loss, export)
+
+
+def load_agreeing(net: Any, trained: Mapping[str, Tensor]) -> None:
+    """Give `net` those trained weights that have its names and shapes; the others stay as they were drawn."""
+    shapes = {name: value.shape for name, value in net.state_dict().items()}
+    agreeing = {name: value for name, value in trained.items() if shapes.get(name) == value.shape}
+    net.load_state_dict(agreeing, strict=False)
+    log.info("%d of %d tensors begin with trained weights", len(agreeing), len(shapes))
 
 
 def halved(net: Any) -> Any:

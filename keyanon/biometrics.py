@@ -166,20 +166,27 @@ def std_statistic(
     return Statistic(name, data.size, undefined, math.sqrt(_mean(centred**2)), *_interval(spreads, count))
 
 
-def median_statistic(
+def quantile_statistic(
     values: ArrayLike,
     groups: Sequence[str] | None = None,
+    q: float = 0.5,
     name: str = "median",
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Statistic:
+    """The q-quantile (linear between values, as numpy's); of resamples the value where the weights add up to q."""
     data, codes, count, undefined = _grouped(values, groups)
     if data.size == 0:
         return Statistic(name, 0, undefined, math.nan, math.nan, math.nan)
     order = np.argsort(data)
     drawn = np.cumsum(_weights(count, resamples, seed)[:, codes[order]], axis=1)
-    medians = data[order][np.argmax(drawn >= drawn[:, -1:] / 2, axis=1)]
-    return Statistic(name, data.size, undefined, float(np.median(data)), *_interval(medians, count))
+    quantiles = data[order][np.argmax(drawn >= drawn[:, -1:] * q, axis=1)]
+    return Statistic(name, data.size, undefined, float(np.quantile(data, q)), *_interval(quantiles, count))
+
+
+def p10_statistic(values: ArrayLike, groups: Sequence[str] | None = None) -> Statistic:
+    """The 10th percentile: how the worst tenth fares, where more is better."""
+    return quantile_statistic(values, groups, 0.1, "p10")
 
 
 def rate_statistic(

@@ -49,15 +49,28 @@ class ToneCurve:
         if not (0 < self.knee < 1 <= self.reach or self.knee == self.reach == 1):
             raise ValueError(f"tone curve: knee={self.knee}, reach={self.reach}; it needs 0 < knee < 1 <= reach")
 
+    @property
+    def slope(self) -> float:
+        """Of the curve beyond the knee."""
+        return (self.reach - self.knee) / (1 - self.knee) if self.knee < 1 else 1.0
+
+    def expand(self, images: Image) -> Image:
+        """What published values stand for."""
+        beyond = (images.abs() - self.knee).clamp(min=0)
+        return images + images.sign() * beyond * (self.slope - 1)
+
+    def compress(self, images: Image) -> Image:
+        """The inverse of `expand`: values within `reach` come to lie in [-1, 1]."""
+        beyond = (images.abs() - self.knee).clamp(min=0)
+        return images + images.sign() * beyond * (1 / self.slope - 1)
+
     def levels(self) -> Levels:
-        usual = to_floats(torch.arange(256)).double()
-        beyond = (usual.abs() - self.knee).clamp(min=0)
-        slope = (self.reach - self.knee) / (1 - self.knee) if self.knee < 1 else 1.0
-        return usual + usual.sign() * beyond * (slope - 1)
+        return self.expand(to_floats(torch.arange(256)).double())
 
     def read(self, published: Bytes, free: Mask) -> Image:
         """The floats of published bytes: by the curve on the free pixels, the usual ones elsewhere."""
-        return torch.where(free, self.levels().float().to(published.device)[published.long()], to_floats(published))
+        usual = to_floats(published)
+        return torch.where(free, self.expand(usual), usual)
 
 
 @dataclass(frozen=True)

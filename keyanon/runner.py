@@ -24,6 +24,7 @@ from tqdm import tqdm
 from keyanon import images as channel
 from keyanon.attacks import FloatChannel
 from keyanon.diffusion import padded
+from keyanon.scorers import Against
 from keyanon.types import (
     Anonymizer,
     Attack,
@@ -152,13 +153,21 @@ def score(
         names = filled(batch, batch_size)
         original = channel.to_floats(files.read_all(ORIGINAL, names))
         face = files.read_all(MASK, names)[:, :1] > 127
+        references: dict[str, Image] = {}  # what each scorer compares with, where there is such a view
+        for name, scorer in scorers.items():
+            if not isinstance(scorer, Against):
+                references[name] = original
+            elif all(files.has(scorer.view, id) for id in batch):
+                references[name] = channel.to_floats(files.read_all(scorer.view, names))
         embedded = {name: recognizer.embed(original) for name, recognizer in recognizers.items()}
         for view in views:
             if not all(files.has(view, id) for id in batch):
                 continue  # an attack that an earlier, larger run did not finish
             pictures = channel.to_floats(files.read_all(view, names))
-            values: dict[str, Tensor] = {
-                name: scorer(pictures, references[getattr(scorer, "reference", ORIGINAL)], face)
+            values = {
+                name: scorer(pictures, references[name], face)
+                if name in references
+                else torch.full((len(names),), torch.nan)
                 for name, scorer in scorers.items()
             }
             for name, recognizer in recognizers.items():

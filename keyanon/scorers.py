@@ -17,7 +17,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.functional.image.lpips import _NoTrainLpips
 
 from keyanon.recognition import Detector
-from keyanon.types import Image, Mask, Scores
+from keyanon.types import Image, Mask, Scorer, Scores
 from keyanon.weights import Card, missing, named, resolve
 
 PSNR_CEILING = 10 * math.log10(12 * 255**2)  # 58.9 dB
@@ -54,6 +54,21 @@ def ssim(view: Image, original: Image, face: Mask) -> Scores:
 def ssim_face(view: Image, original: Image, face: Mask) -> Scores:
     """`ssim` over the windows centred on the face's pixels, mirrored at the picture's border; NaN where it has none."""
     return _mean_where(face, _ssim_map(view, original))
+
+
+@dataclass(frozen=True)
+class Against:
+    """A scorer that compares with another view of the same picture instead of with the original.
+
+    Against `reconstructed`, D(E(x)), it tells what recovery loses from what the autoencoder loses.
+    """
+
+    view: str
+    scorer: Scorer
+
+    def __call__(self, view: Image, original: Image, face: Mask) -> Scores:
+        """`original` is the picture of that other view here."""
+        return self.scorer(view, original, face)
 
 
 def mae(view: Image, original: Image, face: Mask) -> Scores:

@@ -15,7 +15,7 @@ from keyanon.biometrics import (
     d_sys,
     eer,
     mean_statistic,
-    median_statistic,
+    quantile_statistic,
     rank_k,
     rate_statistic,
     split,
@@ -174,14 +174,14 @@ def test_interval_widens_when_pictures_are_one_persons():
 
 def test_median_and_spread():
     values = np.random.default_rng(3).normal(5, 2, 2001)
-    median, spread = median_statistic(values), std_statistic(values)
+    median, spread = quantile_statistic(values), std_statistic(values)
     assert median.value == np.median(values)
     assert (median.high - median.low) / 2 == pytest.approx(1.96 * 1.2533 * 2 / math.sqrt(2001), rel=0.25)
     assert spread.value == pytest.approx(values.std())
     assert (spread.high - spread.low) / 2 == pytest.approx(1.96 * 2 / math.sqrt(2 * 2001), rel=0.15)
 
 
-@pytest.mark.parametrize("statistic", [mean_statistic, median_statistic, std_statistic])
+@pytest.mark.parametrize("statistic", [mean_statistic, quantile_statistic, std_statistic])
 def test_undefined_values_are_counted_and_left_out(statistic):
     groups = ["a", "a", "b", "c"]
     measured = statistic([1, 3, NAN, 5], groups)
