@@ -8,7 +8,7 @@ from scipy.optimize import lsq_linear
 from keyanon.block_dct import BlockDCT
 from keyanon.diffusion import LatentDiffusion
 from keyanon.images import to_bytes, to_floats
-from keyanon.refinement import Refinement, ToneCurve, descend, project_blocks
+from keyanon.refinement import Refinement, ToneCurve, channel_weights, descend, project_blocks
 
 
 def test_the_usual_curve_reads_bytes_as_usual():
@@ -58,7 +58,7 @@ def test_projection_equals_scipys_bounded_least_squares():
 def scene():
     """Two pictures on a small block-DCT latent: z* is a given picture's with noise in 4x4 of 6x6 cells, some of it clipped."""
     autoencoder = BlockDCT(luma=10, chroma=3, std=[4.0, 1.0, 1.0] + [0.3] * 7 + [1.0, 0.2, 0.2] * 2)
-    backbone = SimpleNamespace(autoencoder=autoencoder, encode=autoencoder.encode)
+    backbone = SimpleNamespace(autoencoder=autoencoder, encode=autoencoder.encode, decode=autoencoder.decode)
     generator = torch.Generator().manual_seed(0)
     given = to_floats(torch.randint(60, 180, (2, 3, 48, 48), generator=generator, dtype=torch.uint8))
     cells = torch.zeros(2, 1, 6, 6, dtype=torch.bool)
@@ -72,9 +72,15 @@ def scene():
 
 
 def error(scene, published, tone):
-    """Root mean square error of the latent's cells."""
+    """Root mean square error of the latent's cells, by what the channels weigh in pixels."""
     e = scene.backbone.encode(tone.read(published, scene.free)) - scene.z
+    e = e * channel_weights(scene.backbone, scene.z)[:, None, None]
     return e[scene.cells.expand_as(e)].square().mean().sqrt().item()
+
+
+def test_channels_of_the_block_dct_weigh_their_deviations(scene):
+    weights = channel_weights(scene.backbone, scene.z)
+    torch.testing.assert_close(weights.tolist(), list(scene.backbone.autoencoder.config.std), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("tone", [ToneCurve(), ToneCurve(0.9, 1.2)])
@@ -135,7 +141,11 @@ def learned():
         mid_block_add_attention=False,
     )
     vae.eval().requires_grad_(False)
-    backbone = SimpleNamespace(autoencoder=vae, encode=lambda x: vae.encode(x).latent_dist.mode())
+    backbone = SimpleNamespace(
+        autoencoder=vae,
+        encode=lambda x: vae.encode(x).latent_dist.mode(),
+        decode=lambda z: vae.decode(z).sample,
+    )
     given = to_floats(torch.randint(60, 180, (2, 3, 16, 16), dtype=torch.uint8))
     cells = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
     cells[:, :, 2:7, 1:7] = True
