@@ -2,10 +2,10 @@
 
     x = argmin |W (E(x) - z*)|^2 + mu |x - D(z*)|^2   over x in L^n on the free pixels, x given on the others
 
-L are the 256 values that a byte stands for, and the first norm runs over the latent cells that the receiver will read. W weighs each
-channel by what the decoder makes of it: errors grow in the loop about as much (measured on faces128: 40 times the squared error for
-the block's mean, 0.02 to 0.2 for detail). Decoders leave [-1, 1], and clipping them costs more than rounding. The receiver's E reads
-far fewer numbers than the picture has, so the rest of the picture can make up for both.
+L are the 256 values that a byte stands for, and the first norm runs over the latent cells that the receiver will read. W weighs a
+channel by what the decoder makes of it, for errors grow in the loop about as much: on faces128 the squared error by 40 for the mean
+of a block and by 0.02 to 0.2 for its detail. Decoders leave [-1, 1], and clipping them costs more than rounding. The receiver's E
+reads far fewer numbers than the picture has, so the rest of the picture can make up for both.
 
 Block DCT. Each block is a problem of its own, with W E(x) = B x + b. Over the box [min L, max L]^n its dual is unconstrained:
 
