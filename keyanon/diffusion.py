@@ -57,10 +57,12 @@ class LatentDiffusion:
     revision: str | None = None
 
     def encode(self, images: Image) -> Latent:
-        """z0 = E(x): the mean where the encoder gives a distribution, unquantized where it has a codebook."""
+        """z0 = E(x): the mean where the encoder gives a distribution, unquantized where it has a codebook.
+
+        Gradients reach pictures that ask for them; the weights ask for none.
+        """
         autoencoder = self.autoencoder
-        with torch.no_grad():
-            encoded = autoencoder.encode(images.to(self.device))
+        encoded = autoencoder.encode(images.to(self.device))
         if isinstance(autoencoder, BlockDCT):
             z0: Latent = encoded
         elif isinstance(autoencoder, VQModel):

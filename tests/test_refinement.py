@@ -2,11 +2,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from scipy.optimize import lsq_linear
 
 from keyanon.block_dct import BlockDCT
+from keyanon.diffusion import LatentDiffusion
 from keyanon.images import to_bytes, to_floats
-from keyanon.refinement import Refinement, ToneCurve, project_blocks
+from keyanon.refinement import Refinement, ToneCurve, channel_weights, descend, project_blocks
 
 
 def test_the_usual_curve_reads_bytes_as_usual():
@@ -56,7 +58,7 @@ def test_projection_equals_scipys_bounded_least_squares():
 def scene():
     """Two pictures on a small block-DCT latent: z* is a given picture's with noise in 4x4 of 6x6 cells, some of it clipped."""
     autoencoder = BlockDCT(luma=10, chroma=3, std=[4.0, 1.0, 1.0] + [0.3] * 7 + [1.0, 0.2, 0.2] * 2)
-    backbone = SimpleNamespace(autoencoder=autoencoder, encode=autoencoder.encode)
+    backbone = SimpleNamespace(autoencoder=autoencoder, encode=autoencoder.encode, decode=autoencoder.decode)
     generator = torch.Generator().manual_seed(0)
     given = to_floats(torch.randint(60, 180, (2, 3, 48, 48), generator=generator, dtype=torch.uint8))
     cells = torch.zeros(2, 1, 6, 6, dtype=torch.bool)
@@ -70,9 +72,15 @@ def scene():
 
 
 def error(scene, published, tone):
-    """Root mean square error of the latent's cells."""
+    """Root mean square error of the latent's cells, by what the channels weigh in pixels."""
     e = scene.backbone.encode(tone.read(published, scene.free)) - scene.z
+    e = e * channel_weights(scene.backbone, scene.z)[:, None, None]
     return e[scene.cells.expand_as(e)].square().mean().sqrt().item()
+
+
+def test_channels_of_the_block_dct_weigh_their_deviations(scene):
+    weights = channel_weights(scene.backbone, scene.z)
+    torch.testing.assert_close(weights.tolist(), list(scene.backbone.autoencoder.config.std), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("tone", [ToneCurve(), ToneCurve(0.9, 1.2)])
@@ -101,3 +109,72 @@ def test_a_picture_does_not_depend_on_its_batch(scene):
         one = slice(i, i + 1)
         alone = Refinement()(scene.backbone, scene.z[one], scene.start[one], scene.free[one], scene.cells[one])
         assert torch.equal(alone[0], both[i])
+
+
+def test_descent_equals_the_projection(scene):
+    """Encoding through gradients alone, the block DCT's solution comes out."""
+    encode, pull = scene.backbone.encode, 0.1
+    start, z = scene.start.double(), scene.z.double()
+
+    def misfit(x):
+        x = x.requires_grad_()
+        value = ((encode(x) - z) * scene.cells).square().flatten(1).sum(1)
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+        return value.detach(), gradient * scene.free / 2
+
+    low, high = (torch.where(scene.free, end, start) for end in (-torch.ones(1).double(), torch.ones(1).double()))
+    x = descend(misfit, start, low, high, pull, 300)
+    at_optimum = (x - misfit(x.detach())[1] - pull * (x - start)).clamp(low, high)
+    torch.testing.assert_close(x.detach(), at_optimum.detach(), atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def learned():
+    """A learned autoencoder's encoder with random weights; z* belongs to a picture between the levels, and start is near."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=2,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    )
+    vae.eval().requires_grad_(False)
+    backbone = SimpleNamespace(
+        autoencoder=vae,
+        encode=lambda x: vae.encode(x).latent_dist.mode(),
+        decode=lambda z: vae.decode(z).sample,
+    )
+    given = to_floats(torch.randint(60, 180, (2, 3, 16, 16), dtype=torch.uint8))
+    cells = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
+    cells[:, :, 2:7, 1:7] = True
+    free = cells.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    start = torch.where(free, given + 0.3 * torch.rand(given.shape), given)
+    z = backbone.encode(start + 0.02 * torch.randn(start.shape) * free)
+    return SimpleNamespace(backbone=backbone, z=z, start=start, given=given, free=free, cells=cells)
+
+
+@pytest.mark.parametrize("tone", [ToneCurve(), ToneCurve(0.6, 1.2)])
+def test_refined_picture_encodes_to_the_learned_latent(learned, tone):
+    refined = Refinement(tone)(learned.backbone, learned.z, learned.start, learned.free, learned.cells)
+    descent_alone = Refinement(tone, rounding=2)(
+        learned.backbone, learned.z, learned.start, learned.free, learned.cells
+    )
+    assert error(learned, refined, tone) < 0.7 * error(learned, descent_alone, tone)
+    assert error(learned, descent_alone, tone) < 0.5 * error(learned, to_bytes(learned.start), ToneCurve())
+    untouched = ~learned.free.expand_as(refined)
+    assert torch.equal(refined[untouched], to_bytes(learned.given)[untouched])
+
+
+def test_learned_refinement_does_not_depend_on_the_batch(learned):
+    both = Refinement()(learned.backbone, learned.z, learned.start, learned.free, learned.cells)
+    one = slice(1, 2)
+    alone = Refinement()(learned.backbone, learned.z[one], learned.start[one], learned.free[one], learned.cells[one])
+    assert torch.equal(alone[0], both[1])
+
+
+def test_encoding_passes_gradients_to_pictures_alone():
+    backbone, images = LatentDiffusion("embedded:faces128"), torch.zeros(1, 3, 8, 8)
+    assert not backbone.encode(images).requires_grad
+    assert backbone.encode(images.requires_grad_()).requires_grad

@@ -1,0 +1,70 @@
+"""What the 8-bit picture loses of the latent it carries, and what refining it costs.
+
+Pictures are the package's synthetic faces, latents z* their faces after a key flip (10 Karras steps, exactly inverted). Columns:
+root mean square error of the face's cells, in the latent's units and weighted by what the decoder makes of the channels; the same,
+worst picture; PSNR of the face against the clipped and rounded D(z*), median and worst; seconds a picture.
+"""
+
+import argparse
+import csv
+import sys
+import time
+from importlib.resources import files
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from keyanon.diffusion import LatentDiffusion
+from keyanon.images import from_pil, open_rgb, to_bytes
+from keyanon.keys import experiment_key, signs
+from keyanon.parsing import EllipseParser
+from keyanon.refinement import Refinement, ToneCurve, channel_weights
+from keyanon.solvers import DDIM, Known
+
+COLUMNS = ["knee", "reach", "pull", "rms", "rms_worst", "weighted", "weighted_worst", "psnr", "psnr_worst", "seconds"]
+USUAL, WIDE = ToneCurve(), ToneCurve(0.95, 1.35)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.refinement", description=__doc__)
+    parser.add_argument("--backbone", default="embedded:faces128", help="folder, hub id or embedded:NAME")
+    parser.add_argument("--count", type=int, default=8, help="pictures")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+
+    backbone = LatentDiffusion(args.backbone, device=args.device)
+    faces = sorted((path for path in (files("keyanon") / "assets" / "faces").iterdir()), key=lambda path: path.name)
+    images = torch.stack([from_pil(open_rgb(path)) for path in faces[: args.count]]).to(args.device)  # type: ignore[arg-type]
+    cells = EllipseParser().mask(images, backbone.latent_size(images))
+    free = interpolate(cells.float(), images.shape[-2:]).bool()
+
+    solver, key, z0 = DDIM(10, "karras", 1e-5), experiment_key(), backbone.encode(images)
+    path = solver.invert(backbone.eps, backbone.schedule, z0)
+    flip = torch.stack([signs(key, bytes([i]) * 24, tuple(z0.shape[1:])) for i in range(len(z0))]).to(z0)
+    zT = torch.where(cells, flip * path[-1], path[-1])
+    target = solver.sample(backbone.eps, backbone.schedule, zT, Known(cells, path))
+    start = torch.where(free, backbone.decode(target), images)
+    plain, weights = to_bytes(start), channel_weights(backbone, target)[:, None, None]
+
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for tone, pull in ((USUAL, None), (USUAL, 0.1), (USUAL, 0.01), (WIDE, 0.1), (WIDE, 0.01)):
+        begin = time.perf_counter()
+        out = plain if pull is None else Refinement(tone, pull)(backbone, target, start, free, cells)
+        seconds = (time.perf_counter() - begin) / len(out)
+        error = (backbone.encode(tone.read(out, free)) - target) * cells
+        rms, weighted = over(error, cells), over(error * weights, cells)
+        psnr = 20 * torch.log10(255 / over((out.float() - plain.float()) * free, free))
+        ends = ((rms, rms.max()), (weighted, weighted.max()), (psnr, psnr.min()))
+        cells_of_row = [f"{value:.3g}" for all, worst in ends for value in (all.median().item(), worst.item())]
+        writer.writerow([tone.knee, tone.reach, "" if pull is None else pull, *cells_of_row, f"{seconds:.2g}"])
+
+
+def over(error: Tensor, mask: Tensor) -> Tensor:
+    """Root mean square of each picture's error over the mask."""
+    return (error.square().flatten(1).sum(1) / (mask.flatten(1).sum(1) * error.shape[1])).sqrt()
+
+
+if __name__ == "__main__":
+    main()
