@@ -13,8 +13,8 @@ An autoencoder (configurations with `vae`), without adversary or perceptual loss
     q(z | x) = N(mu(x), sigma(x)^2),  z = mu + sigma eps                                              (arXiv 1312.6114)
     minimize  |x - D(z)|_1 + lambda KL(q | N(0, 1)) + rho |mu(D(z')) - z'|^2,  z' = z + s eps'
 
-The last term, on half of each batch, asks of the encoder to read from a picture the latent it was drawn from, which nothing else does:
-what is published is a picture, and what a receiver needs is its latent.
+The last term, on half of each batch, asks of the encoder to read from a picture the latent it was drawn from: what is published
+is a picture, and what a receiver needs is its latent.
 
 The exported model is the exponential moving average of the weights, in half precision.
 """
@@ -222,8 +222,9 @@ def autoencoder(cfg: DictConfig, pictures: Bytes) -> Task:
         sample = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(cfg.seed))[:256]
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # these shapes shall compile nothing anew
             modes = [net.encode(to_floats(part).to(device)).latent_dist.mode() for part in pictures[sample].split(64)]
-        net.register_to_config(scaling_factor=1 / torch.cat(modes).std().item())
-        halved(net).save_pretrained(Path(cfg.export) / "vae")
+        half = halved(net)
+        half.register_to_config(scaling_factor=1 / torch.cat(modes).std().item())
+        half.save_pretrained(Path(cfg.export) / "vae")
 
     return Task(net, loss, export)
 
