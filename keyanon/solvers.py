@@ -187,12 +187,14 @@ def anderson(
         images, residuals = [*images[-memory:], image.flatten(1)], [*residuals[-memory:], f]
         step = images[-1]
         if len(images) > 1:
-            dF = torch.stack([b - a for a, b in pairwise(residuals)], 2).double()
-            dG = torch.stack([b - a for a, b in pairwise(images)], 2)
-            gram, right = dF.mT @ dF, dF.mT @ f.double()[:, :, None]
-            ridge = 1e-12 * gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] * torch.eye(gram.shape[1]).to(gram)
-            c = torch.linalg.lstsq(gram + ridge, right).solution
-            step = images[-1] - (dG @ c.to(dG))[:, :, 0]
+            # Sums over a picture's own entries, not matrix products: those round differently for other batch sizes.
+            dF = [(b - a).double() for a, b in pairwise(residuals)]
+            gram = torch.stack([torch.stack([(u * v).sum(1) for v in dF], 1) for u in dF], 1)
+            right = torch.stack([(u * f.double()).sum(1) for u in dF], 1)[:, :, None]
+            ridge = 1e-12 * gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] * torch.eye(len(dF)).to(gram)
+            c = torch.linalg.lstsq(gram + ridge, right).solution.to(f)
+            for k, (a, b) in enumerate(pairwise(images)):
+                step = step - c[:, k] * (b - a)
         z = torch.where(expand(active, z), step.view_as(z), z)
     return best, smallest
 

@@ -1,0 +1,156 @@
+"""The exact loop on the embedded model: what is recovered from a real PNG file, and what both sides have to agree on."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+from keyanon import images as channel
+from keyanon.attacks import FloatChannel, WrongKey
+from keyanon.datasets import embedded_faces
+from keyanon.diffusion import LatentDiffusion
+from keyanon.exact import Exact, filled, pixels, public_noise
+from keyanon.headers import BadHeader, Header
+from keyanon.keys import SignTransform, experiment_key, nonce_for
+from keyanon.refinement import Refinement, ToneCurve
+from keyanon.scorers import psnr_face
+from keyanon.solvers import DDIM
+from keyanon.types import Published, Reconstructs, Reversible
+from tests.conftest import CentreFace
+
+KEYS = [experiment_key()] * 2
+
+
+@pytest.fixture(scope="module")
+def method() -> Exact:
+    return Exact(
+        LatentDiffusion("embedded:faces128"),
+        DDIM(8, "karras", 1e-5),
+        CentreFace(),
+        SignTransform(),
+        Refinement(ToneCurve(0.95, 1.5)),
+        floor=None,
+    )
+
+
+@pytest.fixture(scope="module")
+def pictures() -> torch.Tensor:
+    dataset = embedded_faces()
+    return torch.stack([dataset.load(id) for id in dataset.ids[:2]])
+
+
+@pytest.fixture(scope="module")
+def published(method, pictures) -> Published:
+    return method.anonymize(pictures, KEYS, ["a", "b"])
+
+
+@pytest.fixture(scope="module")
+def face(method, pictures):
+    return pixels(method.parser.mask(pictures, (16, 16)), pictures)
+
+
+def test_contract(method, pictures, published, face):
+    assert isinstance(method, Reversible)
+    assert isinstance(method, Reconstructs)
+    assert published.images.dtype == torch.uint8
+    assert torch.equal(
+        published.images[~face.expand_as(pictures)], channel.to_bytes(pictures)[~face.expand_as(pictures)]
+    )
+    assert (psnr_face(channel.to_floats(published.images), pictures, face) < 25).all()
+
+
+def test_latents_come_back_exactly(method, pictures):
+    mask = method.parser.mask(pictures, (16, 16))
+    nonces = [nonce_for(key, id, picture) for key, id, picture in zip(KEYS, "ab", pictures, strict=True)]
+    known, z0 = method.known(pictures, mask, nonces), method.backbone.encode(pictures)
+    there = method.loop(method.backbone.eps, z0, known, KEYS, nonces, inverse=False)
+    back = method.loop(method.backbone.eps, there, known, KEYS, nonces, inverse=True)
+    error = ((back - z0) * mask).square().sum((1, 2, 3)) / (mask * z0).square().sum((1, 2, 3))
+    assert (-10 * error.log10() > 80).all()
+
+
+def test_the_face_comes_back_from_the_file(method, pictures, published, face, tmp_path):
+    for i, (image, header) in enumerate(zip(published.images, published.headers, strict=True)):
+        channel.write_png(tmp_path / f"{i}.png", image, header)
+    read = [channel.read_png(tmp_path / f"{i}.png") for i in range(2)]
+    received = channel.to_floats(torch.stack([image for image, _ in read]))
+    recovered = method.recover(received, [header for _, header in read], KEYS)
+    assert (psnr_face(recovered, method.reconstruct(pictures), face) > 40).all()
+
+
+def test_floats_come_back_as_well(method, pictures, published, face):
+    recovered = FloatChannel()(published, KEYS, method)
+    assert (psnr_face(recovered, method.reconstruct(pictures), face) > 55).all()
+
+
+def test_a_wrong_key_does_not_give_the_face(method, pictures, published, face):
+    assert (psnr_face(WrongKey()(published, KEYS, method), pictures, face) < 25).all()
+
+
+def test_a_picture_does_not_depend_on_its_batch(method, pictures, published):
+    alone = method.anonymize(pictures[1:], KEYS[1:], ["b"])
+    assert alone.headers == published.headers[1:]
+    assert torch.equal(alone.images, published.images[1:])
+
+
+def test_what_is_verified_is_what_the_receiver_gets(method, pictures, face):
+    sender = replace(method, floor=0.0, solver=DDIM(2, "karras"))
+    published = sender.anonymize(pictures, KEYS, ["a", "b"])
+    recovered = sender.recover(channel.to_floats(published.images), published.headers, KEYS)
+    achieved = psnr_face(
+        channel.to_floats(channel.to_bytes(recovered)),
+        channel.to_floats(channel.to_bytes(sender.reconstruct(pictures))),
+        face,
+    )
+    torch.testing.assert_close(published.measured["verified_psnr"].float(), achieved)
+    assert published.measured["attempts"].tolist() == [1, 1]
+
+
+def test_below_the_floor_nonces_are_drawn_again_and_the_best_is_kept(method, pictures, published, caplog):
+    hopeless = replace(method, floor=99.0, attempts=2, refinement=None, solver=DDIM(2, "karras"))
+    with caplog.at_level(logging.WARNING):
+        out = hopeless.anonymize(pictures, KEYS, ["a", "b"])
+    assert out.measured["attempts"].tolist() == [2, 2]
+    assert "a: comes back at" in caplog.text
+    tries = [hopeless.publish(pictures, method.parser.mask(pictures, (16, 16)), KEYS, ["a", "b"], n) for n in range(2)]
+    best = torch.stack([one.measured["verified_psnr"] for one in tries]).amax(0)
+    torch.testing.assert_close(out.measured["verified_psnr"], best)
+    assert len({header for one in tries for header in one.headers}) == 4
+
+
+@pytest.mark.parametrize("background", ["scaled", "noised"])
+def test_both_sides_know_the_same_background(method, pictures, published, background):
+    one = replace(method, background=background)
+    header = [Header.unpack(header) for header in published.headers]
+    mask, nonces = torch.stack([h.mask for h in header]), [h.nonce for h in header]
+    sender, receiver = one.known(pictures, mask, nonces), one.known(channel.to_floats(published.images), mask, nonces)
+    for mine, theirs in zip(sender.path, receiver.path, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_the_fill_looks_at_the_background_only(pictures, face):
+    other = torch.where(face, torch.rand_like(pictures), pictures)
+    assert torch.equal(filled(pictures, face), filled(other, face))
+    assert torch.equal(filled(pictures, face)[~face.expand_as(pictures)], pictures[~face.expand_as(pictures)])
+    everything = torch.ones_like(face)
+    assert torch.equal(filled(pictures, everything), torch.zeros_like(pictures))
+
+
+def test_public_noise_is_normal_and_a_function_of_the_nonce():
+    noise = public_noise(bytes(24), (21, 64, 64))
+    assert torch.equal(noise, public_noise(bytes(24), (21, 64, 64)))
+    assert not torch.equal(noise, public_noise(bytes(23) + b"\1", (21, 64, 64)))
+    assert noise.mean().abs() < 0.02
+    assert (noise.std() - 1).abs() < 0.01
+    assert ((noise**4).mean() - 3).abs() < 0.1
+
+
+def test_headers_without_a_mask_and_cropped_pictures_are_refused(method, published):
+    images = channel.to_floats(published.images)
+    with pytest.raises(BadHeader, match="no face mask"):
+        method.recover(images, [Header(bytes(24)).pack()] * 2, KEYS)
+    with pytest.raises(BadHeader, match="resized or cropped"):
+        method.recover(images[..., :120, :120], published.headers, KEYS)
+    with pytest.raises(BadHeader, match="no keyanon header"):
+        method.recover(images, [b"", b""], KEYS)
