@@ -26,7 +26,7 @@ KEYS = [experiment_key()] * 2
 def method() -> Exact:
     return Exact(
         LatentDiffusion("embedded:faces128"),
-        DDIM(8, "karras", 1e-5),
+        DDIM(8, "karras", 2e-6),
         CentreFace(),
         SignTransform(),
         Refinement(ToneCurve(0.95, 1.5)),
