@@ -133,7 +133,7 @@ def telling(overrides: Sequence[str]) -> list[str]:
 
     def tells(override: str) -> bool:
         key = override.lstrip("+~").partition("=")[0]
-        return key not in UNTOLD and key.partition(".")[0] not in UNTOLD
+        return key not in UNTOLD and key.partition(".")[0] not in UNTOLD - {"anonymizer"}
 
     return [override for override in overrides if tells(override)]
 

@@ -199,8 +199,8 @@ def test_a_sweep_makes_one_table_with_a_row_for_each_cell(faces, tiny_ldm, tmp_p
 
 
 def test_a_sweeps_cells_are_told_apart_by_what_they_vary():
-    overrides = ["experiment=a", "dataset.root=/faces", "solver.steps=10", "+parser.forehead=0.5", "limit=3"]
-    assert telling(overrides) == ["solver.steps=10", "+parser.forehead=0.5"]
+    overrides = ["anonymizer=exact", "dataset.root=/faces", "anonymizer.floor=30", "+parser.forehead=0.5", "limit=3"]
+    assert telling(overrides) == ["anonymizer.floor=30", "+parser.forehead=0.5"]
 
 
 def test_pictures_that_all_had_to_be_skipped_are_said_in_one_line(faces, tiny_ldm, tmp_path):
