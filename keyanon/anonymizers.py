@@ -18,8 +18,9 @@ import torch
 from keyanon import images as channel
 from keyanon.diffusion import LatentDiffusion
 from keyanon.headers import BadHeader, Header
-from keyanon.keys import SignTransform, nonce_for
+from keyanon.keys import nonce_for
 from keyanon.solvers import Known, Solver
+from keyanon.transforms import SignFlipping
 from keyanon.types import FaceParser, Image, Key, Mask, Published
 
 
@@ -69,7 +70,7 @@ class SignFlip:
         z0 = self.backbone.encode(images)
         path = self.solver.invert(self.backbone.eps, self.backbone.schedule, z0)
         mask = mask.to(z0.device)
-        flipped = SignTransform()(path[-1], mask, keys, nonces)
+        flipped, _ = SignFlipping().apply(path[-1], mask, keys, nonces)
         known = Known(mask, path) if self.reinject else None
         return self.backbone.decode(
             self.solver.sample(self.backbone.eps, self.backbone.schedule, flipped, known), self.quantize

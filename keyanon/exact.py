@@ -17,11 +17,10 @@ again under a fresh nonce, and the best of `attempts` is published.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
@@ -29,11 +28,12 @@ from torch.nn.functional import avg_pool2d, interpolate
 from keyanon import images as channel
 from keyanon.diffusion import LatentDiffusion
 from keyanon.headers import BadHeader, Header
-from keyanon.keys import MasterKey, Transform, nonce_for
+from keyanon.keys import MasterKey, nonce_for, normals
 from keyanon.refinement import Refinement
 from keyanon.scorers import psnr_face
 from keyanon.solvers import Known, Solver
-from keyanon.types import FaceParser, Image, Key, Latent, Mask, Published
+from keyanon.transforms import Transform
+from keyanon.types import Denoiser, FaceParser, Image, Key, Latent, Mask, Published
 
 log = logging.getLogger(__name__)
 
@@ -101,12 +101,10 @@ class Exact:
         """One attempt: pictures, headers, and what was measured on them."""
         salted = [f"{id}|{attempt}" if attempt else id for id in ids]
         nonces = [nonce_for(key, id, picture) for key, id, picture in zip(keys, salted, images, strict=True)]
-        headers = tuple(Header(nonce, m.cpu()).pack() for nonce, m in zip(nonces, mask, strict=True))
-        free = pixels(mask, images)
-        eps = Counted(self.backbone.eps)
-        known = self.known(images, mask, nonces)
-        z0 = self.backbone.encode(images)
-        target = self.loop(eps, z0, known, keys, nonces, inverse=False)
+        free, eps = pixels(mask, images), Counted(self.backbone.eps)
+        known, z0 = self.known(images, mask, nonces), self.backbone.encode(images)
+        target, sent = self.turn(eps, z0, known, keys, nonces)
+        headers = [Header(nonce, m.cpu(), code) for nonce, m, code in zip(nonces, mask, sent, strict=True)]
         decoded = torch.where(free, self.backbone.decode(target, quantize=False), images)
         floats, published, measured = decoded, channel.to_bytes(decoded), {}
         if self.refinement is not None:
@@ -115,30 +113,27 @@ class Exact:
             everywhere = torch.ones_like(free)
             measured["refined_psnr"] = psnr_face(channel.to_floats(published), channel.to_floats(rounded), everywhere)
         if self.floor is not None:
-            back = self.receive(eps, channel.to_floats(published), mask, keys, nonces)
+            back = self.receive(eps, channel.to_floats(published), headers, keys)
             ceiling = self.face(z0, images, mask)
             measured["verified_psnr"] = psnr_face(bytewise(back), bytewise(ceiling), free)
         measured["attempts"] = torch.full((len(ids),), attempt + 1.0)
         measured["evaluations"] = torch.full((len(ids),), float(eps.calls))
-        return Published(
-            published.cpu(), headers, floats.cpu(), {name: values.double().cpu() for name, values in measured.items()}
-        )
+        measured = {name: values.double().cpu() for name, values in measured.items()}
+        return Published(published.cpu(), tuple(header.pack() for header in headers), floats.cpu(), measured)
 
     def recover(self, images: Image, headers: Sequence[bytes], keys: Sequence[Key]) -> Image:
         """Original faces from published pictures, their headers and keys; raises BadHeader."""
         opened = [Header.unpack(header) for header in headers]
-        masks = [header.mask for header in opened if header.mask is not None]
-        if len(masks) < len(opened):
-            raise BadHeader("the header carries no face mask: the file was published by another method")
-        images = images.to(self.backbone.device)
-        mask = torch.stack(masks).to(images.device)
-        if (expected := self.backbone.latent_size(images)) != tuple(mask.shape[-2:]):
-            size = "{1} x {0}".format(*images.shape[-2:])
-            raise BadHeader(
-                f"the header's mask has {tuple(mask.shape[-2:])} cells where a picture of {size} pixels has {expected}: "
-                "the picture was resized or cropped after it was published"
-            )
-        return self.receive(self.backbone.eps, images, mask, keys, [header.nonce for header in opened]).cpu()
+        rows, columns = self.backbone.latent_size(images)
+        for header in opened:
+            if header.mask is None:
+                raise BadHeader("the header carries no face mask: the file was published by another method")
+            if header.mask.shape != (1, rows, columns):
+                there, here = "x".join(map(str, header.mask.shape[1:])), f"{rows}x{columns}"
+                raise BadHeader(
+                    f"the header's mask has {there} cells, a picture of this size {here}: it was resized or cropped after it was published"
+                )
+        return self.receive(self.backbone.eps, images.to(self.backbone.device), opened, keys).cpu()
 
     def reconstruct(self, images: Image) -> Image:
         """D(E(x)) on the face's pixels, the best that any recovery through this autoencoder can be."""
@@ -146,29 +141,30 @@ class Exact:
         mask = self.parser.mask(images, self.backbone.latent_size(images)).to(images.device)
         return self.face(self.backbone.encode(images), images, mask).cpu()
 
-    def receive(
-        self,
-        eps: Callable[[Latent, int], Latent],
-        images: Image,
-        mask: Mask,
-        keys: Sequence[Key],
-        nonces: Sequence[bytes],
-    ) -> Image:
+    def receive(self, eps: Denoiser, images: Image, headers: Sequence[Header], keys: Sequence[Key]) -> Image:
         """What the holder of the keys makes of published pictures."""
-        known = self.known(images, mask, nonces)
+        mask = torch.stack([header.mask for header in headers if header.mask is not None]).to(images.device)
+        known = self.known(images, mask, [header.nonce for header in headers])
         if self.refinement is not None:
             images = torch.where(pixels(mask, images), self.refinement.tone.expand(images), images)
-        z0 = self.loop(eps, self.backbone.encode(images), known, keys, nonces, inverse=True)
-        return self.face(z0, images, mask)
+        return self.face(self.turn_back(eps, self.backbone.encode(images), known, headers, keys), images, mask)
 
-    def loop(
-        self, eps: Callable[[Latent, int], Latent], z0: Latent, known: Known, keys: Sequence[Key], nonces: Sequence[bytes],
-        inverse: bool,
-    ) -> Latent:  # fmt: skip
-        """Up along the known path, the keyed transform or its inverse inside M, and down again."""
+    def turn(
+        self, eps: Denoiser, z0: Latent, known: Known, keys: Sequence[Key], nonces: Sequence[bytes]
+    ) -> tuple[Latent, list[bytes]]:
+        """z'_0, and what the transform sends along."""
         zT = self.solver.invert(eps, self.backbone.schedule, z0, known)[-1]
-        turned = self.transform(zT, known.mask, keys, nonces, inverse)
-        return self.solver.sample(eps, self.backbone.schedule, turned, known)
+        turned, sent = self.transform.apply(zT, known.mask, keys, nonces)
+        return self.solver.sample(eps, self.backbone.schedule, turned, known), sent
+
+    def turn_back(
+        self, eps: Denoiser, z0: Latent, known: Known, headers: Sequence[Header], keys: Sequence[Key]
+    ) -> Latent:
+        """z_0."""
+        turned = self.solver.invert(eps, self.backbone.schedule, z0, known)[-1]
+        nonces, sent = [header.nonce for header in headers], [header.sent for header in headers]
+        zT = self.transform.undo(turned, known.mask, keys, nonces, sent)
+        return self.solver.sample(eps, self.backbone.schedule, zT, known)
 
     def known(self, images: Image, mask: Mask, nonces: Sequence[bytes]) -> Known:
         """w_0 .. w_N: all of it public."""
@@ -197,7 +193,7 @@ class Exact:
 class Counted:
     """A denoiser that counts how often it is asked."""
 
-    def __init__(self, eps: Callable[[Latent, int], Latent]) -> None:
+    def __init__(self, eps: Denoiser) -> None:
         self.eps, self.calls = eps, 0
 
     def __call__(self, z: Latent, t: int) -> Latent:
@@ -229,15 +225,8 @@ def filled(images: Image, free: Mask) -> Image:
 
 
 def public_noise(nonce: bytes, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers from a public nonce, by Box and Muller's formula in float64."""
-    public = MasterKey(bytes(32))
-    d = int(np.prod(shape))
-    words = np.frombuffer(public.stream(nonce, "background", 8 * (d + d % 2)), "<u4").reshape(2, -1).astype(np.float64)
-    u, v = (words + 0.5) / 2**32
-    normal = np.concatenate(
-        [np.sqrt(-2 * np.log(u)) * np.cos(2 * np.pi * v), np.sqrt(-2 * np.log(u)) * np.sin(2 * np.pi * v)]
-    )
-    return torch.from_numpy(normal[:d]).view(shape)
+    """Standard normal numbers that anyone can compute from a nonce."""
+    return normals(MasterKey(bytes(32)), nonce, "background", shape)
 
 
 def bytewise(images: Image) -> Image:

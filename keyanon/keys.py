@@ -11,10 +11,8 @@ picture to picture: one known pair of a reused key stream would give the signs a
 import hashlib
 import os
 import stat
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,7 +22,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from jaxtyping import Int8
 from torch import Tensor
 
-from keyanon.types import Key, Latent, Mask, Picture
+from keyanon.types import Key, Picture
 
 KEY_BYTES = 32
 NONCE_BYTES = 24
@@ -117,23 +115,12 @@ def signs(key: Key, nonce: bytes, shape: tuple[int, ...]) -> Int8[Tensor, "..."]
     return torch.from_numpy(2 * bits.astype(np.int8) - 1).view(shape)
 
 
-class Transform(Protocol):
-    """A keyed, invertible map of the noise inside the mask."""
-
-    def __call__(
-        self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes], inverse: bool = False
-    ) -> Latent: ...
-
-
-@dataclass(frozen=True)
-class SignTransform:
-    """z' = M * (k * z) + (1 - M) * z, its own inverse (eq. 3, 6)."""
-
-    def __call__(
-        self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes], inverse: bool = False
-    ) -> Latent:
-        k = torch.stack([signs(key, nonce, tuple(zT.shape[1:])) for key, nonce in zip(keys, nonces, strict=True)])
-        return torch.where(mask, k.to(zT) * zT, zT)
+def normals(key: Key, nonce: bytes, purpose: str, shape: tuple[int, ...]) -> Tensor:
+    """Pseudorandom standard normal numbers in float64, by Box and Muller's formula from 32-bit words of the key stream."""
+    d = int(np.prod(shape))
+    words = np.frombuffer(key.stream(nonce, purpose, 8 * -(-d // 2)), "<u4").reshape(2, -1).astype(np.float64)
+    radius, angle = np.sqrt(-2 * np.log((words[0] + 0.5) / 2**32)), 2 * np.pi * words[1] / 2**32
+    return torch.from_numpy(np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:d]).view(shape)
 
 
 @dataclass(frozen=True)
