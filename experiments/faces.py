@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=int, default=256)
+    parser.add_argument("--keep", type=int, default=256, help="how many to choose; 0 only measures the model")
     parser.add_argument("--out", type=Path, default=Path("keyanon/assets/faces"), help="where the chosen faces go")
     parser.add_argument(
         "--report", type=Path, default=Path("keyanon/assets/faces128"), help="... and what was measured"
@@ -147,9 +147,11 @@ def main() -> None:
             "heldout": quantiles(nearest_cosine(aligned["held out"], aligned["training"])),
         },
     }
-    chosen = choose(np.asarray(found), found_at, nearest, args.keep)
-    report["embedded"] = {"kept": len(chosen), "largest_cosine_between": DISTINCT, "largest_cosine_to_training": UNSEEN}
-    write_faces(args.out, samples, chosen)
+    if args.keep:
+        chosen = choose(np.asarray(found), found_at, nearest, args.keep)
+        rule = {"largest_cosine_between": DISTINCT, "largest_cosine_to_training": UNSEEN}
+        report["embedded"] = {"kept": len(chosen), **rule}
+        write_faces(args.out, samples, chosen)
     write_whole(args.report / "report.json", json.dumps(report, indent=2).encode() + b"\n")
     contact_sheet({f"{c}": list(samples[c:64:8]) for c in range(8)}, args.report / "samples.png")
     print(json.dumps(report, indent=2))

@@ -131,7 +131,8 @@ class Exact:
             if header.mask.shape != (1, rows, columns):
                 there, here = "x".join(map(str, header.mask.shape[1:])), f"{rows}x{columns}"
                 raise BadHeader(
-                    f"the header's mask has {there} cells, a picture of this size {here}: it was resized or cropped after it was published"
+                    f"the header's mask has {there} cells, a picture of this size {here}: "
+                    "it was resized or cropped after it was published"
                 )
         return self.receive(self.backbone.eps, images.to(self.backbone.device), opened, keys).cpu()
 
