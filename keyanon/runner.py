@@ -9,7 +9,6 @@ import csv
 import hashlib
 import io
 import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,6 +49,7 @@ SCORE_SCHEMA = pa.schema([("id", pa.string()), ("view", pa.string()), ("scorer",
 EMBEDDING_SCHEMA = pa.schema(
     [("id", pa.string()), ("view", pa.string()), ("scorer", pa.string()), ("embedding", pa.list_(pa.float32()))]
 )
+HEADER_BYTES = "header_bytes"  # a score of every anonymized picture: what it carries besides its pixels
 IO_WORKERS = 4
 PROGRESS = 0.5 if sys.stderr.isatty() else 20  # seconds between lines: a log file is read later
 
@@ -103,14 +103,10 @@ def generate(
         todo = [view for view in views if not all(files.has(view, id) for id in good)]
         published = None
         if ANONYMIZED in todo or any(isinstance(attacks.get(view), FloatChannel) for view in todo):
-            begin = time.perf_counter()
             published = method.anonymize(originals, keys, names)
-            taken = time.perf_counter() - begin
+            # Before the pictures: a run killed in between makes them, and measures, again.
+            write_part(folder / "scores", measurements(good, published.measured))
             files.write_all(ANONYMIZED, good, published.images, published.headers)
-            sizes = torch.tensor([len(header) for header in published.headers], dtype=torch.float64)
-            pace = torch.full_like(sizes, taken / batch_size)
-            measured = {**published.measured, "header_bytes": sizes, "seconds": pace}
-            write_part(folder / "scores", measurements(good, measured))
         if RECONSTRUCTED in todo and isinstance(method, Reconstructs):
             files.write_all(RECONSTRUCTED, good, channel.to_bytes(method.reconstruct(originals)))
         on_file = files.published(names, published.floats if published else None)
@@ -170,6 +166,10 @@ def score(
                 else torch.full((len(names),), torch.nan)
                 for name, scorer in scorers.items()
             }
+            if view == ANONYMIZED:
+                values[HEADER_BYTES] = torch.tensor(
+                    [float(len(header)) for header in files.published(names, None).headers]
+                )
             for name, recognizer in recognizers.items():
                 embedding = embedded[name] if view == ORIGINAL else recognizer.embed(pictures)
                 values[name] = (embedding * embedded[name]).sum(1)

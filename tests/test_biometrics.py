@@ -15,6 +15,7 @@ from keyanon.biometrics import (
     d_sys,
     eer,
     mean_statistic,
+    p10_statistic,
     quantile_statistic,
     rank_k,
     rate_statistic,
@@ -170,6 +171,14 @@ def test_interval_widens_when_pictures_are_one_persons():
     grouped, single = mean_statistic(np.tile(of_person, 10), groups), mean_statistic(np.tile(of_person, 10))
     assert grouped.value == pytest.approx(single.value)
     assert (grouped.high - grouped.low) / (single.high - single.low) == pytest.approx(math.sqrt(10), rel=0.1)
+
+
+def test_the_tenth_percentile_is_numpys_with_the_interval_of_order_statistics():
+    values = np.random.default_rng(4).uniform(0, 1, 2001)
+    low = p10_statistic(values)
+    assert low.statistic == "p10"
+    assert low.value == np.quantile(values, 0.1)
+    assert (low.high - low.low) / 2 == pytest.approx(1.96 * math.sqrt(0.1 * 0.9 / 2001), rel=0.25)
 
 
 def test_median_and_spread():

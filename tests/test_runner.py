@@ -1,5 +1,6 @@
 """Make, then measure: resumed, sharded and rebatched runs give the same numbers."""
 
+import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +14,13 @@ from keyanon.diffusion import LatentDiffusion
 from keyanon.images import from_pil, open_rgb, read_png
 from keyanon.keys import experiment_key
 from keyanon.runner import RunFiles, generate, read_parts, score
+from keyanon.scorers import Against
 from keyanon.solvers import DDIM
 from keyanon.types import Picture
 from tests.conftest import LDM_NOISE, CentreFace, PixelRecognizer, smooth_picture
 
 ATTACKS = {"recovered_float": FloatChannel(), "wrong_key": WrongKey()}
-VIEWS = ["original", "mask", "anonymized", "recovered", *ATTACKS]
+VIEWS = ["original", "mask", "anonymized", "recovered", "reconstructed", *ATTACKS]
 BLACK, BROKEN = "p3", "p5"
 
 
@@ -94,7 +96,8 @@ def test_all_views_and_scores_are_there(whole, dataset):
     good = [id for id in dataset.ids if id not in {BLACK, BROKEN}]
     assert all(RunFiles(whole).ids(view) == good for view in VIEWS)
     expected = {(id, view, scorer) for id in good for view in VIEWS if view != "mask" for scorer in ("mae", "pixels")}
-    assert set(scores(whole)) == expected
+    assert set(scores(whole)) == expected | {(id, "anonymized", "header_bytes") for id in good}
+    assert {scores(whole)[id, "anonymized", "header_bytes"] for id in good} == {28}
     assert all(scores(whole)[id, "original", "mae"] == 0 for id in good)
     assert all(scores(whole)[id, "original", "pixels"] == pytest.approx(1) for id in good)
     embedded = {(row["view"], row["id"]) for row in read_parts(whole / "embeddings").to_pylist()}
@@ -168,3 +171,37 @@ def test_an_irreversible_method_has_no_recovered_view(tmp_path, dataset, method)
     run(tmp_path, dataset, Anonymize(method), ["p0"])
     assert RunFiles(tmp_path).views() == ["original", "anonymized"]
     assert torch.equal(read_png(tmp_path / "original" / "p0.png")[0].float() / 127.5 - 1, dataset.load("p0"))
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """A method that takes something down while it publishes."""
+
+    method: SignFlip
+
+    def anonymize(self, images, keys, ids):
+        published = self.method.anonymize(images, keys, ids)
+        return replace(published, measured={"length": torch.tensor([float(len(id)) for id in ids])})
+
+
+def test_what_a_method_measures_becomes_scores_of_the_anonymized_pictures(tmp_path, dataset, method):
+    run(tmp_path, dataset, Measuring(method))
+    measured = {
+        id: value
+        for (id, view, scorer), value in scores(tmp_path).items()
+        if (view, scorer) == ("anonymized", "length")
+    }
+    assert measured == dict.fromkeys(RunFiles(tmp_path).ids("anonymized"), 2.0)
+
+
+def test_scorers_can_compare_with_the_reconstruction(whole, tmp_path, dataset, method):
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder)
+    score(folder, dataset.ids, {"loop": Against("reconstructed", mae)}, {}, 2)
+    found = {key: value for key, value in scores(folder).items() if key[2] == "loop"}
+    assert {value for (_, view, _), value in found.items() if view == "reconstructed"} == {0}
+    assert all(found[id, "original", "loop"] == scores(folder)[id, "reconstructed", "mae"] for id, _, _ in found)
+
+    shutil.rmtree(folder / "reconstructed")
+    score(folder, dataset.ids, {"absent": Against("reconstructed", mae)}, {}, 2)
+    assert all(math.isnan(value) for key, value in scores(folder).items() if key[2] == "absent")
