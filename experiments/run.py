@@ -51,6 +51,7 @@ def main(cfg: DictConfig) -> None:
         folder = run(cfg, dict(job.runtime.choices), swept)
         print(Path("results/tables", f"{cfg.name}.md").read_text("utf-8"))
         print(f"pictures side by side: {folder / 'contact_sheet.png'}")
+        print(what_it_ran_on(cfg, dict(job.runtime.choices), folder))
     except READABLE as error:
         log.debug("", exc_info=True)
         remedy = f"; free some below {cfg.runs} and start again to resume" if is_full_disk(error) else ""
@@ -136,6 +137,15 @@ def telling(overrides: Sequence[str]) -> list[str]:
         return key not in UNTOLD and key.partition(".")[0] not in UNTOLD - {"anonymizer"}
 
     return [override for override in overrides if tells(override)]
+
+
+def what_it_ran_on(cfg: DictConfig, choices: dict[str, Any], folder: Path) -> str:
+    """One line: pictures, model, device, time."""
+    about = json.loads((folder / "run.json").read_text("utf-8"))
+    pictures = len(runner.RunFiles(folder).ids(runner.ANONYMIZED))
+    what = f"{pictures} pictures of {about['dataset']} by {about['anonymizer']} with the model {choices['backbone']}"
+    where = f"{cfg.device} ({about['processor']}, {about['threads']} threads), torch {about['packages']['torch']}"
+    return f"ran on: {what}; {where}; {sum(about['seconds'].values()):.0f} s"
 
 
 def is_full_disk(error: Exception) -> bool:

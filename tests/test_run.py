@@ -194,6 +194,7 @@ def test_a_sweep_makes_one_table_with_a_row_for_each_cell(faces, tiny_ldm, tmp_p
     done = command("--multirun", *small, "solver.steps=1,2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     names = set(pd.read_csv(tmp_path / "results/tables/tiny.csv")["anonymizer"])
+    assert "ran on: 1 pictures of folder by signflip" in done.stdout
     told = "signflip,backbone=ldm_ffhq,parser=ellipse,solver.steps="
     assert names == {told + "1", told + "2"}
 
