@@ -190,7 +190,8 @@ STATISTIC_NAMES = {
     "cosine_between_keys": "mean cosine between two keys of one picture",
 }
 LEGEND = (
-    "Ours with its 95 % bootstrap interval in brackets. n: pictures or comparisons that count; undefined: those that "
+    "Ours with its 95 % bootstrap interval in brackets. reconstructed: D(E(x)), what the autoencoder alone makes of a picture. "
+    "n: pictures or comparisons that count; undefined: those that "
     "could not be measured, such as pictures where no face was found. ↑: higher is better, ↓: lower is better."
 )
 
@@ -236,7 +237,7 @@ def grids(cells: pd.DataFrame, paper: Mapping[tuple[str, ...], Reference]) -> It
 
 
 def aim(view: str) -> str:
-    if view == "original":
+    if view in ("original", "reconstructed"):
         return CLEAN
     if view == "anonymized":
         return ANONYMIZED

@@ -63,7 +63,7 @@ def test_from_pictures_to_a_table(faces, tiny_ldm, tmp_path, monkeypatch):
     folder = in_process(overrides(faces, tiny_ldm))
     table = pd.read_csv("results/tables/tiny.csv")
     assert list(table.columns) == tables.TIDY
-    assert set(table["view"]) == {"original", "anonymized", "recovered", "wrong_key"}
+    assert set(table["view"]) == {"original", "reconstructed", "anonymized", "recovered", "wrong_key"}
     assert (table["n"] == 5).all()
     assert "random weights stand in for LDM-FFHQ" in Path("results/tables/tiny.md").read_text()
     skipped = pd.read_csv(folder / "skipped.csv", index_col="id")["reason"]

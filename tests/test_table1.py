@@ -68,7 +68,7 @@ def test_table1_runs_through_to_its_table(everything):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         folder = run(compose("config", overrides=overrides), CHOICES)
     table = pd.read_csv("results/tables/table1.csv")
-    views = {"original", "anonymized", "recovered", "recovered_float", "wrong_key", "near_key"}
+    views = {"original", "reconstructed", "anonymized", "recovered", "recovered_float", "wrong_key", "near_key"}
     assert set(table["view"]) == views
     assert {"facenet_vggface2", "facenet_casia", "arcface_r50", "psnr", "detected"} <= set(table["scorer"])
     clean = table[(table["view"] == "original") & (table["statistic"] == "mean")].set_index("scorer")["ours"]
