@@ -1,4 +1,4 @@
-"""How much the keyed loop amplifies an error of the published latent: `python -m benchmarks.loop_gain [options]`.
+"""How much the keyed loop amplifies an error of the published latent: `python -m benchmarks.loop_gain [options]` (results/benchmarks/loop_gain.csv).
 
 White noise of standard deviation sigma is added to z'_0 on the face, and recovery goes on from there:
 
