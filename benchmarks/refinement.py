@@ -9,18 +9,19 @@ import argparse
 import csv
 import sys
 import time
-from importlib.resources import files
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
+from keyanon.datasets import embedded_faces
 from keyanon.diffusion import LatentDiffusion
-from keyanon.images import from_pil, open_rgb, to_bytes
-from keyanon.keys import experiment_key, signs
+from keyanon.exact import pixels
+from keyanon.images import to_bytes
+from keyanon.keys import experiment_key
 from keyanon.parsing import EllipseParser
 from keyanon.refinement import Refinement, ToneCurve, channel_weights
 from keyanon.solvers import DDIM, Known
+from keyanon.transforms import SignFlipping
 
 COLUMNS = ["knee", "reach", "pull", "rms", "rms_worst", "weighted", "weighted_worst", "psnr", "psnr_worst", "seconds"]
 USUAL, WIDE = ToneCurve(), ToneCurve(0.95, 1.35)
@@ -34,15 +35,15 @@ def main() -> None:
     args = parser.parse_args()
 
     backbone = LatentDiffusion(args.backbone, device=args.device)
-    faces = sorted((path for path in (files("keyanon") / "assets" / "faces").iterdir()), key=lambda path: path.name)
-    images = torch.stack([from_pil(open_rgb(path)) for path in faces[: args.count]]).to(args.device)  # type: ignore[arg-type]
+    dataset = embedded_faces()
+    images = torch.stack([dataset.load(id) for id in dataset.ids[: args.count]]).to(args.device)
     cells = EllipseParser().mask(images, backbone.latent_size(images))
-    free = interpolate(cells.float(), images.shape[-2:]).bool()
+    free = pixels(cells, images)
 
-    solver, key, z0 = DDIM(10, "karras", 1e-5), experiment_key(), backbone.encode(images)
+    solver, z0 = DDIM(10, "karras", 1e-5), backbone.encode(images)
+    keys, nonces = [experiment_key()] * len(z0), [bytes([i]) * 24 for i in range(len(z0))]
     path = solver.invert(backbone.eps, backbone.schedule, z0)
-    flip = torch.stack([signs(key, bytes([i]) * 24, tuple(z0.shape[1:])) for i in range(len(z0))]).to(z0)
-    zT = torch.where(cells, flip * path[-1], path[-1])
+    zT, _ = SignFlipping().apply(path[-1], cells, keys, nonces)
     target = solver.sample(backbone.eps, backbone.schedule, zT, Known(cells, path))
     start = torch.where(free, backbone.decode(target), images)
     plain, weights = to_bytes(start), channel_weights(backbone, target)[:, None, None]

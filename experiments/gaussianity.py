@@ -37,7 +37,6 @@ from experiments.run import FAILED, NOT_READY, READABLE
 from experiments.statistics import averages
 from keyanon import runner
 from keyanon.diffusion import LatentDiffusion, padded
-from keyanon.images import write_whole
 from keyanon.solvers import Solver
 from keyanon.types import Dataset, FaceParser
 
@@ -213,10 +212,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
         ]
     ).assign(experiment=cfg.name, dataset=choices["dataset"], notes=title)[tables.STATISTICS]
 
-    committed = Path("results/scores")
-    committed.mkdir(parents=True, exist_ok=True)
-    write_whole(committed / f"{cfg.name}.parquet", statistics.to_parquet(index=False))
-    write_whole(committed / f"{cfg.name}.scores.parquet", scores.to_parquet(index=False))
+    tables.commit(cfg.name, statistics, scores)
     return tables.build(cfg.name)
 
 

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 NOT_READY, FAILED = 2, 1
 UNTOLD = {
-    "experiment", "dataset", "anonymizer", "name", "notes", "runs", "limit", "shard", "batch_size", "device", "threads",
+    "experiment", "dataset", "name", "notes", "runs", "limit", "shard", "batch_size", "device", "threads",
     "key", "wandb", "hydra", "recognizers", "scorers", "attacks", "backbone.source", "backbone.subfolder",
 }  # fmt: skip
 SHEET_ROWS, SHOWN_SKIPPED = 8, 10
@@ -134,7 +134,7 @@ def telling(overrides: Sequence[str]) -> list[str]:
 
     def tells(override: str) -> bool:
         key = override.lstrip("+~").partition("=")[0]
-        return key not in UNTOLD and key.partition(".")[0] not in UNTOLD - {"anonymizer"}
+        return key != "anonymizer" and not any(f"{key}.".startswith(f"{untold}.") for untold in UNTOLD)
 
     return [override for override in overrides if tells(override)]
 

@@ -392,10 +392,7 @@ def build(experiment: str, runs: Sequence[Path] = (), results: Path = RESULTS) -
     """Commit the scores of `runs`, if any are given, then write the experiment's tables from what is committed."""
     scores, references = results / "scores" / f"{experiment}.parquet", results / "paper" / f"{experiment}.yaml"
     if runs:
-        statistics, pictures = collect(runs, experiment), collect_scores(runs)
-        scores.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(scores, statistics.to_parquet(index=False))
-        write_whole(scores.with_suffix(".scores.parquet"), pictures.to_parquet(index=False))
+        commit(experiment, collect(runs, experiment), collect_scores(runs), results)
     if not scores.is_file() and not references.is_file():
         raise FileNotFoundError(
             f"{experiment}: neither {scores} nor {references} exists; "
@@ -406,6 +403,13 @@ def build(experiment: str, runs: Sequence[Path] = (), results: Path = RESULTS) -
     rows = table(statistics, paper, experiment)
     write(rows, titles(rows, statistics), paper, results / "tables")
     return rows
+
+
+def commit(experiment: str, statistics: pd.DataFrame, scores: pd.DataFrame, results: Path = RESULTS) -> None:
+    """Write what a table is made from, with the columns STATISTICS and SCORES."""
+    (results / "scores").mkdir(parents=True, exist_ok=True)
+    for table, suffix in ((statistics, "parquet"), (scores, "scores.parquet")):
+        write_whole(results / "scores" / f"{experiment}.{suffix}", table.to_parquet(index=False))
 
 
 def known_experiments(results: Path = RESULTS) -> list[str]:

@@ -183,12 +183,12 @@ class Exact:
         once more with the decoded face in place.
         """
         free = pixels(mask, images)
-        around = self.backbone.encode(filled(images, free))
-        for _ in range(2):
-            decoded = self.backbone.decode(torch.where(mask, z0, around), quantize=False)
-            out = torch.where(free, decoded, images)
-            around = self.backbone.encode(out)
-        return out
+
+        def decoded_in(surroundings: Image) -> Image:
+            z = torch.where(mask, z0, self.backbone.encode(surroundings))
+            return torch.where(free, self.backbone.decode(z, quantize=False), images)
+
+        return decoded_in(decoded_in(filled(images, free)))
 
 
 class Counted:

@@ -109,7 +109,7 @@ def generate(
             files.write_all(ANONYMIZED, good, published.images, published.headers)
         if RECONSTRUCTED in todo and isinstance(method, Reconstructs):
             files.write_all(RECONSTRUCTED, good, channel.to_bytes(method.reconstruct(originals)))
-        on_file = files.published(names, published.floats if published else None)
+        on_file = files.read_files(ANONYMIZED, names, published.floats if published else None)
         if not isinstance(method, Reversible):
             continue
         if RECOVERED in todo:
@@ -159,7 +159,8 @@ def score(
         for view in views:
             if not all(files.has(view, id) for id in batch):
                 continue  # an attack that an earlier, larger run did not finish
-            pictures = channel.to_floats(files.read_all(view, names))
+            on_file = files.read_files(view, names)
+            pictures = channel.to_floats(on_file.images)
             values = {
                 name: scorer(pictures, references[name], face)
                 if name in references
@@ -167,9 +168,7 @@ def score(
                 for name, scorer in scorers.items()
             }
             if view == ANONYMIZED:
-                values[HEADER_BYTES] = torch.tensor(
-                    [float(len(header)) for header in files.published(names, None).headers]
-                )
+                values[HEADER_BYTES] = torch.tensor([float(len(header)) for header in on_file.headers])
             for name, recognizer in recognizers.items():
                 embedding = embedded[name] if view == ORIGINAL else recognizer.embed(pictures)
                 values[name] = (embedding * embedded[name]).sum(1)
@@ -232,14 +231,12 @@ class RunFiles:
             list(pool.map(lambda args: self.write(view, *args), zip(ids, pixels, headers, strict=False)))
 
     def read_all(self, view: str, ids: Sequence[str]) -> Bytes:
-        with ThreadPoolExecutor(IO_WORKERS) as pool:
-            return torch.stack(
-                [pixels for pixels, _ in pool.map(lambda id: channel.read_png(self.path(view, id)), ids)]
-            )
+        return self.read_files(view, ids).images
 
-    def published(self, ids: Sequence[str], floats: Image | None) -> Published:
-        """The anonymized pictures as a receiver reads them."""
-        read = [channel.read_png(self.path(ANONYMIZED, id)) for id in ids]
+    def read_files(self, view: str, ids: Sequence[str], floats: Image | None = None) -> Published:
+        """The pictures of a view as a receiver reads them, with their headers."""
+        with ThreadPoolExecutor(IO_WORKERS) as pool:
+            read = list(pool.map(lambda id: channel.read_png(self.path(view, id)), ids))
         return Published(torch.stack([pixels for pixels, _ in read]), tuple(header for _, header in read), floats)
 
     def skipped(self) -> dict[str, str]:
