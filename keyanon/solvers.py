@@ -12,8 +12,9 @@ Going up and down again gives z back only as the steps become small. The exact i
 
     z_i = U_i(z_{i-1}; eps(z_i, t_i)),
 
-of which eq. 5 is the first iterate. We solve it by Anderson acceleration (Walker and Ni, SIAM J. Numer. Anal. 49(4), 2011; for
-diffusion: AIDI, arXiv 2309.04907), each picture on its own, to a tolerance.
+of which eq. 5 is an iterate. We begin with the noise of the step before, which costs no evaluation, and solve it by Anderson
+acceleration (Walker and Ni, SIAM J. Numer. Anal. 49(4), 2011; for diffusion: AIDI, arXiv 2309.04907), each picture on its own,
+to a tolerance.
 
 A region of the latent that is known at every level (the background) can be written back after each step down (eq. 7). Where both
 directions know the same path, the exact inverse undoes the sampler on the rest.
@@ -95,7 +96,7 @@ class DDIM:
     spacing: Literal["leading", "karras"] = "leading"
     tolerance: float | None = None
     max_evaluations: int = 60
-    memory: int = 5
+    memory: int = 8
 
     def timesteps(self, schedule: NoiseSchedule) -> list[int]:
         """t_1 .. t_N, ascending."""
@@ -122,14 +123,21 @@ class DDIM:
         """The whole path z_0 .. z_N upwards, with the known region written in at every level."""
         levels = self.levels(schedule)
         path = [z0 if known is None else known.write_back(z0, 0)]
+        noise = None
         for i, t in enumerate(self.timesteps(schedule), start=1):
 
-            def up(z: Latent, i: int = i, t: int = t) -> Latent:
-                out = move(path[-1], eps(z, t), levels[i - 1], levels[i])
+            def along(e: Latent, i: int = i) -> Latent:
+                out = move(path[-1], e, levels[i - 1], levels[i])
                 return out if known is None else known.write_back(out, i)
 
-            start = up(path[-1])
-            path.append(start if self.tolerance is None else self.solve(up, start, i))
+            def up(z: Latent, t: int = t, along: Callable[[Latent], Latent] = along) -> Latent:
+                return along(eps(z, t))
+
+            if self.tolerance is None:
+                path.append(up(path[-1]))
+            else:
+                path.append(self.solve(up, up(path[-1]) if noise is None else along(noise), i))
+                noise = noise_of_move(path[-2], path[-1], levels[i - 1], levels[i])
         return path
 
     def sample(self, eps: Denoiser, schedule: NoiseSchedule, zT: Latent, known: Known | None = None) -> Latent:
@@ -159,6 +167,12 @@ def move(z: Latent, e: Latent, here: tuple[float, float], there: tuple[float, fl
     """From level (a, s) to level (a', s') along the noise e: a' (z - s e) / a + s' e."""
     (a, s), (a_there, s_there) = here, there
     return (a_there / a) * z + (s_there - a_there * s / a) * e
+
+
+def noise_of_move(z: Latent, z_there: Latent, here: tuple[float, float], there: tuple[float, float]) -> Latent:
+    """The e of `move`, from where it began and where it led."""
+    (a, s), (a_there, s_there) = here, there
+    return (z_there - (a_there / a) * z) / (s_there - a_there * s / a)
 
 
 def anderson(
