@@ -56,11 +56,11 @@ def main() -> None:
         for transform_name, transform in TRANSFORMS.items():
             method = Exact(backbone, solver, EllipseParser(), transform, refinement=None)
             known = method.known(images, mask, nonces)
-            there, sent = method.turn(backbone.eps, z0, known, keys, nonces)
+            there, sent = method.turn(z0, known, keys, nonces)
             headers = [Header(nonce, m, code) for nonce, m, code in zip(nonces, mask.cpu(), sent, strict=True)]
             for sigma in SIGMAS:
                 noise = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0)).to(z0)
-                back = method.turn_back(backbone.eps, there + sigma * noise, known, headers, keys)
+                back = method.turn_back(there + sigma * noise, known, headers, keys)
                 error = ((back - z0) * mask).square().sum((1, 2, 3)) / count
                 per = sigma**2 if sigma else (z0 * mask).square().sum((1, 2, 3)) / count
                 gain = 10 * (error / per).log10()

@@ -52,7 +52,11 @@ def main() -> None:
     writer.writerow(COLUMNS)
     for tone, pull in ((USUAL, None), (USUAL, 0.1), (USUAL, 0.01), (WIDE, 0.1), (WIDE, 0.01)):
         begin = time.perf_counter()
-        out = plain if pull is None else Refinement(tone, pull)(backbone, target, start, free, cells)
+        out = (
+            plain
+            if pull is None
+            else Refinement(tone, pull)(backbone, target, start, torch.zeros_like(start), free, cells)
+        )
         seconds = (time.perf_counter() - begin) / len(out)
         error = (backbone.encode(tone.read(out, free)) - target) * cells
         rms, weighted = over(error, cells), over(error * weights, cells)

@@ -86,12 +86,13 @@ def run(cfg: DictConfig, choices: dict[str, Any], swept: Sequence[str] = ()) -> 
         print("keyanon: this run cannot start; missing here:", *(f"- {p}" for p in problems), sep="\n", file=sys.stderr)
         sys.exit(NOT_READY)
 
+    models = [part for part in preflight.walk(method) if isinstance(part, LatentDiffusion)]
     question = {
         "dataset": OmegaConf.to_container(cfg.dataset, resolve=True),
         "anonymizer": OmegaConf.to_container(cfg.anonymizer, resolve=True),
         "parser": OmegaConf.to_container(cfg.parser, resolve=True),
         "key": key.fingerprint,
-        "weights": [part.sha256 for part in preflight.walk(method) if isinstance(part, LatentDiffusion)],
+        "weights": [model.sha256 for model in models],
     }
     dataset_name, anonymizer_name = choices["dataset"], ",".join([choices["anonymizer"], *swept])
     signature = provenance.signature(question)
@@ -100,7 +101,10 @@ def run(cfg: DictConfig, choices: dict[str, Any], swept: Sequence[str] = ()) -> 
     log.info("%s: %d pictures, key %s", folder, len(ids), key.fingerprint)
     same_attacks(folder, OmegaConf.to_container(cfg.attacks, resolve=True))
 
-    skipped = runner.generate(folder, dataset, ids, method, key, attacks, parser, cfg.batch_size)
+    def evaluations() -> int:
+        return sum(model.evaluations.total() for model in models)
+
+    skipped = runner.generate(folder, dataset, ids, method, key, attacks, parser, cfg.batch_size, evaluations)
     if ids and all(id in skipped for id in ids):
         raise ValueError(f"none of the {len(ids)} pictures could be used; the first, {ids[0]}: {skipped[ids[0]]}")
     generated = time.monotonic()

@@ -2,6 +2,7 @@
 
     run folders --collect--> results/scores/<experiment>.parquet             (committed)
     scores + results/paper/<experiment>.yaml --table--> results/tables/<experiment>.{md,tex,csv}
+    run folders --> results/scores/<experiment>.costs.csv --> results/tables/<experiment>.costs.md    (of one machine)
 
 A table is a pure function of committed files. The CSV has every cell, one a row; Markdown and LaTeX show the same cells
 as a paper would: anonymizers and views down, scorers across, our number with its interval, the paper's with its verdict
@@ -22,10 +23,12 @@ import yaml
 from tabulate import LATEX_ESCAPE_RULES, tabulate
 
 from keyanon.images import write_whole
+from keyanon.runner import read_costs
 
 RESULTS = Path("results")
 CELL = ["dataset", "anonymizer", "view", "scorer", "statistic"]
 STATISTICS = ["experiment", "dataset", "anonymizer", "notes", *CELL[2:], "n", "undefined", "value", "low", "high"]
+COSTS = ["dataset", "anonymizer", "view", "pictures", "seconds", "evaluations", "device", "processor", "threads"]
 SCORES = ["dataset", "anonymizer", "id", "view", "scorer", "value"]
 TIDY = ["experiment", *CELL, "n", "undefined", "ours", "ci_low", "ci_high", "paper", "tolerance", "verdict"]
 CERTAINTIES = ("seen-in-notebook", "read-off-figure", "second-hand", "unconfirmed")
@@ -154,6 +157,16 @@ def collect_scores(runs: Sequence[Path]) -> pd.DataFrame:
         about = read_about(run)
         frames.append(read_parquet(run, "scores").assign(dataset=about["dataset"], anonymizer=about["anonymizer"]))
     return pd.concat(frames, ignore_index=True)[SCORES]
+
+
+def collect_costs(runs: Sequence[Path]) -> pd.DataFrame:
+    """What anonymizing and recovering took a picture, in seconds and network evaluations, with the columns COSTS."""
+    frames = []
+    for run in runs:
+        about, spent = read_about(run), read_costs(run).to_pandas().groupby("view", as_index=False).sum()
+        spent[["seconds", "evaluations"]] = spent[["seconds", "evaluations"]].div(spent["pictures"], axis=0)
+        frames.append(spent.assign(**{name: about.get(name, "") for name in COSTS if name not in spent}))
+    return pd.concat(frames, ignore_index=True).reindex(columns=COSTS)
 
 
 def read_about(run: Path) -> dict[str, Any]:
@@ -402,6 +415,8 @@ def build(experiment: str, runs: Sequence[Path] = (), results: Path = RESULTS) -
     paper = read_paper(references) if references.is_file() else []
     rows = table(statistics, paper, experiment)
     write(rows, titles(rows, statistics), paper, results / "tables")
+    if runs and not (costs := collect_costs(runs)).empty:
+        write_costs(experiment, costs, results)
     return rows
 
 
@@ -410,6 +425,14 @@ def commit(experiment: str, statistics: pd.DataFrame, scores: pd.DataFrame, resu
     (results / "scores").mkdir(parents=True, exist_ok=True)
     for table, suffix in ((statistics, "parquet"), (scores, "scores.parquet")):
         write_whole(results / "scores" / f"{experiment}.{suffix}", table.to_parquet(index=False))
+
+
+def write_costs(experiment: str, costs: pd.DataFrame, results: Path = RESULTS) -> None:
+    """Commit costs, and their table: they are of one machine and one moment, and no part of the paper's tables."""
+    write_whole(results / "scores" / f"{experiment}.costs.csv", costs.to_csv(index=False, float_format="%.4g").encode())
+    shown = tabulate(costs.values.tolist(), COSTS, tablefmt="pipe", floatfmt=".4g")
+    title = f"# {experiment}: cost of a picture\n\nSeconds and network evaluations, means over the pictures.\n\n"
+    write_whole(results / "tables" / f"{experiment}.costs.md", f"{title}{shown}\n".encode())
 
 
 def known_experiments(results: Path = RESULTS) -> list[str]:

@@ -9,8 +9,9 @@ eps = a v + s z_t (arXiv 2202.00512, appendix D).
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -55,6 +56,8 @@ class LatentDiffusion:
     device: str = "cpu"
     licence: str = "see the model's page"
     revision: str | None = None
+    evaluations: Counter[int] = field(default_factory=Counter, init=False, repr=False, compare=False)
+    """How many pictures the network has seen at each timestep."""
 
     def encode(self, images: Image) -> Latent:
         """z0 = E(x): the mean where the encoder gives a distribution, unquantized where it has a codebook.
@@ -96,6 +99,7 @@ class LatentDiffusion:
         On a CPU the network always sees CHUNK pictures at a time, the last ones filled up with copies: its kernels are
         chosen by the batch's size and round differently, and the loop amplifies that to visible pixels.
         """
+        self.evaluations[t] += len(z)
         if z.device.type == "cpu":
             out = torch.cat([self._network(padded(chunk, CHUNK), t) for chunk in z.split(CHUNK)])[: len(z)]
         else:

@@ -5,8 +5,9 @@
     w_i = a_i E(b)  (+ s_i n, n from the public nonce)                the known path outside M, at every level i
 
     anonymize:  z_0 = E(x);  z_T by the exact inverse of the sampler on M, along w;  z'_T = K z_T;  z'_0 by the sampler along w
-                x' in {0 .. 255}^n with x' = x outside P and E(x') = z'_0 on M            (keyanon/refinement.py)
-    recover:    z'_0 = E(x');  z'_T by the exact inverse along w;  z_T = K^-1 z'_T;  z_0 by the sampler along w;  D(z_0) on P
+                c from the jumps between D(z'_0) and x at the border, sent in the header  (keyanon/seams.py)
+                x' in {0 .. 255}^n with x' = x outside P and E(x' - c) = z'_0 on M        (keyanon/refinement.py)
+    recover:    z'_0 = E(x' - c);  z'_T by the exact inverse along w;  z_T = K^-1 z'_T;  z_0 by the sampler along w;  D(z_0) on P
 
 Against arXiv 2510.01031 (eq. 3 to 7): there the background's path comes from inverting the whole picture, which the receiver's
 picture no longer is, so that no solver can invert their loop; the inversion is a first iterate; the face is looked for anew; and
@@ -31,9 +32,10 @@ from keyanon.headers import BadHeader, Header
 from keyanon.keys import MasterKey, nonce_for, normals
 from keyanon.refinement import Refinement
 from keyanon.scorers import psnr_face
+from keyanon.seams import Seam
 from keyanon.solvers import Known, Solver
 from keyanon.transforms import Transform
-from keyanon.types import Denoiser, FaceParser, Image, Key, Latent, Mask, Published
+from keyanon.types import FaceParser, Image, Key, Latent, Mask, Published
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class Exact:
         background: the known path, "scaled" (w_i = a_i E(b)) or "noised" (with noise from the public nonce, as the network
             saw it in training).
         refinement: of the published picture; None rounds and clips.
+        seam: softens the face's border; None leaves the jumps.
         floor: dB between what is recovered and D(E(x)), over P; a picture below it gets a fresh nonce. None verifies nothing.
         attempts: at most so many nonces.
     """
@@ -66,6 +69,7 @@ class Exact:
     parser: FaceParser
     transform: Transform
     refinement: Refinement | None
+    seam: Seam | None = None
     background: Literal["scaled", "noised"] = "scaled"
     floor: float | None = 40.0
     attempts: int = 3
@@ -73,8 +77,8 @@ class Exact:
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Published pictures of `images`, which count as their nearest bytes.
 
-        `measured` has for each picture the achieved dB ("verified_psnr"), the nonces tried ("attempts"), the dB between the
-        refined and the unrefined face ("refined_psnr"), and the network evaluations ("evaluations").
+        `measured` has for each picture the achieved dB ("verified_psnr"), the nonces tried ("attempts"), and the dB
+        between the refined and the unrefined picture ("refined_psnr").
         """
         images = channel.to_floats(channel.to_bytes(images)).to(self.backbone.device)
         mask = self.parser.mask(images, self.backbone.latent_size(images)).to(images.device)
@@ -101,23 +105,25 @@ class Exact:
         """One attempt: pictures, headers, and what was measured on them."""
         salted = [f"{id}|{attempt}" if attempt else id for id in ids]
         nonces = [nonce_for(key, id, picture) for key, id, picture in zip(keys, salted, images, strict=True)]
-        free, eps = pixels(mask, images), Counted(self.backbone.eps)
+        free = pixels(mask, images)
         known, z0 = self.known(images, mask, nonces), self.backbone.encode(images)
-        target, sent = self.turn(eps, z0, known, keys, nonces)
-        headers = [Header(nonce, m.cpu(), code) for nonce, m, code in zip(nonces, mask, sent, strict=True)]
-        decoded = torch.where(free, self.backbone.decode(target, quantize=False), images)
-        floats, published, measured = decoded, channel.to_bytes(decoded), {}
+        target, sent = self.turn(z0, known, keys, nonces)
+        decoded = self.backbone.decode(target, quantize=False)
+        jumps = self.seam.jumps(images, decoded, mask) if self.seam is not None else [b""] * len(ids)
+        headers = [Header(*parts) for parts in zip(nonces, mask.cpu(), sent, jumps, strict=True)]
+        added = self.added(headers, images)
+        floats = torch.where(free, decoded + added, images)
+        published, measured = channel.to_bytes(floats), {}
         if self.refinement is not None:
-            rounded, published = published, self.refinement(self.backbone, target, decoded, free, mask)
-            floats = torch.where(free, self.refinement.tone.compress(decoded), images)
+            rounded, published = published, self.refinement(self.backbone, target, floats, added, free, mask)
+            floats = torch.where(free, self.refinement.tone.compress(floats), images)
             everywhere = torch.ones_like(free)
             measured["refined_psnr"] = psnr_face(channel.to_floats(published), channel.to_floats(rounded), everywhere)
         if self.floor is not None:
-            back = self.receive(eps, channel.to_floats(published), headers, keys)
+            back = self.receive(channel.to_floats(published), headers, keys)
             ceiling = self.face(z0, images, mask)
             measured["verified_psnr"] = psnr_face(bytewise(back), bytewise(ceiling), free)
         measured["attempts"] = torch.full((len(ids),), attempt + 1.0)
-        measured["evaluations"] = torch.full((len(ids),), float(eps.calls))
         measured = {name: values.double().cpu() for name, values in measured.items()}
         return Published(published.cpu(), tuple(header.pack() for header in headers), floats.cpu(), measured)
 
@@ -134,7 +140,7 @@ class Exact:
                     f"the header's mask has {there} cells, a picture of this size {here}: "
                     "it was resized or cropped after it was published"
                 )
-        return self.receive(self.backbone.eps, images.to(self.backbone.device), opened, keys).cpu()
+        return self.receive(images.to(self.backbone.device), opened, keys).cpu()
 
     def reconstruct(self, images: Image) -> Image:
         """D(E(x)) on the face's pixels, the best that any recovery through this autoencoder can be."""
@@ -142,30 +148,35 @@ class Exact:
         mask = self.parser.mask(images, self.backbone.latent_size(images)).to(images.device)
         return self.face(self.backbone.encode(images), images, mask).cpu()
 
-    def receive(self, eps: Denoiser, images: Image, headers: Sequence[Header], keys: Sequence[Key]) -> Image:
+    def receive(self, images: Image, headers: Sequence[Header], keys: Sequence[Key]) -> Image:
         """What the holder of the keys makes of published pictures."""
         mask = torch.stack([header.mask for header in headers if header.mask is not None]).to(images.device)
         known = self.known(images, mask, [header.nonce for header in headers])
-        if self.refinement is not None:
-            images = torch.where(pixels(mask, images), self.refinement.tone.expand(images), images)
-        return self.face(self.turn_back(eps, self.backbone.encode(images), known, headers, keys), images, mask)
+        read = self.refinement.tone.expand(images) if self.refinement is not None else images
+        read = torch.where(pixels(mask, images), read - self.added(headers, images), images)
+        return self.face(self.turn_back(self.backbone.encode(read), known, headers, keys), images, mask)
+
+    def added(self, headers: Sequence[Header], images: Image) -> Image:
+        """c: what the receiver takes off the face's pixels."""
+        if self.seam is None:
+            return torch.zeros_like(images)
+        mask = torch.stack([header.mask for header in headers if header.mask is not None])
+        return self.seam.membrane([header.seam for header in headers], mask, images)
 
     def turn(
-        self, eps: Denoiser, z0: Latent, known: Known, keys: Sequence[Key], nonces: Sequence[bytes]
+        self, z0: Latent, known: Known, keys: Sequence[Key], nonces: Sequence[bytes]
     ) -> tuple[Latent, list[bytes]]:
         """z'_0, and what the transform sends along."""
-        zT = self.solver.invert(eps, self.backbone.schedule, z0, known)[-1]
+        zT = self.solver.invert(self.backbone.eps, self.backbone.schedule, z0, known)[-1]
         turned, sent = self.transform.apply(zT, known.mask, keys, nonces)
-        return self.solver.sample(eps, self.backbone.schedule, turned, known), sent
+        return self.solver.sample(self.backbone.eps, self.backbone.schedule, turned, known), sent
 
-    def turn_back(
-        self, eps: Denoiser, z0: Latent, known: Known, headers: Sequence[Header], keys: Sequence[Key]
-    ) -> Latent:
+    def turn_back(self, z0: Latent, known: Known, headers: Sequence[Header], keys: Sequence[Key]) -> Latent:
         """z_0."""
-        turned = self.solver.invert(eps, self.backbone.schedule, z0, known)[-1]
+        turned = self.solver.invert(self.backbone.eps, self.backbone.schedule, z0, known)[-1]
         nonces, sent = [header.nonce for header in headers], [header.sent for header in headers]
         zT = self.transform.undo(turned, known.mask, keys, nonces, sent)
-        return self.solver.sample(eps, self.backbone.schedule, zT, known)
+        return self.solver.sample(self.backbone.eps, self.backbone.schedule, zT, known)
 
     def known(self, images: Image, mask: Mask, nonces: Sequence[bytes]) -> Known:
         """w_0 .. w_N: all of it public."""
@@ -189,17 +200,6 @@ class Exact:
             return torch.where(free, self.backbone.decode(z, quantize=False), images)
 
         return decoded_in(decoded_in(filled(images, free)))
-
-
-class Counted:
-    """A denoiser that counts how often it is asked."""
-
-    def __init__(self, eps: Denoiser) -> None:
-        self.eps, self.calls = eps, 0
-
-    def __call__(self, z: Latent, t: int) -> Latent:
-        self.calls += 1
-        return self.eps(z, t)
 
 
 def pixels(mask: Mask, images: Image) -> Mask:
@@ -241,10 +241,9 @@ def better(best: Published, fresh: Published, again: Sequence[int]) -> Published
     assert fresh.floats is not None
     floats, measured = floats.clone(), {name: values.clone() for name, values in best.measured.items()}
     for j, i in enumerate(again):
-        measured["evaluations"][i] += fresh.measured["evaluations"][j]
         measured["attempts"][i] = fresh.measured["attempts"][j]
         if fresh.measured["verified_psnr"][j] > measured["verified_psnr"][i]:
             images[i], floats[i], headers[i] = fresh.images[j], fresh.floats[j], fresh.headers[j]
-            for name in measured.keys() - {"evaluations", "attempts"}:
+            for name in measured.keys() - {"attempts"}:
                 measured[name][i] = fresh.measured[name][j]
     return Published(images, tuple(headers), floats, measured)

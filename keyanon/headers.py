@@ -1,6 +1,7 @@
 """The public header: what a receiver needs besides pixels and key, carried in the PNG.
 
-"KA" | version (1) | flags (1) | nonce (24) | [length (2) | sent bytes] | [rows (1) | columns (1) | zlib(mask bits, row by row)]
+"KA" | version (1) | flags (1) | nonce (24) | [length (2) | sent bytes] | [length (2) | seam bytes]
+     | [rows (1) | columns (1) | zlib(mask bits, row by row)]
 """
 
 import zlib
@@ -15,7 +16,7 @@ from keyanon.keys import NONCE_BYTES
 
 MAGIC = b"KA"
 VERSION = 1
-HAS_MASK, HAS_SENT = 1, 2
+HAS_MASK, HAS_SENT, HAS_SEAM = 1, 2, 4
 FIXED = len(MAGIC) + 2 + NONCE_BYTES
 
 
@@ -25,19 +26,21 @@ class BadHeader(Exception):
 
 @dataclass(frozen=True)
 class Header:
-    """The nonce of a picture's key stream and, where the method keeps them, the face mask (1 u v) at latent size and
-    what the keyed transform sends along (keyanon/transforms.py).
+    """The nonce of a picture's key stream and, where the method keeps them, the face mask (1 u v) at latent size, what the
+    keyed transform sends along (keyanon/transforms.py), and the jumps at the face's border (keyanon/seams.py).
     """
 
     nonce: bytes
     mask: Bool[Tensor, "1 u v"] | None = None
     sent: bytes = b""
+    seam: bytes = b""
 
     def pack(self) -> bytes:
-        flags = (HAS_MASK if self.mask is not None else 0) | (HAS_SENT if self.sent else 0)
+        parts = {HAS_SENT: self.sent, HAS_SEAM: self.seam}
+        flags = sum(flag for flag, part in parts.items() if part) | (HAS_MASK if self.mask is not None else 0)
         packed = MAGIC + bytes([VERSION, flags]) + self.nonce
-        if self.sent:
-            packed += len(self.sent).to_bytes(2, "little") + self.sent
+        for part in parts.values():
+            packed += len(part).to_bytes(2, "little") + part if part else b""
         if self.mask is not None:
             _, u, v = self.mask.shape
             packed += bytes([u, v]) + zlib.compress(np.packbits(self.mask.cpu().numpy()).tobytes(), 9)
@@ -54,14 +57,16 @@ class Header:
         version, flags = data[2], data[3]
         if version != VERSION:
             raise BadHeader(f"keyanon header version {version}: this program reads version {VERSION}")
-        nonce, rest, sent = data[4:FIXED], data[FIXED:], b""
-        if flags & HAS_SENT:
-            end = 2 + int.from_bytes(rest[:2], "little")
-            sent, rest, whole = rest[2:end], rest[end:], len(rest) >= end
-            if not whole:
+        nonce, rest, parts = data[4:FIXED], data[FIXED:], []
+        for flag in (HAS_SENT, HAS_SEAM):
+            end = 2 + int.from_bytes(rest[:2], "little") if flags & flag else 0
+            if len(rest) < end:
                 raise BadHeader("the keyanon header is damaged")
+            parts.append(rest[2:end])
+            rest = rest[end:]
+        sent, seam = parts
         if not flags & HAS_MASK:
-            return Header(nonce, sent=sent)
+            return Header(nonce, None, sent, seam)
         try:
             u, v = rest[0], rest[1]
             size = -(-u * v // 8)
@@ -69,4 +74,4 @@ class Header:
             mask = np.unpackbits(np.frombuffer(bits, np.uint8))[: u * v].reshape(1, u, v)
         except (IndexError, ValueError, zlib.error):
             raise BadHeader("the keyanon header's mask is damaged") from None
-        return Header(nonce, torch.from_numpy(mask.astype(bool)), sent)
+        return Header(nonce, torch.from_numpy(mask.astype(bool)), sent, seam)

@@ -100,22 +100,26 @@ class Refinement:
     descent: int = 40
     rounding: int = 30
 
-    def __call__(self, backbone: LatentDiffusion, target: Latent, start: Image, free: Mask, cells: Mask) -> Bytes:
-        """Bytes whose encoding, once the receiver has read them by `tone.read(bytes, free)`, is near `target` on `cells`.
+    def __call__(
+        self, backbone: LatentDiffusion, target: Latent, start: Image, added: Image, free: Mask, cells: Mask
+    ) -> Bytes:
+        """Bytes whose encoding, once the receiver has read them by `tone.read` and taken off `added`, is near `target` on `cells`.
 
         Args:
             backbone: the receiver's.
             target: z*.
-            start: D(z*) unclipped on the free pixels, the given picture's floats on the others.
+            start: D(z*) + c unclipped on the free pixels, the given picture's floats on the others.
+            added: c (keyanon/seams.py), zeros for none.
             free: (b, 1, h, w) pixels that may change; the others are published as they are.
             cells: (b, 1, u, v) what counts of the latent.
         """
         levels = self.tone.levels().to(start.device)
         weights = channel_weights(backbone, target)
         if isinstance(backbone.autoencoder, BlockDCT):
-            return refine_blocks(backbone.autoencoder, target, start, free, cells, weights.double(), levels, self.pull)
+            latent, weights = backbone.autoencoder, weights.double()
+            return refine_blocks(latent, target, start, added * free, free, cells, weights, levels, self.pull)
         size = CHUNK if start.device.type == "cpu" else len(start)  # as in LatentDiffusion.eps
-        parts = zip(*(tensor.split(size) for tensor in (target, start, free, cells)), strict=True)
+        parts = zip(*(tensor.split(size) for tensor in (target, start, added * free, free, cells)), strict=True)
         return torch.cat([self._refine_pixels(backbone, weights, levels, *part) for part in parts])
 
     def _refine_pixels(
@@ -125,16 +129,17 @@ class Refinement:
         levels: Levels,
         target: Latent,
         start: Image,
+        added: Image,
         free: Mask,
         cells: Mask,
     ) -> Bytes:
         count, size = len(start), CHUNK if start.device.type == "cpu" else len(start)
-        target, start, free, cells = (padded(tensor, size) for tensor in (target, start, free, cells))
+        target, start, added, free, cells = (padded(tensor, size) for tensor in (target, start, added, free, cells))
 
         def misfit(x: Image) -> tuple[Scores, Image]:
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
-                error = (backbone.encode(x) - target) * weights[:, None, None]
+                error = (backbone.encode(x - added) - target) * weights[:, None, None]
                 value = (error * cells).square().flatten(1).sum(1)
                 (gradient,) = torch.autograd.grad(value.sum(), x)
             return value.detach(), gradient * free / 2
@@ -163,6 +168,7 @@ def refine_blocks(
     latent: BlockDCT,
     target: Latent,
     start: Image,
+    added: Image,
     free: Mask,
     cells: Mask,
     weights: Tensor,
@@ -175,10 +181,10 @@ def refine_blocks(
     B = ((latent.encode(basis.view(-1, 3, BLOCK, BLOCK)).flatten(1) - offset) * weights).T
 
     counted = cells[:, 0]
-    blocks = pixel_unshuffle(start.double(), BLOCK).movedim(1, 3)  # b u v 192
+    blocks, blocks_added = (pixel_unshuffle(part.double(), BLOCK).movedim(1, 3) for part in (start, added))  # b u v 192
     blocks_free = pixel_unshuffle(free.expand_as(start).double(), BLOCK).movedim(1, 3) > 0
     x, movable = blocks[counted], blocks_free[counted]
-    wanted = (target.double().movedim(1, 3)[counted] - offset) * weights
+    wanted = (target.double().movedim(1, 3)[counted] - offset) * weights + blocks_added[counted] @ B.T
 
     low, high = (torch.where(movable, end, x) for end in (levels[0], levels[-1]))
     chosen = round_blocks(B, wanted, project_blocks(B, wanted, x, low, high, pull), movable, levels)

@@ -9,10 +9,12 @@ import csv
 import hashlib
 import io
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -49,6 +51,9 @@ SCORE_SCHEMA = pa.schema([("id", pa.string()), ("view", pa.string()), ("scorer",
 EMBEDDING_SCHEMA = pa.schema(
     [("id", pa.string()), ("view", pa.string()), ("scorer", pa.string()), ("embedding", pa.list_(pa.float32()))]
 )
+COST_SCHEMA = pa.schema(
+    [("view", pa.string()), ("pictures", pa.int64()), ("seconds", pa.float64()), ("evaluations", pa.int64())]
+)
 HEADER_BYTES = "header_bytes"  # a score of every anonymized picture: what it carries besides its pixels
 IO_WORKERS = 4
 PROGRESS = 0.5 if sys.stderr.isatty() else 20  # seconds between lines: a log file is read later
@@ -63,10 +68,12 @@ def generate(
     attacks: Mapping[str, Attack],
     parser: FaceParser,
     batch_size: int,
+    evaluations: Callable[[], int] = lambda: 0,
 ) -> dict[str, str]:
     """Write every view of the pictures `ids` and the whole gallery; returns why pictures were skipped, by id.
 
-    A picture is skipped when it cannot be read or shows no face to `parser`.
+    A picture is skipped when it cannot be read or shows no face to `parser`. `evaluations` counts the pictures that the
+    method's networks have seen so far; what each batch cost of these and of time is kept in the folder's `costs`.
     """
     views = [ORIGINAL, MASK, ANONYMIZED]
     if isinstance(method, Reversible):
@@ -103,7 +110,8 @@ def generate(
         todo = [view for view in views if not all(files.has(view, id) for id in good)]
         published = None
         if ANONYMIZED in todo or any(isinstance(attacks.get(view), FloatChannel) for view in todo):
-            published = method.anonymize(originals, keys, names)
+            with spent(folder, ANONYMIZED, batch_size, evaluations):
+                published = method.anonymize(originals, keys, names)
             # Before the pictures: a run killed in between makes them, and measures, again.
             write_part(folder / "scores", measurements(good, published.measured))
             files.write_all(ANONYMIZED, good, published.images, published.headers)
@@ -113,7 +121,8 @@ def generate(
         if not isinstance(method, Reversible):
             continue
         if RECOVERED in todo:
-            out = method.recover(channel.to_floats(on_file.images), on_file.headers, keys)
+            with spent(folder, RECOVERED, batch_size, evaluations):
+                out = method.recover(channel.to_floats(on_file.images), on_file.headers, keys)
             files.write_all(RECOVERED, good, channel.to_bytes(out))
         for view, attack in attacks.items():
             if view in todo:
@@ -292,6 +301,26 @@ def measurements(ids: Sequence[str], measured: Mapping[str, Scores]) -> pa.Table
         for id, value in zip(ids, values.tolist(), strict=False)
     ]
     return pa.Table.from_pylist(rows, SCORE_SCHEMA)
+
+
+@contextmanager
+def spent(folder: Path, view: str, pictures: int, evaluations: Callable[[], int]) -> Iterator[None]:
+    """Keep what the block costs."""
+    time, evaluated = perf_counter(), evaluations()
+    yield
+    row = {
+        "view": view,
+        "pictures": pictures,
+        "seconds": perf_counter() - time,
+        "evaluations": evaluations() - evaluated,
+    }
+    write_part(folder / "costs", pa.Table.from_pylist([row], COST_SCHEMA))
+
+
+def read_costs(folder: Path) -> pa.Table:
+    """All rows of a run folder's costs."""
+    tables = [pq.read_table(path, schema=COST_SCHEMA) for path in sorted((folder / "costs").glob("*.parquet"))]
+    return pa.concat_tables([COST_SCHEMA.empty_table(), *tables])
 
 
 def face_pictures(faces: Mask) -> Bytes:

@@ -27,12 +27,15 @@ from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from keyanon.types import Denoiser, Latent, Mask
 
 log = logging.getLogger(__name__)
 
+Rows = Int64[Tensor, " n"] | slice  # of a batch
+ALL = slice(None)
 KARRAS_RHO = 7.0  # arXiv 2206.00364, table 1
 
 
@@ -59,9 +62,9 @@ class Known:
     mask: Mask
     path: Sequence[Latent]
 
-    def write_back(self, z: Latent, level: int) -> Latent:
-        """M * z + (1 - M) * path[level]   (eq. 7)."""
-        return torch.where(self.mask, z, self.path[level])
+    def write_back(self, z: Latent, level: int, rows: Rows = ALL) -> Latent:
+        """M * z + (1 - M) * path[level]   (eq. 7), where z holds those rows of the batch."""
+        return torch.where(self.mask[rows], z, self.path[level][rows])
 
 
 class Solver(Protocol):
@@ -126,17 +129,17 @@ class DDIM:
         noise = None
         for i, t in enumerate(self.timesteps(schedule), start=1):
 
-            def along(e: Latent, i: int = i) -> Latent:
-                out = move(path[-1], e, levels[i - 1], levels[i])
-                return out if known is None else known.write_back(out, i)
+            def along(e: Latent, rows: Rows, i: int = i) -> Latent:
+                out = move(path[-1][rows], e, levels[i - 1], levels[i])
+                return out if known is None else known.write_back(out, i, rows)
 
-            def up(z: Latent, t: int = t, along: Callable[[Latent], Latent] = along) -> Latent:
-                return along(eps(z, t))
+            def up(z: Latent, rows: Rows = ALL, t: int = t, along: Callable[[Latent, Rows], Latent] = along) -> Latent:
+                return along(eps(z, t), rows)
 
             if self.tolerance is None:
                 path.append(up(path[-1]))
             else:
-                path.append(self.solve(up, up(path[-1]) if noise is None else along(noise), i))
+                path.append(self.solve(up, up(path[-1]) if noise is None else along(noise, ALL), i))
                 noise = noise_of_move(path[-2], path[-1], levels[i - 1], levels[i])
         return path
 
@@ -150,7 +153,7 @@ class DDIM:
                 z = known.write_back(z, i - 1)
         return z
 
-    def solve(self, up: Callable[[Latent], Latent], start: Latent, level: int) -> Latent:
+    def solve(self, up: Callable[[Latent, Rows], Latent], start: Latent, level: int) -> Latent:
         """The fixed point of `up` near `start`, each picture until its own residual is small."""
         assert self.tolerance is not None
         z, residual = anderson(up, start, self.tolerance, self.max_evaluations, self.memory)
@@ -176,29 +179,32 @@ def noise_of_move(z: Latent, z_there: Latent, here: tuple[float, float], there: 
 
 
 def anderson(
-    g: Callable[[Latent], Latent], start: Latent, tolerance: float, max_evaluations: int, memory: int
+    g: Callable[[Latent, Rows], Latent], start: Latent, tolerance: float, max_evaluations: int, memory: int
 ) -> tuple[Latent, Tensor]:
     """Solve z = g(z) for each picture of a batch by Anderson acceleration: the iterate and its relative residuals (b,).
 
     With f_k = g(z_k) - z_k, the next iterate is g(z_k) - (dG) c, c the least-squares solution of (dF) c = f_k over the last
-    `memory` differences. A picture that has converged is not touched again, so it does not depend on its batch. The
+    `memory` differences. A picture that has converged leaves the batch: g gets the latents of the others and their rows. The
     iterate of the smallest residual is returned.
     """
-    z, best = start, start
-    smallest = torch.full((len(start),), torch.inf, device=start.device)
+    best = start.clone()
+    smallest = start.new_full((len(start),), torch.inf)
+    rows, z = torch.arange(len(start), device=start.device), start
     images: list[Tensor] = []  # g(z_k), flat
     residuals: list[Tensor] = []  # f_k, flat
     for _ in range(max_evaluations):
-        image = g(z)
+        image = g(z, rows)
         f = (image - z).flatten(1)
         size = f.norm(dim=1) / image.flatten(1).norm(dim=1)
-        better = size < smallest
-        best = torch.where(expand(better, z), image, best)
-        smallest = torch.where(better, size, smallest)
-        active = smallest > tolerance
-        if not active.any():
-            break
+        better = size < smallest[rows]
+        best[rows[better]], smallest[rows[better]] = image[better], size[better]
         images, residuals = [*images[-memory:], image.flatten(1)], [*residuals[-memory:], f]
+        rough = smallest[rows] > tolerance
+        if not rough.all():
+            if not rough.any():
+                break
+            rows, f = rows[rough], f[rough]
+            images, residuals = ([kept[rough] for kept in history] for history in (images, residuals))
         step = images[-1]
         if len(images) > 1:
             # Sums over a picture's own entries, not matrix products: those round differently for other batch sizes.
@@ -209,7 +215,7 @@ def anderson(
             c = torch.linalg.lstsq(gram + ridge, right).solution.to(f)
             for k, (a, b) in enumerate(pairwise(images)):
                 step = step - c[:, k] * (b - a)
-        z = torch.where(expand(active, z), step.view_as(z), z)
+        z = step.view(-1, *start.shape[1:])
     return best, smallest
 
 

@@ -8,17 +8,14 @@ the r_c, and these travel encrypted. Divided by r_c the channels have the norm o
 inverted photographs have not, and flipped signs keep their uneven magnitudes. Channels of a block-DCT latent are frequency bands:
 a rotation inside each does not carry an error of a weak band over into a strong one.
 
-A wrong key decrypts other norms. The code is the normal distribution function of log r, so random bits give norms as pictures
-have them (the idea of honey encryption, Juels and Ristenpart, EUROCRYPT 2014).
+A wrong key decrypts other norms. The code is the distribution function of log r, so random bits give norms as pictures have them
+ (the idea of honey encryption, Juels and Ristenpart, EUROCRYPT 2014).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,8 +23,10 @@ from keyanon.headers import BadHeader
 from keyanon.keys import normals, signs
 from keyanon.types import Key, Latent, Mask
 
-LOG_NORM = NormalDist(0.0, 0.3)  # of channels of inverted photographs, roughly
-CODE_BYTES = 2
+# log r is roughly logistic over channels of inverted photographs, with outliers at 5 deviations. 16 pictures each: mean 0.21 and
+# deviation 0.18 on CelebA-HQ, 0.14 and 0.16 on UTKFace with faces128; 0.12 and 0.13 on CelebA-HQ with faces128_kl.
+LOG_NORM, LOG_NORM_SCALE = 0.13, 0.085
+CODE_BYTES = 3
 
 
 class Transform(Protocol):
@@ -95,16 +94,19 @@ def rotations(key: Key, nonce: bytes, channels: int, d: int) -> Tensor:
 
 
 def coded(norms: Tensor) -> bytes:
-    """The distribution function of log r in 16 bits a channel."""
+    """The distribution function of log r in 24 bits a channel."""
     steps = 256**CODE_BYTES
-    codes = [min(int(LOG_NORM.cdf(math.log(max(r, 1e-9))) * steps), steps - 1) for r in norms.tolist()]
-    return np.array(codes, "<u2").tobytes()
+    share = torch.sigmoid((norms.double().clamp(min=1e-9).log() - LOG_NORM) / LOG_NORM_SCALE)
+    codes = (share * steps).long().clamp(0, steps - 1).tolist()
+    return b"".join(code.to_bytes(CODE_BYTES, "little") for code in codes)
 
 
 def decoded(code: bytes) -> Tensor:
     """Norms whose code this is; the sender divides by these too, so that nothing is lost by their rounding."""
-    levels = (np.frombuffer(code, "<u2") + 0.5) / 256**CODE_BYTES
-    return torch.tensor([math.exp(LOG_NORM.inv_cdf(level)) for level in levels], dtype=torch.float64)
+    codes = [int.from_bytes(code[i : i + CODE_BYTES], "little") for i in range(0, len(code), CODE_BYTES)]
+    share = (torch.tensor(codes, dtype=torch.float64) + 0.5) / 256**CODE_BYTES
+    norms: Tensor = (LOG_NORM + LOG_NORM_SCALE * share.logit()).exp()
+    return norms
 
 
 def ciphered(code: bytes, key: Key, nonce: bytes) -> bytes:

@@ -68,7 +68,9 @@ def scene():
     z = torch.where(cells, z + torch.randn(z.shape, generator=generator), z)
     z[0, 0, 2, 2] += 1.0  # a bright block: 22 of its pixels leave [-1, 1]
     start = torch.where(free, autoencoder.decode(z), given)
-    return SimpleNamespace(backbone=backbone, z=z, start=start, given=given, free=free, cells=cells)
+    return SimpleNamespace(
+        backbone=backbone, z=z, start=start, added=torch.zeros_like(start), given=given, free=free, cells=cells
+    )
 
 
 def error(scene, published, tone):
@@ -87,9 +89,18 @@ def test_channels_of_the_block_dct_weigh_their_deviations(scene):
 def test_refined_picture_encodes_to_the_latent(scene, tone):
     assert scene.start.abs().max() > 1.02
     plain = to_bytes(scene.start)
-    refined = Refinement(tone)(scene.backbone, scene.z, scene.start, scene.free, scene.cells)
+    refined = Refinement(tone)(scene.backbone, scene.z, scene.start, scene.added, scene.free, scene.cells)
     assert error(scene, refined, tone) < 0.3 * error(scene, plain, ToneCurve())
     assert (refined.float() - plain.float()).square().mean().sqrt() < 255 * 10 ** (-45 / 20)
+
+
+def test_what_the_receiver_takes_off_is_put_on(scene):
+    added = 0.1 * torch.sin(torch.arange(48.0)).expand_as(scene.start)
+    start = torch.where(scene.free, scene.start + added, scene.start)
+    tone = ToneCurve(0.9, 1.5)
+    refined = Refinement(tone)(scene.backbone, scene.z, start, added, scene.free, scene.cells)
+    e = scene.backbone.encode(tone.read(refined, scene.free) - added * scene.free) - scene.z
+    assert e[scene.cells.expand_as(e)].square().mean().sqrt() < 0.005
 
 
 def test_given_pixels_are_published_untouched(scene):
@@ -97,17 +108,19 @@ def test_given_pixels_are_published_untouched(scene):
     free = scene.free.clone()
     free[:, :, 8:12, 8:12] = False
     start = torch.where(free, scene.start, scene.given)
-    refined = Refinement()(scene.backbone, scene.z, start, free, scene.cells)
+    refined = Refinement()(scene.backbone, scene.z, start, scene.added, free, scene.cells)
     untouched = ~free.expand_as(refined)
     assert torch.equal(refined[untouched], to_bytes(scene.given)[untouched])
     assert not torch.equal(refined, to_bytes(start))
 
 
 def test_a_picture_does_not_depend_on_its_batch(scene):
-    both = Refinement()(scene.backbone, scene.z, scene.start, scene.free, scene.cells)
+    both = Refinement()(scene.backbone, scene.z, scene.start, scene.added, scene.free, scene.cells)
     for i in range(2):
         one = slice(i, i + 1)
-        alone = Refinement()(scene.backbone, scene.z[one], scene.start[one], scene.free[one], scene.cells[one])
+        alone = Refinement()(
+            scene.backbone, scene.z[one], scene.start[one], scene.added[one], scene.free[one], scene.cells[one]
+        )
         assert torch.equal(alone[0], both[i])
 
 
@@ -152,14 +165,16 @@ def learned():
     free = cells.repeat_interleave(2, 2).repeat_interleave(2, 3)
     start = torch.where(free, given + 0.3 * torch.rand(given.shape), given)
     z = backbone.encode(start + 0.02 * torch.randn(start.shape) * free)
-    return SimpleNamespace(backbone=backbone, z=z, start=start, given=given, free=free, cells=cells)
+    return SimpleNamespace(
+        backbone=backbone, z=z, start=start, added=torch.zeros_like(start), given=given, free=free, cells=cells
+    )
 
 
 @pytest.mark.parametrize("tone", [ToneCurve(), ToneCurve(0.6, 1.2)])
 def test_refined_picture_encodes_to_the_learned_latent(learned, tone):
-    refined = Refinement(tone)(learned.backbone, learned.z, learned.start, learned.free, learned.cells)
+    refined = Refinement(tone)(learned.backbone, learned.z, learned.start, learned.added, learned.free, learned.cells)
     descent_alone = Refinement(tone, rounding=2)(
-        learned.backbone, learned.z, learned.start, learned.free, learned.cells
+        learned.backbone, learned.z, learned.start, learned.added, learned.free, learned.cells
     )
     assert error(learned, refined, tone) < 0.7 * error(learned, descent_alone, tone)
     assert error(learned, descent_alone, tone) < 0.5 * error(learned, to_bytes(learned.start), ToneCurve())
@@ -168,9 +183,11 @@ def test_refined_picture_encodes_to_the_learned_latent(learned, tone):
 
 
 def test_learned_refinement_does_not_depend_on_the_batch(learned):
-    both = Refinement()(learned.backbone, learned.z, learned.start, learned.free, learned.cells)
+    both = Refinement()(learned.backbone, learned.z, learned.start, learned.added, learned.free, learned.cells)
     one = slice(1, 2)
-    alone = Refinement()(learned.backbone, learned.z[one], learned.start[one], learned.free[one], learned.cells[one])
+    alone = Refinement()(
+        learned.backbone, learned.z[one], learned.start[one], learned.added[one], learned.free[one], learned.cells[one]
+    )
     assert torch.equal(alone[0], both[1])
 
 

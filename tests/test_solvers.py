@@ -103,13 +103,13 @@ def test_anderson_solves_a_linear_fixed_point_for_each_picture():
     q, _ = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=generator))
     A = q @ torch.diag(torch.tensor([0.98, -0.9, 0.5, 0.3, -0.2, 0.1], dtype=torch.float64)) @ q.T
     b = torch.randn(3, 6, dtype=torch.float64, generator=generator)
-    z, residual = anderson(lambda z: z @ A.T + b, torch.zeros(3, 6, dtype=torch.float64), 1e-10, 40, 6)
+    z, residual = anderson(lambda z, rows: z @ A.T + b[rows], torch.zeros(3, 6, dtype=torch.float64), 1e-10, 40, 6)
     assert (residual <= 1e-10).all()
     torch.testing.assert_close(z, torch.linalg.solve(torch.eye(6, dtype=torch.float64) - A, b.T).T, atol=1e-7, rtol=0)
 
 
 def test_anderson_says_what_did_not_converge():
-    z, residual = anderson(lambda z: 3 * z + 1, torch.ones(2, 1), 1e-6, 1, 5)
+    z, residual = anderson(lambda z, rows: 3 * z + 1, torch.ones(2, 1), 1e-6, 1, 5)
     assert (residual > 1e-6).all()
     assert torch.isfinite(z).all()
 
