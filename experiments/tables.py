@@ -166,7 +166,8 @@ def collect_costs(runs: Sequence[Path]) -> pd.DataFrame:
         about, spent = read_about(run), read_costs(run).to_pandas().groupby("view", as_index=False).sum()
         spent[["seconds", "evaluations"]] = spent[["seconds", "evaluations"]].div(spent["pictures"], axis=0)
         frames.append(spent.assign(**{name: about.get(name, "") for name in COSTS if name not in spent}))
-    return pd.concat(frames, ignore_index=True).reindex(columns=COSTS)
+    costs: pd.DataFrame = pd.concat(frames, ignore_index=True).reindex(columns=COSTS)
+    return costs
 
 
 def read_about(run: Path) -> dict[str, Any]:
