@@ -18,6 +18,9 @@ Learned autoencoders. The same objective over the same box, descended by project
 Barzilai and Borwein's two (IMA J. Numer. Anal. 8, 1988; Dai and Fletcher, Numer. Math. 100, 2005). Rounding again moves pixels by a
 level s, where by half the gradient g and a mean curvature c that promises s (2 g + c s) < 0: the best pixel of each neighbourhood,
 all at once, but of these only a random share, which halves whenever the picture as a whole got no better.
+
+JPEG on the way, J. Then the error counts after it: z <- z + (z* - E(J(x(z)))) / 2 from z = z*, x(z) the rounded D(z), moves
+coefficients that J rounds the wrong way to their other neighbour; each picture keeps its best x.
 """
 
 from collections.abc import Callable
@@ -30,7 +33,7 @@ from torch.nn.functional import max_pool2d, pixel_shuffle, pixel_unshuffle
 
 from keyanon.block_dct import BLOCK, BlockDCT
 from keyanon.diffusion import CHUNK, LatentDiffusion, padded
-from keyanon.images import to_bytes, to_floats
+from keyanon.images import jpeg, to_bytes, to_floats
 from keyanon.solvers import expand
 from keyanon.types import Bytes, Image, Latent, Mask, Scores
 
@@ -41,6 +44,7 @@ NEWTON_STEPS = 30
 NEWTON_TOLERANCE = 1e-9
 STEP_LENGTHS = 10  # 1, 1/2, 1/4, ...
 ROUNDING_MOVES = 400  # pixels of a block that are moved by a level
+JPEG_STEPS = 12
 NEIGHBOURHOOD = 5  # pixels a side
 TINY = 1e-30
 PROBE = 16  # cells a side of the latent that channel_weights probes
@@ -93,12 +97,14 @@ class Refinement:
         tone: what the receiver takes the bytes of free pixels for.
         pull: mu above; more of it stays nearer to D(z*) where no picture has the wanted encoding, or only an ugly one.
         descent, rounding: passes forward and back through a learned encoder for each; the block DCT needs none.
+        jpeg: quality of a JPEG that the published picture will go through; None for a lossless file.
     """
 
     tone: ToneCurve = ToneCurve()
     pull: float = 0.01
     descent: int = 40
     rounding: int = 30
+    jpeg: int | None = None
 
     def __call__(
         self, backbone: LatentDiffusion, target: Latent, start: Image, added: Image, free: Mask, cells: Mask
@@ -113,6 +119,30 @@ class Refinement:
             free: (b, 1, h, w) pixels that may change; the others are published as they are.
             cells: (b, 1, u, v) what counts of the latent.
         """
+        chosen = self._lossless(backbone, target, start, added, free, cells)
+        if (quality := self.jpeg) is None:
+            return chosen
+        weights = channel_weights(backbone, target)[:, None, None]
+
+        def error_after_jpeg(published: Bytes) -> Latent:
+            read = self.tone.read(through_jpeg(published, quality), free)
+            return (target - backbone.encode(read - added * free)) * cells
+
+        z, error = target, error_after_jpeg(chosen)
+        lowest = (error * weights).square().flatten(1).sum(1)
+        for _ in range(JPEG_STEPS):
+            z = z + error / 2
+            floats = torch.where(free, backbone.decode(z, quantize=False) + added, start)
+            trial = to_bytes(torch.where(free, self.tone.compress(floats), start))
+            error = error_after_jpeg(trial)
+            misfit = (error * weights).square().flatten(1).sum(1)
+            chosen = torch.where(expand(misfit < lowest, trial), trial, chosen)
+            lowest = torch.minimum(lowest, misfit)
+        return chosen
+
+    def _lossless(
+        self, backbone: LatentDiffusion, target: Latent, start: Image, added: Image, free: Mask, cells: Mask
+    ) -> Bytes:
         levels = self.tone.levels().to(start.device)
         weights = channel_weights(backbone, target)
         if isinstance(backbone.autoencoder, BlockDCT):
@@ -297,6 +327,10 @@ def round_pixels(misfit: Misfit, x: Image, free: Mask, levels: Levels, evaluatio
         gradient = torch.where(expand(better, x), trial_gradient, gradient)
         value, share = torch.minimum(value, trial_value), torch.where(better, 1.3 * share, share / 2).clamp(max=1)
     return number.to(torch.uint8)
+
+
+def through_jpeg(published: Bytes, quality: int) -> Bytes:
+    return torch.stack([jpeg(picture, quality) for picture in published]).to(published.device)
 
 
 def dot(a: Image, b: Image) -> Scores:

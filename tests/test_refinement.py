@@ -8,7 +8,7 @@ from scipy.optimize import lsq_linear
 from keyanon.block_dct import BlockDCT
 from keyanon.diffusion import LatentDiffusion
 from keyanon.images import to_bytes, to_floats
-from keyanon.refinement import Refinement, ToneCurve, channel_weights, descend, project_blocks
+from keyanon.refinement import Refinement, ToneCurve, channel_weights, descend, project_blocks, through_jpeg
 
 
 def test_the_usual_curve_reads_bytes_as_usual():
@@ -58,7 +58,9 @@ def test_projection_equals_scipys_bounded_least_squares():
 def scene():
     """Two pictures on a small block-DCT latent: z* is a given picture's with noise in 4x4 of 6x6 cells, some of it clipped."""
     autoencoder = BlockDCT(luma=10, chroma=3, std=[4.0, 1.0, 1.0] + [0.3] * 7 + [1.0, 0.2, 0.2] * 2)
-    backbone = SimpleNamespace(autoencoder=autoencoder, encode=autoencoder.encode, decode=autoencoder.decode)
+    backbone = SimpleNamespace(
+        autoencoder=autoencoder, encode=autoencoder.encode, decode=lambda z, quantize=False: autoencoder.decode(z)
+    )
     generator = torch.Generator().manual_seed(0)
     given = to_floats(torch.randint(60, 180, (2, 3, 48, 48), generator=generator, dtype=torch.uint8))
     cells = torch.zeros(2, 1, 6, 6, dtype=torch.bool)
@@ -101,6 +103,23 @@ def test_what_the_receiver_takes_off_is_put_on(scene):
     refined = Refinement(tone)(scene.backbone, scene.z, start, added, scene.free, scene.cells)
     e = scene.backbone.encode(tone.read(refined, scene.free) - added * scene.free) - scene.z
     assert e[scene.cells.expand_as(e)].square().mean().sqrt() < 0.005
+
+
+@pytest.mark.parametrize("quality", [100, 90])
+def test_jpeg_in_the_loop_leaves_less_error_behind_jpeg(scene, quality):
+    """Each picture on its own is no worse, and both together are better."""
+
+    def errors(refinement):
+        published = refinement(scene.backbone, scene.z, scene.start, scene.added, scene.free, scene.cells)
+        weights = channel_weights(scene.backbone, scene.z)[:, None, None]
+        e = (
+            scene.backbone.encode(refinement.tone.read(through_jpeg(published, quality), scene.free)) - scene.z
+        ) * weights
+        return (e * scene.cells).square().sum((1, 2, 3))
+
+    blind, aware = errors(Refinement()), errors(Refinement(jpeg=quality))
+    assert (aware <= blind).all()
+    assert aware.sum() < 0.9 * blind.sum()
 
 
 def test_given_pixels_are_published_untouched(scene):
