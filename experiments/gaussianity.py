@@ -33,7 +33,7 @@ from scipy import stats
 from scipy.spatial.distance import pdist, squareform
 
 from experiments import preflight, tables
-from experiments.run import FAILED, NOT_READY, READABLE
+from experiments.run import FAILED, READABLE
 from experiments.statistics import averages
 from keyanon import runner
 from keyanon.diffusion import LatentDiffusion, padded
@@ -182,14 +182,10 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
         for steps in inversion.steps
     }
     problems = preflight.missing_parts(backbone, parser)
-    try:
-        dataset: Dataset = instantiate(cfg.dataset)
-        ids = dataset.ids[: cfg.limit]
-    except (FileNotFoundError, ValueError, hydra.errors.InstantiationException) as error:
-        problems.append(f"dataset {choices['dataset']}: {error.__cause__ or error}")
-    if problems:
-        print("keyanon: this run cannot start; missing here:", *(f"- {p}" for p in problems), sep="\n", file=sys.stderr)
-        sys.exit(NOT_READY)
+    dataset = preflight.open_dataset(cfg.dataset, choices["dataset"], problems)
+    preflight.stop_if(problems)
+    assert dataset is not None
+    ids = dataset.ids[: cfg.limit]
 
     values, skipped = measured(dataset, ids, backbone, parser, solvers, cfg.batch_size)
     for id, reason in skipped.items():

@@ -1,13 +1,19 @@
 """Everything that a run needs and that is not here, found out at once and before any work."""
 
 import shutil
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from keyanon import weights
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 
+from keyanon import weights
+from keyanon.types import Dataset
+
+NOT_READY = 2  # exit code
 BYTES_PER_VALUE = 1.2  # a PNG of a photograph, against its 3 h w raw bytes, with some air
 
 
@@ -34,6 +40,24 @@ def missing_disk(folder: Path, pictures: int, views: int, size: int) -> list[str
         return []
     need, have = needed / 1e6, free / 1e6
     return [f"disk: {folder} needs about {need:,.1f} MB and has {have:,.1f} MB; free some, or set runs=/another/disk"]
+
+
+def open_dataset(config: Any, name: str, problems: list[str]) -> Dataset | None:
+    """The dataset; None, and one problem more, where it cannot be read."""
+    try:
+        dataset: Dataset = instantiate(config)
+        _ = dataset.ids  # read at its first use
+    except (FileNotFoundError, ValueError, InstantiationException) as error:
+        problems.append(f"dataset {name}: {error.__cause__ or error}")
+        return None
+    return dataset
+
+
+def stop_if(problems: Sequence[str]) -> None:
+    """Print the problems and exit, if there are any."""
+    if problems:
+        print("keyanon: this run cannot start; missing here:", *(f"- {p}" for p in problems), sep="\n", file=sys.stderr)
+        sys.exit(NOT_READY)
 
 
 def walk(node: Any) -> Iterable[Any]:

@@ -28,12 +28,11 @@ from keyanon.diffusion import BadModel, LatentDiffusion
 from keyanon.headers import BadHeader
 from keyanon.images import write_whole
 from keyanon.keys import BadKey, MasterKey
-from keyanon.types import Dataset
 from keyanon.weights import MissingWeights, WrongWeights
 
 log = logging.getLogger(__name__)
 
-NOT_READY, FAILED = 2, 1
+FAILED = 1
 UNTOLD = {
     "experiment", "dataset", "name", "notes", "runs", "limit", "shard", "batch_size", "device", "threads",
     "key", "wandb", "hydra", "recognizers", "scorers", "attacks", "backbone.source", "backbone.subfolder",
@@ -74,17 +73,13 @@ def run(cfg: DictConfig, choices: dict[str, Any], swept: Sequence[str] = ()) -> 
     tracker: Tracker = instantiate(cfg.wandb)
 
     problems = preflight.missing_parts(method, parser, recognizers, scorers)
-    try:
-        dataset: Dataset = instantiate(cfg.dataset)
+    dataset = preflight.open_dataset(cfg.dataset, choices["dataset"], problems)
+    if dataset is not None:
         ids = sharded(dataset.ids[: cfg.limit], cfg.shard)
-    except (FileNotFoundError, ValueError, hydra.errors.InstantiationException) as error:
-        problems.append(f"dataset {choices['dataset']}: {error.__cause__ or error}")
-    else:
         pictures, views = len(ids) + len(dataset.gallery), 4 + len(attacks)
         problems += preflight.missing_disk(Path(cfg.runs), pictures, views, cfg.dataset.size)
-    if problems:
-        print("keyanon: this run cannot start; missing here:", *(f"- {p}" for p in problems), sep="\n", file=sys.stderr)
-        sys.exit(NOT_READY)
+    preflight.stop_if(problems)
+    assert dataset is not None
 
     models = [part for part in preflight.walk(method) if isinstance(part, LatentDiffusion)]
     question = {

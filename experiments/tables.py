@@ -202,6 +202,7 @@ STATISTIC_NAMES = {
     "set": "over the whole set",
     "w2_squared": "squared 2-Wasserstein distance to pairs of strangers",
     "cosine_between_keys": "mean cosine between two keys of one picture",
+    "frechet": "Fréchet distance of the embeddings to those of clean pictures",
 }
 LEGEND = (
     "Ours with its 95 % bootstrap interval in brackets. reconstructed: D(E(x)), what the autoencoder alone makes of a picture. "
@@ -269,7 +270,7 @@ def arrow(aim: str, scorer: str, statistic: str) -> str:
     name = statistic.partition("@")[0]
     if scorer == "detected":
         return "↑"
-    if scorer == "fid" or name in ("w2_squared", "cosine_between_keys"):
+    if scorer == "fid" or name in ("w2_squared", "cosine_between_keys", "frechet"):
         return "↓"
     faithful = aim in (CLEAN, RECOVERED)
     if is_recognizer(scorer) and name in ("mean", "tar", "d_sys", "eer"):

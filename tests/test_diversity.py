@@ -1,0 +1,80 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from experiments.diversity import between_keys, embedded, run, statistics_of, strangers
+from keyanon.exact import Exact
+from keyanon.keys import experiment_key
+from keyanon.solvers import DDIM
+from keyanon.types import BadPicture, Published
+from tests.conftest import ROOT
+
+
+def unit(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    vectors = np.random.default_rng(seed).standard_normal(shape)
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def measured(versions: np.ndarray, clean: np.ndarray) -> dict[str, float]:
+    people = [str(i) for i in range(clean.shape[1])]
+    found = statistics_of({("clean", "r"): clean, ("m", "r"): versions}, people)
+    assert {method for method, _, _ in found} == {"m"}
+    return {statistic.statistic: statistic.value for _, _, statistic in found}
+
+
+def test_keys_that_change_nothing():
+    clean = unit((1, 200, 64))
+    found = measured(np.repeat(clean, 3, axis=0), clean)
+    assert found["cosine_between_keys"] == pytest.approx(1)
+    # cosines of strangers on the sphere of 64 dimensions have mean 0 and variance 1/64
+    assert found["w2_squared"] == pytest.approx(1 + 1 / 64, abs=0.01)
+    assert found["frechet"] == pytest.approx(0, abs=0.02)
+
+
+def test_keys_that_make_strangers():
+    found = measured(unit((4, 200, 64), 1), unit((1, 200, 64)))
+    assert found["cosine_between_keys"] == pytest.approx(0, abs=0.02)
+    assert found["w2_squared"] == pytest.approx(0, abs=1e-3)
+
+
+def test_pairs_of_keys_and_of_strangers():
+    assert between_keys(unit((4, 5, 8))).shape == (6, 5)
+    clean = np.stack([unit((8,), 0)] * 2 + [unit((8,), 1)] * 2)[None]
+    assert (strangers(clean, ["a", "a", "b", "b"]) < 0.999).all()
+
+
+def test_every_key_gets_its_embedding_and_bad_pictures_are_told():
+    pictures = {"a": torch.zeros(3, 4, 4), "b": torch.full((3, 4, 4), 0.2)}
+
+    def load(id):
+        if id not in pictures:
+            raise BadPicture(f"{id}: gone")
+        return pictures[id]
+
+    def anonymize(images, keys, ids):
+        shade = torch.tensor([key.secret[0] for key in keys], dtype=torch.uint8)
+        return Published(shade[:, None, None, None].expand(-1, 3, 4, 4), (b"",) * len(ids))
+
+    recognizer = SimpleNamespace(embed=lambda images: images.mean((2, 3)))
+    dataset, method = SimpleNamespace(load=load), SimpleNamespace(anonymize=anonymize)
+    vectors, ids, skipped = embedded(dataset, ["a", "x", "b"], {"m": method}, {"r": recognizer}, 3, 2)
+    assert ids == ["a", "b"]
+    assert list(skipped) == ["x"]
+    assert vectors["clean", "r"][0, :, 0].tolist() == pytest.approx([0, 0.2])
+    shades = [experiment_key(seed).secret[0] / 127.5 - 1 for seed in range(3)]
+    assert vectors["m", "r"][:, :, 0].T.tolist() == [pytest.approx(shades, abs=1e-6)] * 2
+
+
+def test_default_compares_the_papers_method_with_the_exact_one():
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("diversity")
+        methods = instantiate(cfg.methods, _convert_="all")
+        assert methods["signflip"].solver == DDIM(50)
+        assert isinstance(methods["exact"], Exact)
+        assert methods["exact"].solver.tolerance is not None
+        with pytest.raises(ValueError, match="keys_per_picture=1"):
+            run(compose("diversity", overrides=["keys_per_picture=1"]), {})
