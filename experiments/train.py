@@ -208,16 +208,10 @@ def autoencoder(cfg: DictConfig, pictures: Bytes) -> Task:
             z = posterior.mean + posterior.std * noise
             rebuilt = net.decode(z).sample
             drawn = z[:half].detach() + cfg.roundtrip_noise * shift[:half]
-            inside = box(shape[1:], generator).to(device)
-            pasted = torch.where(
-                inside.repeat_interleave(factor, 0).repeat_interleave(factor, 1),
-                net.decode(drawn).sample,
-                images[-half:],
-            )
-            read = net.encode(pasted).latent_dist.mean
+            read = net.encode(net.decode(drawn).sample).latent_dist.mean
         distance: Tensor = (rebuilt.float() - images).abs().mean()
         divergence: Tensor = posterior.kl().float().mean() / math.prod(shape)
-        missed: Tensor = (read.float() - drawn.float())[:, :, inside].square().mean()
+        missed: Tensor = (read.float() - drawn.float()).square().mean()
         return distance + float(cfg.kl_weight) * divergence + float(cfg.roundtrip_weight) * missed
 
     def export() -> None:
@@ -242,17 +236,6 @@ def begin_as_identity(net: AutoencoderKL) -> None:
             if isinstance(block, ResnetBlock2D):
                 block.conv2.weight.zero_()
                 block.conv2.bias.zero_()
-
-
-def box(size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """A random rectangle (u v) of at least half the side lengths: where a decoded latent is pasted into another picture."""
-    inside = torch.zeros(size, dtype=torch.bool)
-    (top, height), (left, width) = (
-        (int(torch.randint(side - extent + 1, (), generator=generator)), extent)
-        for side, extent in ((side, int(torch.randint(side // 2, side + 1, (), generator=generator))) for side in size)
-    )
-    inside[top : top + height, left : left + width] = True
-    return inside
 
 
 def load_agreeing(net: Any, trained: Mapping[str, Tensor]) -> None:
