@@ -6,9 +6,9 @@
     tag = HMAC-SHA256(K_tag, length of what is before the tag (4) | what is before it | height (4) | width (4) | pixels)
 
 with K_tag from the key's stream for the nonce (keyanon/keys.py). The tag commits to the key: a file that two keys accept would be a
-collision of SHA-256. AES-GCM and ChaCha20-Poly1305 do not: their tags are polynomials, and one file can be made that thousands of
-keys accept, so that a receiver's yes or no tests as many passwords at once (Len, Grubbs and Ristenpart, Partitioning oracle
-attacks, USENIX Security 2021).
+collision of HMAC-SHA256, or of HKDF and ChaCha20 on the way to K_tag. The tags of AES-GCM and ChaCha20-Poly1305 commit to no key:
+they are polynomials, one file can be made that thousands of keys accept, and a receiver's yes or no tests as many passwords at
+once (Len, Grubbs and Ristenpart, Partitioning oracle attacks, USENIX Security 2021).
 
 With a tag anyone can check guesses of a password, at Argon2id's price. Without one (`authenticate=False`) a wrong key, or a
 changed picture, gives some plausible face and no message.
