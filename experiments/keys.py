@@ -1,26 +1,95 @@
-"""Key files on the command line: `python -m experiments.keys new PATH`, `... fingerprint PATH`. Secrets are never printed."""
+"""Keys on the command line: `python -m experiments.keys new PATH`, `... derive PATH`, `... fingerprint PATH`.
+
+Secrets are never printed, and a password is never an argument: it is asked for twice, or is one line of standard input.
+"""
 
 import argparse
+import getpass
+import logging
+import os
 import sys
+from pathlib import Path
 
-from keyanon.keys import BadKey, read_key, write_new_key
+from keyanon.headers import BadHeader, Header, unseal
+from keyanon.images import read_png
+from keyanon.keys import SALT_BYTES, BadKey, MasterKey, Recipe, read_key, write_key, write_new_key
+from keyanon.types import BadPicture
+
+log = logging.getLogger(__name__)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.keys", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
     for name, action, text in (
-        ("new", write_new_key, "draw a fresh master key into a new file that only you can read"),
-        ("fingerprint", read_key, "print what tells this key from others and gives nothing away"),
+        ("new", new, "draw a fresh master key into a new file that only you can read"),
+        ("derive", derive, "make a master key from a password, into a new file that only you can read"),
+        ("fingerprint", fingerprint, "print what tells this key from others"),
     ):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("path", help="the key file")
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("path", type=Path, help="the key file")
         command.set_defaults(action=action)
+        if action is derive:
+            default = Recipe(bytes(SALT_BYTES))
+            command.add_argument("--passes", type=int, default=default.passes, help="Argon2id's (default: %(default)s)")
+            command.add_argument("--memory", type=int, default=default.memory, help="KiB (default: %(default)s)")
+            command.add_argument("--lanes", type=int, default=default.lanes, help="in parallel (default: %(default)s)")
+            command.add_argument("--picture", type=Path, help="a published picture: derive the key that recovers it")
     args = parser.parse_args()
     try:
-        print(args.action(args.path).fingerprint)
-    except BadKey as error:
+        print(args.action(args).fingerprint)
+    except (BadKey, BadHeader, BadPicture, OSError) as error:
         sys.exit(f"keyanon: {error}")
+
+
+def new(args: argparse.Namespace) -> MasterKey:
+    return write_new_key(args.path)
+
+
+def fingerprint(args: argparse.Namespace) -> MasterKey:
+    return read_key(args.path)
+
+
+def derive(args: argparse.Namespace) -> MasterKey:
+    if args.picture is None:
+        recipe = Recipe(os.urandom(SALT_BYTES), args.passes, args.memory, args.lanes)
+        return write_key(args.path, recipe.derive(asked_password()))
+    return write_key(args.path, key_of(args.picture, asked_password()))
+
+
+def key_of(picture: Path, password: str) -> MasterKey:
+    """The key of a published picture, by the recipe in its header; BadHeader if its tag says that this is not the password."""
+    pixels, packed = read_png(picture)
+    header = Header.unpack(packed)
+    if header.recipe is None:
+        raise BadKey(f"{picture}: its key does not come from a password")
+    key = header.recipe.derive(password)
+    unseal([packed], pixels[None], [key], authenticate=bool(header.tag))
+    return key
+
+
+def password_key(variable: str, salt: str | None, passes: int, memory: int, lanes: int) -> MasterKey:
+    """The key of the password in an environment variable, or of the one that is asked for. See keyanon.keys.Recipe."""
+    if salt is None:
+        salt = os.urandom(SALT_BYTES).hex()
+        log.info("a fresh salt; to resume this run: key.salt=%s", salt)
+    try:
+        recipe = Recipe(bytes.fromhex(salt), passes, memory, lanes)
+    except ValueError:
+        raise BadKey(f"key.salt={salt}: expected {2 * SALT_BYTES} hex digits") from None
+    if variable not in os.environ and not sys.stdin.isatty():
+        raise BadKey(f"key=password: no password; set the environment variable {variable}, or start from a terminal")
+    return recipe.derive(os.environ[variable] if variable in os.environ else asked_password())
+
+
+def asked_password() -> str:
+    """From the terminal, asked for twice; else the first line of standard input."""
+    if not sys.stdin.isatty():
+        return sys.stdin.readline().rstrip("\r\n")
+    password = getpass.getpass("password: ")
+    if password != getpass.getpass("once more: "):
+        raise BadKey("the two passwords differ")
+    return password
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ import torch
 
 from keyanon import images as channel
 from keyanon.diffusion import LatentDiffusion
-from keyanon.headers import BadHeader, Header
-from keyanon.keys import nonce_for
+from keyanon.headers import BadHeader, Header, seal, unseal
+from keyanon.keys import Nonces, nonce_for
 from keyanon.solvers import Known, Solver
 from keyanon.transforms import SignFlipping
 from keyanon.types import FaceParser, Image, Key, Mask, Published
@@ -35,6 +35,8 @@ class SignFlip:
             mask is kept.
         mask_at_recovery: "reparsed" looks for the face on the anonymized picture, as they do; "header" sends the mask along.
         quantize: snap the latent to the autoencoder's codebook before decoding, diffusers' default and theirs.
+        nonces: which pictures share a key stream.
+        authenticate: publish with a tag, and refuse to recover without a good one.
     """
 
     backbone: LatentDiffusion
@@ -43,19 +45,22 @@ class SignFlip:
     reinject: bool = True
     mask_at_recovery: Literal["reparsed", "header"] = "reparsed"
     quantize: bool = True
+    nonces: Nonces = nonce_for
+    authenticate: bool = True
 
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Published pictures of `images` under one key each."""
-        nonces = [nonce_for(key, id, picture) for key, id, picture in zip(keys, ids, images, strict=True)]
+        nonces = [self.nonces(key, id, picture) for key, id, picture in zip(keys, ids, images, strict=True)]
         mask = self.parser.mask(images, self.backbone.latent_size(images))
         out = self.flip(images, mask, keys, nonces)
         kept = [m.cpu() if self.mask_at_recovery == "header" else None for m in mask]
-        headers = tuple(Header(nonce, m).pack() for nonce, m in zip(nonces, kept, strict=True))
-        return Published(channel.to_bytes(out).cpu(), headers, out.cpu())
+        headers = [Header(nonce, m) for nonce, m in zip(nonces, kept, strict=True)]
+        published = channel.to_bytes(out).cpu()
+        return Published(published, seal(headers, published, keys, self.authenticate), out.cpu())
 
     def recover(self, images: Image, headers: Sequence[bytes], keys: Sequence[Key]) -> Image:
         """Original faces from published pictures, their headers and keys; raises BadHeader."""
-        opened = [Header.unpack(header) for header in headers]
+        opened = unseal(headers, channel.to_bytes(images), keys, self.authenticate)
         if self.mask_at_recovery == "header":
             masks = [header.mask for header in opened]
             if any(mask is None for mask in masks):

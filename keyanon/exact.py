@@ -28,8 +28,8 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from keyanon import images as channel
 from keyanon.diffusion import LatentDiffusion
-from keyanon.headers import BadHeader, Header
-from keyanon.keys import MasterKey, nonce_for, normals
+from keyanon.headers import BadHeader, Header, seal, unseal
+from keyanon.keys import MasterKey, Nonces, nonce_for, normals
 from keyanon.refinement import Refinement
 from keyanon.scorers import psnr_face
 from keyanon.seams import Seam
@@ -62,6 +62,8 @@ class Exact:
         seam: softens the face's border; None leaves the jumps.
         floor: dB between what is recovered and D(E(x)), over P; a picture below it gets a fresh nonce. None verifies nothing.
         attempts: at most so many nonces.
+        nonces: which pictures share a key stream.
+        authenticate: publish with a tag, and refuse to recover without a good one.
     """
 
     backbone: LatentDiffusion
@@ -73,6 +75,8 @@ class Exact:
     background: Literal["scaled", "noised"] = "scaled"
     floor: float | None = 40.0
     attempts: int = 3
+    nonces: Nonces = nonce_for
+    authenticate: bool = True
 
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Published pictures of `images`, which count as their nearest bytes.
@@ -103,8 +107,7 @@ class Exact:
 
     def publish(self, images: Image, mask: Mask, keys: Sequence[Key], ids: Sequence[str], attempt: int) -> Published:
         """One attempt: pictures, headers, and what was measured on them."""
-        salted = [f"{id}|{attempt}" if attempt else id for id in ids]
-        nonces = [nonce_for(key, id, picture) for key, id, picture in zip(keys, salted, images, strict=True)]
+        nonces = [self.nonces(key, id, picture, attempt) for key, id, picture in zip(keys, ids, images, strict=True)]
         free = pixels(mask, images)
         known, z0 = self.known(images, mask, nonces), self.backbone.encode(images)
         target, sent = self.turn(z0, known, keys, nonces)
@@ -125,11 +128,12 @@ class Exact:
             measured["verified_psnr"] = psnr_face(bytewise(back), bytewise(ceiling), free)
         measured["attempts"] = torch.full((len(ids),), attempt + 1.0)
         measured = {name: values.double().cpu() for name, values in measured.items()}
-        return Published(published.cpu(), tuple(header.pack() for header in headers), floats.cpu(), measured)
+        sealed = seal(headers, published, keys, self.authenticate)
+        return Published(published.cpu(), sealed, floats.cpu(), measured)
 
     def recover(self, images: Image, headers: Sequence[bytes], keys: Sequence[Key]) -> Image:
         """Original faces from published pictures, their headers and keys; raises BadHeader."""
-        opened = [Header.unpack(header) for header in headers]
+        opened = unseal(headers, channel.to_bytes(images), keys, self.authenticate)
         rows, columns = self.backbone.latent_size(images)
         for header in opened:
             if header.mask is None:

@@ -5,6 +5,7 @@ safe to copy after the pixels were edited), so any viewer shows the picture and 
 """
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,16 @@ from PIL.PngImagePlugin import PngInfo
 from keyanon.types import BadPicture, Bytes, Image, Picture
 
 HEADER_CHUNK = b"kaNO"  # the capital O is the bit "not safe to copy"
-UNREADABLE = (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError)  # what Pillow raises on bad files
+MAX_HEADER, MAX_FILE = 2**20, 2**29  # bytes
+UNREADABLE = (  # what Pillow raises on bad files
+    OSError,
+    SyntaxError,
+    ValueError,
+    IndexError,
+    TypeError,
+    struct.error,
+    PIL.Image.DecompressionBombError,
+)
 
 
 def to_bytes(images: Image) -> Bytes:
@@ -56,6 +66,8 @@ def from_pil(picture: PIL.Image.Image) -> Picture:
 
 def write_png(path: Path, pixels: Bytes, header: bytes = b"") -> None:
     """Write one picture (3 h w, uint8) so that the file appears whole or not at all."""
+    if len(header) > MAX_HEADER:
+        raise ValueError(f"{path}: its header would have {len(header)} bytes; it can have at most {MAX_HEADER}")
     info = PngInfo()
     if header:
         info.add(HEADER_CHUNK, header)
@@ -76,16 +88,24 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def read_png(path: Path) -> tuple[Bytes, bytes]:
-    """One picture (3 h w, uint8) and its public header, b"" where the file has none."""
+    """One picture (3 h w, uint8) and its public header, b"" where the file has none; BadPicture names the file.
+
+    A file of more than 512 MiB is not looked into; two headers, or one of more than 1 MiB, are refused.
+    """
     try:
+        if path.stat().st_size > MAX_FILE:
+            raise ValueError(f"its {path.stat().st_size} bytes are more than {MAX_FILE}")
         with PIL.Image.open(path) as picture:
             picture.load()
-            chunks = getattr(picture, "private_chunks", [])
-            header = next((chunk[1] for chunk in chunks if chunk[0] == HEADER_CHUNK), b"")
+            headers = [chunk[1] for chunk in getattr(picture, "private_chunks", []) if chunk[0] == HEADER_CHUNK]
+            if len(headers) > 1:
+                raise ValueError(f"it has {len(headers)} headers, and nothing tells which is the picture's")
+            if headers and len(headers[0]) > MAX_HEADER:
+                raise ValueError(f"its header has {len(headers[0])} bytes; it can have at most {MAX_HEADER}")
             pixels = np.array(picture.convert("RGB"), dtype=np.uint8)
     except UNREADABLE as error:
         raise BadPicture(f"{path}: not a readable picture ({error})") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1), header
+    return torch.from_numpy(pixels).permute(2, 0, 1), headers[0] if headers else b""
 
 
 def jpeg(pixels: Bytes, quality: int) -> Bytes:

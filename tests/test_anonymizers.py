@@ -7,10 +7,10 @@ import torch
 
 from keyanon import images as channel
 from keyanon.anonymizers import SignFlip
-from keyanon.attacks import FloatChannel, Jpeg, NearKey, PartialKey, WrongKey
+from keyanon.attacks import FloatChannel, Jpeg, NearKey, PartialKey, WrongKey, heedless
 from keyanon.diffusion import LatentDiffusion
 from keyanon.headers import BadHeader, Header
-from keyanon.keys import experiment_key
+from keyanon.keys import OneForAll, Recipe, experiment_key
 from keyanon.solvers import DDIM
 from keyanon.types import Published, Reversible
 from tests.conftest import LDM_NOISE, CentreFace, smooth_picture
@@ -45,7 +45,7 @@ def test_contract(method, pictures, published):
 def test_a_picture_does_not_depend_on_its_batch(method, pictures, published):
     for i, id in enumerate(IDS):
         alone = method.anonymize(pictures[i : i + 1], [experiment_key()], [id])
-        assert alone.headers[0] == published.headers[i]
+        assert Header.unpack(alone.headers[0]).nonce == Header.unpack(published.headers[i]).nonce
         assert (alone.images[0].int() - published.images[i].int()).abs().max() <= 1
 
 
@@ -92,15 +92,62 @@ def test_stripped_header_is_refused(method, published):
         method.recover(channel.to_floats(published.images), [b""] * 3, [experiment_key()] * 3)
 
 
+def test_nothing_is_computed_for_a_wrong_key_or_a_changed_picture(method, published):
+    keys, floats = [experiment_key()] * 3, channel.to_floats(published.images)
+    assert published.floats is not None
+    changed = floats.clone()
+    changed[1, 0, 5, 5] += 1
+    before = method.backbone.evaluations.total()
+    for images, headers, held in (
+        (floats, published.headers, [keys[0], experiment_key(1), keys[2]]),
+        (changed.clamp(-1, 1), published.headers, keys),
+        (floats, [published.headers[0], published.headers[2], published.headers[2]], keys),
+    ):
+        with pytest.raises(BadHeader, match="picture 2 of 3: .* cannot tell which"):
+            method.recover(images, headers, held)
+    assert method.backbone.evaluations.total() == before
+    assert heedless(method).recover(changed, published.headers, keys).shape == floats.shape
+
+
+def test_tagless_pictures_come_back_to_who_does_not_ask_for_tags(method, pictures, published):
+    keys, tagless = [experiment_key()] * 3, replace(method, authenticate=False)
+    without = tagless.anonymize(pictures, keys, IDS)
+    assert [len(header) for header in without.headers] == [28, 28, 28]
+    floats = channel.to_floats(without.images)
+    with pytest.raises(BadHeader, match="picture 1 of 3: the header carries no tag"):
+        method.recover(floats, without.headers, keys)
+    recovered = method.recover(channel.to_floats(published.images), published.headers, keys)
+    torch.testing.assert_close(tagless.recover(floats, without.headers, keys), recovered)
+    wrong = tagless.recover(floats, without.headers, [experiment_key(1)] * 3)
+    assert not torch.equal(wrong, recovered)
+
+
+def test_a_receiver_with_the_file_and_the_password_alone(method, pictures):
+    key = Recipe(bytes(16), 1, 64, 1).derive("open sesame")
+    published = method.anonymize(pictures[:1], [key], ["a"])
+    recipe = Header.unpack(published.headers[0]).recipe
+    assert recipe is not None
+    floats = channel.to_floats(published.images)
+    received = method.recover(floats, published.headers, [recipe.derive("open sesame")])
+    torch.testing.assert_close(received, method.recover(floats, published.headers, [key]))
+    with pytest.raises(BadHeader, match="not the picture's key"):
+        method.recover(floats, published.headers, [recipe.derive("open barley")])
+
+
+def test_pictures_share_a_key_stream_where_they_are_told_to(method, pictures):
+    shared = replace(method, nonces=OneForAll()).anonymize(pictures, [experiment_key()] * 3, IDS)
+    assert len({Header.unpack(header).nonce for header in shared.headers}) == 1
+
+
 def test_attacks_are_what_they_say(method, published):
     keys, floats = [experiment_key()] * 3, channel.to_floats(published.images)
-    recovered = method.recover(floats, published.headers, keys)
+    recovered, insisting = method.recover(floats, published.headers, keys), heedless(method)
     torch.testing.assert_close(PartialKey(0.0)(published, keys, method), recovered)
     assert published.floats is not None
-    as_float = method.recover(published.floats, published.headers, keys)
+    as_float = insisting.recover(published.floats, published.headers, keys)
     torch.testing.assert_close(FloatChannel()(published, keys, method), as_float)
     near = [key.with_bit_flipped() for key in keys]
-    torch.testing.assert_close(NearKey()(published, keys, method), method.recover(floats, published.headers, near))
+    torch.testing.assert_close(NearKey()(published, keys, method), insisting.recover(floats, published.headers, near))
     for attack in (WrongKey(), WrongKey(1), NearKey(), PartialKey(0.5), Jpeg(50)):
         assert not torch.equal(attack(published, keys, method), recovered)
     assert not torch.equal(WrongKey()(published, keys, method), WrongKey(1)(published, keys, method))

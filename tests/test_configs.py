@@ -22,7 +22,8 @@ def composed(*overrides: str):
 
 
 @pytest.mark.parametrize("leaf", TREE)
-def test_leaf_composes_and_instantiates(leaf: str, tmp_path: Path):
+def test_leaf_composes_and_instantiates(leaf: str, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("KEYANON_PASSWORD", "what key=password reads")
     group, _, name = leaf.rpartition("/")
     overrides = [f"{group}={[name] if group in MERGED else name}"]
     if leaf == "key/file":

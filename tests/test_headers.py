@@ -1,34 +1,203 @@
+"""The header's format, its parser under hostile bytes, and what its tag accepts."""
+
+import hmac
+import zlib
+from dataclasses import replace
+
 import pytest
 import torch
-from hypothesis import given
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from keyanon.headers import BadHeader, Header
+from benchmarks.fuzz_headers import KEY, PIXELS, fuzz, specimen
+from keyanon.headers import FIXED, MAX_BYTES, TAG_BYTES, BadHeader, Header, seal, unseal
+from keyanon.keys import FlippedSigns, MasterKey, Recipe, experiment_key
 
 NONCES = st.binary(min_size=24, max_size=24)
 MASKS = st.tuples(st.integers(1, 64), st.integers(1, 64)).flatmap(lambda size: arrays(bool, (1, *size)))
+RECIPES = st.builds(
+    Recipe, st.binary(min_size=16, max_size=16), st.integers(1, 9), st.integers(64, 99), st.integers(1, 8)
+)
+CHANGED = "not the picture's key, or picture or header were changed"
 
 
-@given(NONCES, MASKS)
-def test_round_trip(nonce, mask):
-    back = Header.unpack(Header(nonce, torch.from_numpy(mask)).pack())
-    assert back.nonce == nonce
-    assert back.mask is not None
-    assert torch.equal(back.mask, torch.from_numpy(mask))
-    assert Header.unpack(Header(nonce).pack()) == Header(nonce)
+def same(a: Header, b: Header) -> bool:
+    masks = (a.mask is None and b.mask is None) or torch.equal(a.mask, b.mask)
+    return masks and replace(a, mask=None) == replace(b, mask=None)
 
 
-@given(st.binary(max_size=200))
-def test_any_bytes_give_a_header_or_a_message(data):
-    for candidate in (data, b"KA\x01\x01" + data, b"KA\x01\x00" + data):
+@given(NONCES, st.none() | MASKS, st.binary(max_size=99), st.binary(max_size=99), st.none() | RECIPES, st.booleans())
+def test_round_trip(nonce, mask, sent, seam, recipe, tagged):
+    header = Header(nonce, None if mask is None else torch.from_numpy(mask), sent, seam, recipe, bytes(32 * tagged))
+    assert same(Header.unpack(header.pack()), header)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (256, 256), (1, 256)])
+def test_masks_of_every_size_travel(size):
+    mask = torch.rand(1, *size, generator=torch.Generator().manual_seed(0)) > 0.5
+    assert same(Header.unpack(Header(bytes(24), mask).pack()), Header(bytes(24), mask))
+
+
+def test_what_would_not_be_read_back_is_not_packed():
+    noise = torch.rand(1, 256, 256) > 0.5
+    assert len(Header(bytes(24), noise, bytes(MAX_BYTES // 2), b"", Recipe(bytes(16)), bytes(32)).pack()) <= MAX_BYTES
+    with pytest.raises(BadHeader, match="no room"):
+        Header(bytes(24), None, b"", bytes(MAX_BYTES // 2 + 1)).pack()
+
+
+@given(st.binary(max_size=200), st.integers(0, 255))
+@example(bytes(24) + b"\xff\xff" + zlib.compress(bytes(10**7)), 1)
+def test_any_bytes_give_a_header_or_a_message(data, flags):
+    for candidate in (data, b"KA\x02" + bytes([flags]) + data):
         try:
             Header.unpack(candidate)
         except BadHeader as error:
             assert str(error)
+            assert "\n" not in str(error)
+
+
+@given(st.data())
+def test_every_truncation_extension_and_flipped_bit_is_refused(data):
+    packed = specimen()
+    cut = packed[: data.draw(st.integers(0, len(packed) - 1))]
+    longer = packed + data.draw(st.binary(min_size=1, max_size=50))
+    flipped = bytearray(packed)
+    flipped[data.draw(st.integers(0, len(packed) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    for changed in (cut, longer, bytes(flipped)):
+        with pytest.raises(BadHeader):
+            unseal([changed], PIXELS, [KEY], authenticate=True)
+
+
+def test_a_fuzz_run_accepts_nothing_that_was_not_published():
+    rows, messages = fuzz(600)
+    assert sum(row["inputs"] for row in rows) == 6 * 600
+    assert all(row["recovered"] == 0 for row in rows)
+    assert {row["kind"]: row["parsed"] for row in rows if row["kind"] in ("replayed", "random")} == {
+        "replayed": 600,
+        "random": 0,
+    }
+    assert len(messages) > 5
+
+
+def test_a_bomb_inflates_no_further_than_its_mask(monkeypatch):
+    inflated = []
+    monkeypatch.setattr(zlib, "decompressobj", lambda make=zlib.decompressobj: Counting(make(), inflated))
+    for rows, columns in ((0, 0), (255, 255)):
+        bomb = Header(bytes(24), torch.ones(1, 1, 1, dtype=torch.bool)).pack()[:FIXED]
+        bomb += bytes([rows, columns]) + zlib.compress(bytes(30_000_000), 9)
+        with pytest.raises(BadHeader, match="mask cannot be read"):
+            Header.unpack(bomb)
+    assert inflated == [2, 8193]
+
+
+class Counting:
+    """A decompressor that notes how much comes out of it."""
+
+    def __init__(self, inner, counts):
+        self.inner, self.counts = inner, counts
+
+    def decompress(self, *args):
+        out = self.inner.decompress(*args)
+        self.counts.append(len(out))
+        return out
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
 
 
 def test_messages():
-    for data, message in ((b"", "no keyanon header"), (b"KA", "damaged"), (b"KA\x09" + bytes(40), "version 9")):
+    recipe = Recipe(bytes(16), 1, 64, 1)
+    with_recipe = Header(bytes(24), None, b"", b"", recipe).pack()
+    greedy = with_recipe[: FIXED + 4] + (2**32 - 1).to_bytes(4, "little") + with_recipe[FIXED + 8 :]
+    for data, message in (
+        (b"", "no keyanon header"),
+        (b"KA", "does not begin as one"),
+        (b"KA\x01" + bytes(40), "version 1: this program reads version 2"),
+        (b"KA\x09" + bytes(40), "version 9"),
+        (b"KA\x02\x80" + bytes(24), "flags 128 mean nothing"),
+        (Header(bytes(24)).pack()[:-1], "cut short"),
+        (Header(bytes(24)).pack() + b"!", "does not end where it should"),
+        (Header(bytes(24), None, b"sent").pack()[:-1], "cut short"),
+        (Header(bytes(24), torch.ones(1, 4, 4, dtype=torch.bool)).pack() + b"!", "mask cannot be read"),
+        (bytes(MAX_BYTES + 1), "65537 bytes; it can have at most 65536"),
+        (greedy, "asks for 4294967295 KiB of memory"),
+        (with_recipe[:FIXED] + b"\x10" + with_recipe[FIXED + 1 :], "version 16 of Argon2"),
+    ):
         with pytest.raises(BadHeader, match=message):
             Header.unpack(data)
+
+
+KNOWN = bytes.fromhex(
+    "4b41021f000102030405060708090a0b0c0d0e0f1011121314151617"  # KA, version 2, all flags, nonce
+    "1304030000000100000102030405060708090a0b0c0d0e0f"  # Argon2 0x13, 4 lanes, 3 passes, 64 MiB, salt
+    "040073656e7404007365616d"  # "sent", "seam"
+    "030378da634b0000006e0067"  # a mask of 4 x 4
+    "99865003f70c433001613aa798c3b4c61e9e0dcfc3625b8aabb9783db3c8e682"
+)
+
+
+def test_known_answer(key):
+    """Committed bytes: files published today have to be read tomorrow."""
+    pixels = torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4)
+    (header,) = unseal([KNOWN], pixels, [key], authenticate=True)
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[:, 1:3, 1:3] = True
+    assert same(header, Header(bytes(range(24)), mask, b"sent", b"seam", Recipe(bytes(range(16))), KNOWN[-32:]))
+    (packed,) = seal([header], pixels, [MasterKey(key.secret, header.recipe)], authenticate=True)
+    assert packed[:66] == KNOWN[:66]  # then zlib, of which there are several
+
+
+def test_the_tag_is_hmac_of_header_and_pixels_under_a_key_of_its_own(key):
+    """The construction spelled out with hmac (RFC 2104, RFC 5869)."""
+    nonce, body = bytes(range(24)), KNOWN[:-32]
+    subkey = hmac.digest(hmac.digest(nonce, key.secret, "sha256"), b"keyanon/1|tag\x01", "sha256")
+    stream = Cipher(algorithms.ChaCha20(subkey, bytes(16)), mode=None).encryptor().update(bytes(32))
+    sizes = [number.to_bytes(4, "little") for number in (len(body), 4, 4)]
+    assert hmac.digest(stream, sizes[0] + body + sizes[1] + sizes[2] + bytes(range(48)), "sha256") == KNOWN[-32:]
+
+
+def test_a_tag_accepts_only_its_key_its_header_and_its_pixels(key):
+    pixels = torch.randint(0, 256, (2, 3, 8, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    headers = [Header(bytes(24)), Header(b"1" * 24, None, b"sent")]
+    first, second = seal(headers, pixels, [key, key], authenticate=True)
+    assert len(first) == FIXED + TAG_BYTES
+    assert unseal([first, second], pixels, [key, key], authenticate=True)[1].sent == b"sent"
+    one = pixels.clone()
+    one[1, 2, 7, 5] ^= 1
+    turned = pixels.transpose(-1, -2).reshape(2, 3, 6, 8)
+    for data, images, keys in (
+        ([first, second], one, [key, key]),
+        ([first, first], pixels, [key, key]),
+        ([first, second], pixels, [key, key.with_bit_flipped(255)]),
+    ):
+        with pytest.raises(BadHeader, match=f"picture 2 of 2: this is {CHANGED}"):
+            unseal(data, images, keys, authenticate=True)
+        assert len(unseal(data, images, keys, authenticate=False)) == 2
+    for images in (turned[:1], pixels[:1].reshape(1, 3, 6, 8)):
+        with pytest.raises(BadHeader, match=f"^this is {CHANGED}"):
+            unseal([first], images, [key], authenticate=True)
+
+
+def test_the_tag_is_tied_to_the_whole_key_not_to_its_signs(key):
+    (packed,) = seal([Header(bytes(24))], PIXELS, [key], authenticate=True)
+    assert unseal([packed], PIXELS, [FlippedSigns(key, 1.0)], authenticate=True)
+    with pytest.raises(BadHeader, match=CHANGED):
+        unseal([packed], PIXELS, [experiment_key()], authenticate=True)
+
+
+def test_a_tag_cannot_be_taken_off(key):
+    """Who strips the tag and says so in the flags gets the message for tagless files, not a recovery."""
+    (packed,) = seal([Header(bytes(24))], PIXELS, [key], authenticate=True)
+    (tagless,) = seal([Header(bytes(24))], PIXELS, [key], authenticate=False)
+    assert tagless == packed[:3] + b"\0" + packed[4:-TAG_BYTES]
+    with pytest.raises(BadHeader, match="carries no tag"):
+        unseal([tagless], PIXELS, [key], authenticate=True)
+
+
+def test_a_passwords_recipe_travels(key):
+    recipe = Recipe(b"0123456789abcdef", 1, 64, 1)
+    for authenticate in (True, False):
+        (packed,) = seal([Header(bytes(24))], PIXELS, [replace(key, recipe=recipe)], authenticate)
+        assert Header.unpack(packed).recipe == recipe

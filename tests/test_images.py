@@ -1,6 +1,7 @@
 """Bytes and floats, resizing, and PNG files with a header."""
 
 import io
+import random
 import struct
 import zlib
 
@@ -140,6 +141,58 @@ def test_header_after_the_pixels_is_found_too(tmp_path):
     end = data.index(b"IEND") - 4
     (tmp_path / "x.png").write_bytes(data[:end] + chunk + data[end:])
     assert read_png(tmp_path / "x.png")[1] == b"late"
+
+
+def with_chunks(data, *chunks):
+    """A PNG's bytes with chunks put before its end."""
+    added = b""
+    for name, body in chunks:
+        added += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    end = data.index(b"IEND") - 4
+    return data[:end] + added + data[end:]
+
+
+def test_oversized_and_ambiguous_headers_are_bad_pictures(tmp_path, monkeypatch):
+    path = tmp_path / "x.png"
+    write_png(path, noise(), b"header")
+    data = path.read_bytes()
+    huge_claim = data[: data.index(b"IEND") - 4] + struct.pack(">I", 2**31 - 1) + HEADER_CHUNK + b"and then nothing"
+    for broken, message in (
+        (with_chunks(data, (HEADER_CHUNK, b"another")), "it has 2 headers"),
+        (huge_claim, "not a readable picture"),
+        (with_chunks(data, (b"iCCP", b"")), "not a readable picture"),  # an IndexError in Pillow
+    ):
+        path.write_bytes(broken)
+        with pytest.raises(BadPicture, match=message):
+            read_png(path)
+    write_png(path, noise())
+    path.write_bytes(with_chunks(path.read_bytes(), (HEADER_CHUNK, bytes(2**20 + 1))))
+    with pytest.raises(BadPicture, match="header has 1048577 bytes"):
+        read_png(path)
+    monkeypatch.setattr("keyanon.images.MAX_FILE", 1000)
+    with pytest.raises(BadPicture, match="are more than 1000"):
+        read_png(path)
+    with pytest.raises(ValueError, match="header would have 1048577 bytes"):
+        write_png(path, noise(), bytes(2**20 + 1))
+
+
+def test_a_png_with_bytes_changed_at_random_is_read_or_a_bad_picture(tmp_path):
+    path, draw = tmp_path / "x.png", random.Random(0)
+    write_png(path, noise(), bytes(200))
+    data, read = path.read_bytes(), 0
+    for _ in range(1000):
+        changed = bytearray(data)
+        for _ in range(draw.randint(1, 5)):
+            changed[draw.randrange(len(data))] = draw.randrange(256)
+        path.write_bytes(bytes(changed[: draw.choice([draw.randrange(len(data)), len(data)])]))
+        try:
+            pixels, _ = read_png(path)
+        except BadPicture as error:
+            assert "x.png" in str(error)
+        else:
+            assert pixels.dtype == torch.uint8
+            read += 1
+    assert read < 1000
 
 
 def test_other_formats_and_greys_read_as_rgb_without_header(tmp_path):

@@ -2,17 +2,134 @@
 
 import hashlib
 import hmac
+import io
+import subprocess
+import sys
+import unicodedata
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
+from argon2.low_level import Type, hash_secret_raw
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
-from hypothesis import given
+from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keyanon.keys import BadKey, FlippedSigns, MasterKey, experiment_key, nonce_for, read_key, signs, write_new_key
+from experiments import keys as command
+from keyanon import images as channel
+from keyanon.headers import BadHeader, Header, seal
+from keyanon.keys import (
+    BadKey,
+    FlippedSigns,
+    MasterKey,
+    OneForAll,
+    PerIdentity,
+    Recipe,
+    experiment_key,
+    nonce_for,
+    normals,
+    read_key,
+    signs,
+    write_key,
+    write_new_key,
+)
+from tests.conftest import ROOT
 
 SECRETS, NONCES = st.binary(min_size=32, max_size=32), st.binary(min_size=24, max_size=24)
+SALT = bytes(range(16))
+COSTS = ("passes", "memory", "lanes")
+CHEAP = Recipe(SALT, 1, 64, 2)
+
+
+def test_hkdf_as_rfc_5869_has_it():
+    """Appendix A.1."""
+    info = bytes(range(0xF0, 0xFA))
+    derived = HKDF(hashes.SHA256(), 42, salt=bytes(range(13)), info=info).derive(b"\x0b" * 22)
+    expected = "3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf34007208d5b887185865"
+    assert derived.hex() == expected
+
+
+def test_chacha20_as_rfc_8439_has_it():
+    """Appendix A.1, vectors 1 (whose counter and nonce are ours) and 3 (a key that is not zero)."""
+    for secret, counter, expected in (
+        (bytes(32), 0, "76b8e0ada0f13d90405d6ae55386bd28bdd219b8a08ded1aa836efcc8b770dc7"),
+        (bytes(31) + b"\1", 1, "3aeb5224ecf849929b9d828db1ced4dd832025e8018b8160b82284f3c949aa5a"),
+    ):
+        start = counter.to_bytes(4, "little") + bytes(12)
+        assert Cipher(algorithms.ChaCha20(secret, start), mode=None).encryptor().update(bytes(32)).hex() == expected
+
+
+def test_argon2id_as_rfc_9106_and_its_reference_have_it():
+    """RFC 9106, 5.3, which needs a secret and associated data; and test.c of the reference implementation."""
+    vector = Argon2id(
+        salt=b"\2" * 16, length=32, iterations=3, lanes=4, memory_cost=32, ad=b"\4" * 12, secret=b"\3" * 8
+    ).derive(b"\1" * 32)
+    assert vector.hex() == "0d640df58d78766c08c037a34a8b53c9d01ef0452d75b65eb52520e96b01e659"
+    reference = hash_secret_raw(b"password", b"somesalt", 2, 256, 1, 32, Type.ID)
+    assert reference.hex() == "9dfeb910e80bad0311fee20f9c0e2b12c17987b4cac90c2ef54d5b3021c68bfe"
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.text(min_size=1), st.binary(min_size=16, max_size=16), st.integers(1, 3), st.integers(32, 80), st.integers(1, 4)
+)
+def test_a_password_is_derived_as_another_library_does(password, salt, passes, memory, lanes):
+    composed = unicodedata.normalize("NFC", password)
+    theirs = Argon2id(salt=salt, length=32, iterations=passes, lanes=lanes, memory_cost=memory).derive(
+        composed.encode()
+    )
+    assert Recipe(salt, passes, memory, lanes).derive(password).secret == theirs
+
+
+def test_a_password_gives_the_same_key_however_it_is_typed():
+    assert CHEAP.derive("caf\u00e9") == CHEAP.derive("cafe\u0301")
+    others = {CHEAP.derive("cafe").secret, Recipe(SALT[::-1], 1, 64, 2).derive("caf\u00e9").secret}
+    others |= {replace(CHEAP, **{name: getattr(CHEAP, name) * 2}).derive("caf\u00e9").secret for name in COSTS}
+    assert len(others | {CHEAP.derive("caf\u00e9").secret}) == 6
+
+
+def test_known_answer_of_a_password():
+    """The default costs, those of RFC 9106's second recommendation."""
+    assert (Recipe(SALT).passes, Recipe(SALT).memory, Recipe(SALT).lanes) == (3, 65536, 4)
+    assert Recipe(SALT).derive("correct horse battery staple").fingerprint == "ecdd51d02c533fc5"
+
+
+@given(st.binary(max_size=40) | st.binary(min_size=23, max_size=23).map(lambda rest: b"\x13" + rest))
+def test_any_bytes_give_a_recipe_within_bounds_or_a_message(data):
+    try:
+        recipe = Recipe.unpack(data)
+    except BadKey as error:
+        assert str(error).isprintable()
+    else:
+        assert recipe.pack() == data
+        assert recipe.memory * recipe.passes <= 16 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("costs", "message"),
+    [
+        ((1, 2**22 + 1, 1), "asks for 4194305 KiB of memory; it can be 8 to 4194304"),
+        ((1001, 64, 1), "1001 passes"),
+        ((1000, 2**20, 1), "KiB of memory times passes"),
+        ((0, 64, 1), "0 passes"),
+        ((1, 31, 4), "31 KiB of memory"),
+        ((1, 2**16, 65), "65 lanes"),
+        ((1, 64, 0), "0 lanes"),
+    ],
+)
+def test_absurd_recipes_are_refused_before_anything_is_allocated(costs, message):
+    with pytest.raises(BadKey, match=message):
+        Recipe(SALT, *costs)
+    with pytest.raises(BadKey, match="16 bytes, this one 3"):
+        Recipe(b"abc")
+    with pytest.raises(BadKey, match="empty"):
+        CHEAP.derive("")
+    with pytest.raises(BadKey, match=r"^the password is not text$"):
+        CHEAP.derive("secret\udcff")
 
 
 def test_stream_is_hkdf_then_chacha20(key):
@@ -30,6 +147,11 @@ def test_known_answers(key):
     assert key.fingerprint == "3806e947210045e7"
     k = signs(key, bytes(24), (3, 64, 64))
     assert hashlib.sha256(k.numpy().tobytes()).hexdigest()[:16] == "96975f2b297a0d59"
+    picture = torch.arange(48).view(3, 4, 4) / 24 - 1
+    assert nonce_for(key, "id", picture).hex() == "4aa89f939c5401d2277b97c4f453245154bd83a3c381a3e0"
+    assert nonce_for(key, "id", picture, 1).hex() == "49b38c5ae7f28876b513b963b3b9a06bf39b3144483b6b73"
+    assert OneForAll()(key, "id", picture).hex() == "7c168fb12b64ee3ebbf9a523d7dd959a1adce88d36e7eaa1"
+    assert [f"{x:.9f}" for x in normals(key, bytes(24), "rotation", (2,))] == ["0.124040409", "-1.707882311"]
 
 
 @given(SECRETS, NONCES)
@@ -69,6 +191,35 @@ def test_nonce_is_a_function_of_key_id_and_pixels(key):
     assert len(nonce) == 24
 
 
+@dataclass(frozen=True)
+class Album:
+    """Pictures named person-number; nobody knows who is on a nameless one."""
+
+    def identity(self, id):
+        return id.partition("-")[0] or None
+
+
+def test_scopes_share_key_streams_as_they_say_and_warn_once(key, caplog):
+    pictures = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4), torch.zeros(3, 4, 4)])
+    ids = ["ann-1", "ann-2", "bob-1"]
+    with caplog.at_level("WARNING"):
+        one, person = OneForAll(), PerIdentity(Album())
+        for scope, streams in ((nonce_for, 3), (person, 2), (one, 1)):
+            nonces = [scope(key, id, picture) for id, picture in zip(ids, pictures, strict=True)]
+            assert len(set(nonces)) == streams
+            assert {len(nonce) for nonce in nonces} == {24}
+            assert not {scope(experiment_key(), id, pictures[0]) for id in ids} & set(nonces)
+            again = scope(key, ids[0], pictures[0], 1)
+            assert (again == nonces[0]) is (streams < 3)
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "one key stream for all pictures",
+        "one key stream for each person",
+    ]
+    assert person(key, "ann-1", pictures[0]) == person(key, "ann-2", pictures[1])
+    with pytest.raises(ValueError, match="does not say who is on -3; take nonce=per_image"):
+        person(key, "-3", pictures[0])
+
+
 def test_secret_is_not_in_repr(key):
     assert key.secret.hex() not in repr(key)
     assert repr(key.secret) not in repr(key)
@@ -98,5 +249,118 @@ def test_bad_key_files_are_refused_with_a_remedy(tmp_path):
     path.chmod(0o644)
     with pytest.raises(BadKey, match="chmod 600"):
         read_key(path)
+    path.write_text("ab" * 32 + "\n13")
+    path.chmod(0o600)
+    with pytest.raises(BadKey, match="recipe has 24 bytes, this one 1"):
+        read_key(path)
     with pytest.raises(BadKey, match="32 bytes"):
         MasterKey(b"short")
+
+
+def test_a_password_key_keeps_its_recipe_in_its_file(tmp_path):
+    key = CHEAP.derive("secret words")
+    write_key(tmp_path / "key", key)
+    assert read_key(tmp_path / "key") == key
+    assert read_key(tmp_path / "key").recipe == CHEAP
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The command line: what it prints, and what it exits with."""
+
+    def once(*arguments, stdin=""):
+        monkeypatch.setattr("sys.argv", ["keys", *map(str, arguments)])
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        try:
+            command.main()
+        except SystemExit as exit:
+            return capsys.readouterr().out, exit.code
+        return capsys.readouterr().out, None
+
+    return once
+
+
+def test_the_command_runs_as_a_module(tmp_path):
+    line = [sys.executable, "-m", "experiments.keys", "derive", tmp_path / "key", "--memory", "64"]
+    done = subprocess.run(line, input="my secret\n", cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (read_key(tmp_path / "key").fingerprint + "\n", "")
+
+
+def test_the_commands_make_keys_and_print_only_fingerprints(run, tmp_path):
+    costs = ("--passes", 1, "--memory", 64, "--lanes", 1)
+    made = [
+        run("new", tmp_path / "random"),
+        run("derive", tmp_path / "derived", *costs, stdin="my secret\n"),
+    ]
+    for result, name in zip(made, ("random", "derived"), strict=True):
+        assert result == (read_key(tmp_path / name).fingerprint + "\n", None)
+        assert result == run("fingerprint", tmp_path / name)
+    assert read_key(tmp_path / "derived").recipe.derive("my secret") == read_key(tmp_path / "derived")
+    assert read_key(tmp_path / "derived").recipe.salt != bytes(16)
+
+    pixels = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    for authenticate in (True, False):
+        header = seal([Header(bytes(24))], pixels, [read_key(tmp_path / "derived")], authenticate)[0]
+        channel.write_png(tmp_path / f"{authenticate}.png", pixels[0], header)
+    told = run("derive", tmp_path / "again", "--picture", tmp_path / "True.png", stdin="my secret")
+    assert told == made[1]
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "derived").read_bytes()
+
+    for arguments, stdin, message in (
+        (("new", tmp_path / "random"), "", "never overwritten"),
+        (("new", tmp_path / "nowhere" / "key"), "", "No such file"),
+        (("derive", tmp_path / "x", *costs), "\n", "password is empty"),
+        (("derive", tmp_path / "x", "--memory", 2**33), "?\n", "KiB of memory"),
+        (("derive", tmp_path / "x", "--picture", tmp_path / "True.png"), "other", "not the picture's key"),
+        (("derive", tmp_path / "x", "--picture", tmp_path / "random"), "?", "not a readable picture"),
+        (("fingerprint", tmp_path / "x"), "", "no key file"),
+    ):
+        printed, code = run(*arguments, stdin=stdin)
+        assert printed == ""
+        assert message in code
+        assert "\n" not in code
+        assert not (tmp_path / "x").exists()
+
+
+def test_keys_of_published_pictures(tmp_path, key):
+    pixels = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    path = tmp_path / "x.png"
+    channel.write_png(path, pixels[0], seal([Header(bytes(24))], pixels, [CHEAP.derive("p")], False)[0])
+    assert command.key_of(path, "p") == CHEAP.derive("p")
+    assert command.key_of(path, "q") == CHEAP.derive("q")  # tagless: nothing tells
+    channel.write_png(path, pixels[0], seal([Header(bytes(24))], pixels, [key], True)[0])
+    with pytest.raises(BadKey, match="does not come from a password"):
+        command.key_of(path, "p")
+    channel.write_png(path, pixels[0])
+    with pytest.raises(BadHeader, match="no keyanon header"):
+        command.key_of(path, "p")
+
+
+def test_a_terminal_is_asked_twice(monkeypatch):
+    monkeypatch.setattr("sys.stdin", Terminal())
+    answers = iter(["a", "a", "a", "b"])
+    monkeypatch.setattr("getpass.getpass", lambda _: next(answers))
+    assert command.asked_password() == "a"
+    with pytest.raises(BadKey, match="differ"):
+        command.asked_password()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_password_from_the_environment(monkeypatch, caplog):
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    settings = {"variable": "SOME_PASSWORD", "passes": 1, "memory": 64, "lanes": 2}
+    with pytest.raises(BadKey, match="set the environment variable SOME_PASSWORD"):
+        command.password_key(salt=SALT.hex(), **settings)
+    monkeypatch.setenv("SOME_PASSWORD", "hush hush")
+    assert command.password_key(salt=SALT.hex(), **settings) == CHEAP.derive("hush hush")
+    with pytest.raises(BadKey, match="expected 32 hex digits"):
+        command.password_key(salt="salt", **settings)
+    with caplog.at_level("INFO"):
+        fresh = command.password_key(salt=None, **settings)
+    assert f"key.salt={fresh.recipe.salt.hex()}" in caplog.text
+    assert "hush" not in caplog.text

@@ -1,5 +1,6 @@
 """The command from end to end: a table from pictures, its resumption, and every kind of bad input with its message."""
 
+import base64
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from hydra import compose, initialize_config_dir
 
 from experiments import tables
 from experiments.run import run, same_attacks, sharded, telling
-from keyanon.keys import write_new_key
+from keyanon.keys import Recipe, write_key, write_new_key
 from tests.conftest import ROOT, smooth_picture
 
 CHOICES = {
@@ -172,6 +173,45 @@ def test_a_secret_key_leaves_no_trace_but_its_fingerprint(faces, tiny_ldm, tmp_p
         assert not any(trace in data for data in written)
         assert trace.hex() not in caplog.text
     assert key.secret.hex() not in caplog.text
+
+
+@pytest.mark.parametrize("where", ["file", "password"])
+def test_keys_and_passwords_are_in_no_file_that_a_whole_run_writes(faces, tiny_ldm, tmp_path, monkeypatch, where):
+    """The command as users start it, wandb offline, with home and caches inside the folder that is searched."""
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    recipe = Recipe(bytes(range(16)), 1, 64, 1)
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in (
+        "HOME",
+        "XDG_CACHE_HOME",
+        "XDG_CONFIG_HOME",
+        "XDG_DATA_HOME",
+        "TMPDIR",
+        "WANDB_CACHE_DIR",
+        "WANDB_DATA_DIR",
+    ):
+        monkeypatch.setenv(name, str(home))
+    monkeypatch.setenv("KEYANON_PASSWORD", "hunter2 hunter2")
+    if where == "file":
+        key = write_key(tmp_path.parent / f"{tmp_path.name}-key", recipe.derive("hunter2 hunter2"))
+        choice = ["key=file", f"key.path={tmp_path.parent / f'{tmp_path.name}-key'}"]
+    else:
+        key = recipe.derive("hunter2 hunter2")
+        choice = ["key=password", f"key.salt={recipe.salt.hex()}", "key.passes=1", "key.memory=64", "key.lanes=1"]
+    arguments = overrides(faces, tiny_ldm, *choice, "wandb=offline", "limit=4", "hydra.verbose=true")
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    written = [str(path.relative_to(tmp_path)).encode() + path.read_bytes() for path in files]
+    written += [done.stdout.encode(), done.stderr.encode()]
+    assert any(path.suffix == ".wandb" for path in files)
+    assert any(key.fingerprint.encode() in data for data in written)
+    assert any(recipe.salt in data for data in written)  # public: in the published headers
+    secret, hexadecimal = key.secret, key.secret.hex()
+    spelled = [hexadecimal.encode(), hexadecimal.upper().encode(), base64.b64encode(secret), repr(secret).encode()]
+    for trace in [b"hunter2", secret, *spelled]:
+        assert not any(trace in data for data in written)
 
 
 def test_shard_arithmetic():

@@ -97,7 +97,7 @@ def test_all_views_and_scores_are_there(whole, dataset):
     assert all(RunFiles(whole).ids(view) == good for view in VIEWS)
     expected = {(id, view, scorer) for id in good for view in VIEWS if view != "mask" for scorer in ("mae", "pixels")}
     assert set(scores(whole)) == expected | {(id, "anonymized", "header_bytes") for id in good}
-    assert {scores(whole)[id, "anonymized", "header_bytes"] for id in good} == {28}
+    assert {scores(whole)[id, "anonymized", "header_bytes"] for id in good} == {28 + 32}
     assert all(scores(whole)[id, "original", "mae"] == 0 for id in good)
     assert all(scores(whole)[id, "original", "pixels"] == pytest.approx(1) for id in good)
     embedded = {(row["view"], row["id"]) for row in read_parts(whole / "embeddings").to_pylist()}
@@ -111,7 +111,7 @@ def test_skipped_pictures_are_recorded_with_a_reason(whole):
 
 
 def test_published_files_carry_headers_and_others_none(whole):
-    assert len(read_png(whole / "anonymized" / "p0.png")[1]) == 28
+    assert len(read_png(whole / "anonymized" / "p0.png")[1]) == 28 + 32  # nonce and tag
     assert read_png(whole / "recovered" / "p0.png")[1] == b""
 
 
@@ -157,7 +157,9 @@ def test_batch_size_does_not_matter(whole, tmp_path, dataset, method, batch_size
     ours, theirs = scores(tmp_path), scores(whole)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
-        assert value == pytest.approx(theirs[name], abs=1e-4)
+        assert value == pytest.approx(
+            theirs[name], abs=1e-3
+        )  # a last bit may tip a pixel, and that an entry of the codebook
 
 
 def test_an_irreversible_method_has_no_recovered_view(tmp_path, dataset, method):
