@@ -10,7 +10,7 @@ eps = a v + s z_t (arXiv 2202.00512, appendix D).
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
@@ -64,8 +64,11 @@ class LatentDiffusion:
 
         Gradients reach pictures that ask for them; the weights ask for none.
         """
+        return in_chunks(self._encode, images.to(self.device))
+
+    def _encode(self, images: Image) -> Latent:
         autoencoder = self.autoencoder
-        encoded = autoencoder.encode(images.to(self.device))
+        encoded = autoencoder.encode(images)
         if isinstance(autoencoder, BlockDCT):
             z0: Latent = encoded
         elif isinstance(autoencoder, VQModel):
@@ -76,14 +79,17 @@ class LatentDiffusion:
 
     def decode(self, latents: Latent, quantize: bool = True) -> Image:
         """x = D(z0), unclipped; `quantize` snaps to the codebook first, where there is one, as diffusers does by default."""
-        autoencoder = self.autoencoder
         with torch.no_grad():
-            if isinstance(autoencoder, BlockDCT):
-                images: Image = autoencoder.decode(latents)
-            elif isinstance(autoencoder, VQModel):
-                images = autoencoder.decode(latents, force_not_quantize=not quantize).sample
-            else:
-                images = autoencoder.decode(latents / autoencoder.config.scaling_factor).sample
+            return in_chunks(lambda part: self._decode(part, quantize), latents)
+
+    def _decode(self, latents: Latent, quantize: bool) -> Image:
+        autoencoder = self.autoencoder
+        if isinstance(autoencoder, BlockDCT):
+            images: Image = autoencoder.decode(latents)
+        elif isinstance(autoencoder, VQModel):
+            images = autoencoder.decode(latents, force_not_quantize=not quantize).sample
+        else:
+            images = autoencoder.decode(latents / autoencoder.config.scaling_factor).sample
         return images
 
     def latent_size(self, images: Image) -> tuple[int, int]:
@@ -94,16 +100,9 @@ class LatentDiffusion:
         return height // factor, width // factor
 
     def eps(self, z: Latent, t: int) -> Latent:
-        """The network's estimate of the noise in z at the timestep t, in fp32.
-
-        On a CPU the network always sees CHUNK pictures at a time, the last ones filled up with copies: its kernels are
-        chosen by the batch's size and round differently, and the loop amplifies that to visible pixels.
-        """
+        """The network's estimate of the noise in z at the timestep t, in fp32."""
         self.evaluations[t] += len(z)
-        if z.device.type == "cpu":
-            out = torch.cat([self._network(padded(chunk, CHUNK), t) for chunk in z.split(CHUNK)])[: len(z)]
-        else:
-            out = self._network(z, t)
+        out = in_chunks(lambda part: self._network(part, t), z)
         if self._predicts_v:
             abar = self.schedule.abar[t]
             out = abar**0.5 * out + (1 - abar) ** 0.5 * z
@@ -242,6 +241,15 @@ class LatentDiffusion:
         if kind not in {"epsilon", "v_prediction"}:
             raise BadModel(f"{self.folder}: prediction_type {kind}; this project runs epsilon and v_prediction")
         return kind == "v_prediction"
+
+
+def in_chunks(f: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    """f(batch). On a CPU f always sees CHUNK pictures at a time, the last ones filled up with copies: its kernels are chosen by
+    the batch's size and round differently, and the loop amplifies that to visible pixels.
+    """
+    if batch.device.type != "cpu":
+        return f(batch)
+    return torch.cat([f(padded(chunk, CHUNK)) for chunk in batch.split(CHUNK)])[: len(batch)]
 
 
 def padded(batch: Tensor, size: int) -> Tensor:

@@ -66,7 +66,8 @@ def dataset(tmp_path_factory) -> Pictures:
 
 @pytest.fixture(scope="module")
 def method(tiny_ldm) -> SignFlip:
-    return SignFlip(LatentDiffusion(str(tiny_ldm), noise=LDM_NOISE), DDIM(2), CentreFace())
+    # Not quantized: a codebook turns the last bit of a latent into another entry.
+    return SignFlip(LatentDiffusion(str(tiny_ldm), noise=LDM_NOISE), DDIM(2), CentreFace(), quantize=False)
 
 
 def mae(view, original, face):
@@ -157,9 +158,7 @@ def test_batch_size_does_not_matter(whole, tmp_path, dataset, method, batch_size
     ours, theirs = scores(tmp_path), scores(whole)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
-        assert value == pytest.approx(
-            theirs[name], abs=1e-3
-        )  # a last bit may tip a pixel, and that an entry of the codebook
+        assert value == pytest.approx(theirs[name], abs=1e-4)
 
 
 def test_an_irreversible_method_has_no_recovered_view(tmp_path, dataset, method):
