@@ -188,15 +188,18 @@ def diffusion(cfg: DictConfig, pictures: Bytes) -> Task:
 def autoencoder(cfg: DictConfig, pictures: Bytes) -> Task:
     device = torch.device(cfg.device)
     net = hydra.utils.instantiate(cfg.vae, _convert_="all").to(device, memory_format=torch.channels_last)
-    if "begin_with" in cfg:
-        load_agreeing(net, AutoencoderKL.from_pretrained(Path(cfg.begin_with) / "vae").state_dict())
-    else:
-        begin_as_identity(net)
-    if cfg.compile:
+    with torch.no_grad():
+        # As diffusers starts them, the decoder sees noise of sigma = 1 only and learns a constant. So: log sigma^2 = -6,
+        # and residual blocks that begin as the identity.
+        net.quant_conv.bias[net.config.latent_channels :] = -6.0
         for block in net.modules():
             if isinstance(block, ResnetBlock2D):
-                # Block by block: compiled as a whole, on a CPU in bf16, the upsampling passes a gradient of zero back.
-                block.compile()
+                block.conv2.weight.zero_()
+                block.conv2.bias.zero_()
+                if cfg.compile:
+                    # Block by block: compiled as a whole, on a CPU in bf16, the upsampling passes a gradient of zero back.
+                    block.compile()
+
     factor = 2 ** (len(net.config.block_out_channels) - 1)
     shape = (net.config.latent_channels, cfg.data.size // factor, cfg.data.size // factor)
 
@@ -224,18 +227,6 @@ def autoencoder(cfg: DictConfig, pictures: Bytes) -> Task:
         half.save_pretrained(Path(cfg.export) / "vae")
 
     return Task(net, loss, export)
-
-
-def begin_as_identity(net: AutoencoderKL) -> None:
-    """As diffusers starts them, the decoder sees noise of sigma = 1 only and learns a constant. So: log sigma^2 = -6, and
-    residual blocks that begin as the identity.
-    """
-    with torch.no_grad():
-        net.quant_conv.bias[net.config.latent_channels :] = -6.0
-        for block in net.modules():
-            if isinstance(block, ResnetBlock2D):
-                block.conv2.weight.zero_()
-                block.conv2.bias.zero_()
 
 
 def load_agreeing(net: Any, trained: Mapping[str, Tensor]) -> None:
