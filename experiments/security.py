@@ -257,13 +257,13 @@ def seed_search(case: Case) -> Iterator[Found]:
     files = case.publish(keys, count)
     z, mask = case.originals(files)
     results = [
-        adversaries.seed_search((a * b).sign().to(torch.int8), (here & there)[0], range(tried))
+        adversaries.seed_search(a * b, (here & there)[0], range(tried))
         for a, b, here, there in zip(z, files.zT, mask, files.mask, strict=True)
     ]
     ids, view = case.people.ids[:count], "32-bit seed search"
     right = [float(seed == key.seed) for (seed, _, _), key in zip(results, keys, strict=True)]
     yield averaged(case, view, f"right seed of {tried}", right, ids)
-    yield averaged(case, view, "signs in agreement", [agreement for _, agreement, _ in results], ids)
+    yield averaged(case, view, "agreement in deviations", [agreement for _, agreement, _ in results], ids)
     yield averaged(case, view, "seeds per second", [rate for _, _, rate in results], ids)
     yield averaged(case, view, f"hours for {SEEDS:,}", [SEEDS / rate / HOUR for _, _, rate in results], ids)
 
@@ -464,9 +464,9 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
     """Publish, attack, write the scores and the table; returns the table's cells."""
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    if unknown := set(cfg.attacks) - {*ATTACKS, "passwords"}:
+    if unknown := set(cfg.battery) - {*ATTACKS, "passwords"}:
         raise ValueError(
-            f"attacks: there is no {', '.join(sorted(unknown))}; there are {', '.join(ATTACKS)}, passwords"
+            f"battery: there is no {', '.join(sorted(unknown))}; there are {', '.join(ATTACKS)}, passwords"
         )
     methods: dict[str, Method] = instantiate(cfg.methods, _convert_="all")
     recognizers: dict[str, Recognizer] = instantiate(cfg.recognizers, _convert_="all")
@@ -490,10 +490,10 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
         n = len(people.ids)
         files = [publish(method, people.pictures, [key] * n, people.ids, cfg.batch_size) for key in keys]
         case = Case(method, people, files, cfg)
-        for attack in [attack for attack in ATTACKS if attack in cfg.attacks]:
+        for attack in [attack for attack in ATTACKS if attack in cfg.battery]:
             log.info("%s: %s", name, attack)
             found += [(name, one) for one in ATTACKS[attack](case)]
-    if "passwords" in cfg.attacks:
+    if "passwords" in cfg.battery:
         found += [("Argon2id", one) for one in passwords(cfg)]
 
     thresholds = ", ".join(f"{name} {value:.4f}" for name, value in people.thresholds.items())
