@@ -204,7 +204,8 @@ def known_plaintext(case: Case) -> Iterator[Found]:
     """The attacker has m files with their originals, and wants other files of the same master key.
 
     `key signs`: the share that he finds (0.5: none); then what they make of the other files. With one key stream for all pictures
-    (the authors' code uses its keys again, from batch to batch and for both datasets), and with a nonce for each. Rotations have no signs: what he draws counts alone.
+    (the authors' code uses its keys again, from batch to batch and for both datasets), and with a nonce for each. Rotations have
+    no signs: what he draws counts alone.
     """
     fits = [m for m in case.cfg.pairs if m < len(case.people.ids)]
     if not fits:
