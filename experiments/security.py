@@ -169,8 +169,8 @@ def linkage(case: Case) -> Iterator[Found]:
     """The attacker has two files under independent keys, or a file and a candidate photograph, and no key: do they belong together?
 
     By |z_T| in three forms and by what recognizers see, who see the public background as well (unlinkability: ISO/IEC 24745;
-    D_sys: Gomez-Barrero et al., IEEE TIFS 13(6), 2018). Photographs are inverted with their own file's header; a candidate of
-    another file would be inverted with that one's, which makes no difference where nothing links.
+    D_sys: Gomez-Barrero et al., IEEE TIFS 13(6), 2018). Photographs are inverted with their own file's header, though an
+    attacker would use that of the file he compares with: what the two share by that can only count against the method.
     """
     first, files = case.files[0], case.files
     z, mask = case.originals(first)

@@ -255,9 +255,11 @@ def seed_search(products: Latent, inside: Bool[Tensor, "u v"], seeds: Iterable[i
 
     Each of the first COMPARED_SIGNS signs of the face counts with the weight |z z'|. The agreement is in standard deviations of
     what a wrong seed has; the luckiest of 2^32 wrong ones has about 6.2. One thread, no accelerator: a lower bound of what an
-    attacker does.
+    attacker does. -1 and NaN where there is no face.
     """
     places = inside.expand_as(products).flatten().nonzero()[:COMPARED_SIGNS, 0]
+    if len(places) == 0:
+        return -1, math.nan, math.nan
     weights = products.flatten()[places]
     spread, half, generator = weights.norm(), torch.full((int(places[-1]) + 1,), 0.5), torch.Generator()
     best, agreement, tried, started = -1, -math.inf, 0, perf_counter()

@@ -219,6 +219,7 @@ def test_the_seed_is_found_from_one_noisy_pair():
     # 240 signs without noise: sum |z|^2 / sqrt(sum z^4) is about sqrt(240 / 3)
     assert seed_search(z * k * z, inside, [1234])[1] == pytest.approx(80**0.5, rel=0.1)
     assert seed_search(z * k * z, inside, range(1234))[1] < 5
+    assert seed_search(z, torch.zeros_like(inside), range(9))[0] == -1
 
 
 # Wrong keys, blanked faces, passwords
