@@ -1,7 +1,13 @@
 """Keyed, invertible maps of the inverted noise inside the face.
 
     sign flip      z' = k * z,  k in {-1, +1}^d                                    arXiv 2510.01031, eq. 3: shows |z| to everyone
-    band rotation  z'_c = Q_c z_c / r_c,  Q_c ~ Haar(O(d)),  r_c = |z_c| / sqrt(d),  for each channel c with its d cells of the face
+    permutation    z'_c = P_c z_c,  P_c a random order of the channel's d cells of the face: shows the values of z_c, sorted
+    DCT sign flip  z'_c = C^T (k_c * C z_c),  C the orthonormal DCT over the d cells:        shows |C z_c|
+    band rotation  z'_c = Q_c z_c / r_c,  Q_c ~ Haar(O(d)),  r_c = |z_c| / sqrt(d),  for each channel c: shows nothing
+
+The first three keep the law N(0, I): given the key, they are orthogonal maps. The rotation gives the sphere of radius sqrt(d) in
+place of it, which is N(0, I) but for the spread of its norm (1 / sqrt(2 d) of it). What tells them apart is the law of z' given a
+z that is no such draw, as inverted photographs are none.
 
 Given r_c, Q_c z_c is uniform on a sphere whatever z_c is: under a uniform key the rotated channels carry nothing of the face but
 the r_c, and these travel encrypted. Divided by r_c the channels have the norm of the noise that the network was trained on;
@@ -16,7 +22,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from jaxtyping import Int64
+from scipy.fft import dct, idct
 from torch import Tensor
 
 from keyanon.headers import BadHeader
@@ -43,7 +52,11 @@ class Transform(Protocol):
 
 @dataclass(frozen=True)
 class SignFlipping:
-    """The paper's, its own inverse."""
+    """The paper's, its own inverse.
+
+    Leaks |z|, cell for cell, whatever the key: for k is all that z' = k * z hides, and |k| = 1. So two files of one photograph,
+    or a file and the photograph, are matched by their |z|; and with k reused one known pair gives k = sign(z z').
+    """
 
     def apply(self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> tuple[Latent, list[bytes]]:
         k = torch.stack([signs(key, nonce, tuple(zT.shape[1:])) for key, nonce in zip(keys, nonces, strict=True)])
@@ -56,8 +69,64 @@ class SignFlipping:
 
 
 @dataclass(frozen=True)
+class Permutation:
+    """The cells of the face in a keyed order, another one in each channel.
+
+    Leaks the sorted values of each channel, whatever the key: an order is all that it hides. So norm, mean, kurtosis and every
+    other symmetric function of z_c are seen, and two files of one photograph are matched by them. With the order reused one known
+    pair gives it away where the values differ.
+    """
+
+    def apply(self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> tuple[Latent, list[bytes]]:
+        out = zT.clone()
+        for z, cells, key, nonce in zip(out, mask[:, 0], keys, nonces, strict=True):
+            face = z[:, cells]
+            z[:, cells] = face.gather(1, orders(key, nonce, *face.shape).to(z.device))
+        return out, [b""] * len(zT)
+
+    def undo(
+        self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes], sent: Sequence[bytes]
+    ) -> Latent:
+        out = zT.clone()
+        for z, cells, key, nonce in zip(out, mask[:, 0], keys, nonces, strict=True):
+            face = z[:, cells]
+            z[:, cells] = face.scatter(1, orders(key, nonce, *face.shape).to(z.device), face)
+        return out
+
+
+@dataclass(frozen=True)
+class DctSignFlipping:
+    """Signs of the orthonormal DCT (type II) of each channel's face, its cells taken row by row; its own inverse.
+
+    Leaks |C z_c|, coefficient for coefficient, whatever the key, just as the flip of signs leaks |z|: two files of one photograph
+    are matched by it, and with k reused one known pair gives k. In the cells themselves magnitudes are mixed, and an error of a
+    weak coefficient stays in a weak coefficient.
+    """
+
+    def apply(self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> tuple[Latent, list[bytes]]:
+        out = zT.clone()
+        for z, cells, key, nonce in zip(out, mask[:, 0], keys, nonces, strict=True):
+            face = z[:, cells].double().cpu().numpy()
+            if face.size:
+                flipped = signs(key, nonce, face.shape).numpy() * dct(face, norm="ortho")
+                z[:, cells] = torch.from_numpy(idct(flipped, norm="ortho")).to(z)
+        return out, [b""] * len(zT)
+
+    def undo(
+        self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes], sent: Sequence[bytes]
+    ) -> Latent:
+        return self.apply(zT, mask, keys, nonces)[0]
+
+
+@dataclass(frozen=True)
 class BandRotation:
-    """A rotation of each channel's face, with its norm taken out and sent encrypted."""
+    """A rotation of each channel's face, with its norm taken out and sent encrypted.
+
+    Leaks nothing of the face: for z_c / |z_c| of any law, Q_c z_c / |z_c| with Haar Q_c is uniform on the sphere and independent
+    of z_c (a Haar Q_c and Q_c R have one law, for every rotation R that takes one z_c to another). The key being pseudorandom
+    and not uniform, this holds for all who cannot tell the key stream from random bytes. With Q_c reused, d known pairs of the
+    same mask give it away by least squares.
+    """
 
     def apply(self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> tuple[Latent, list[bytes]]:
         out, sent = zT.clone(), []
@@ -84,6 +153,12 @@ class BandRotation:
             back = torch.einsum("cji,cj->ci", rotations(key, nonce, *face.shape), face)
             z[:, cells] = (back * decoded(ciphered(code, key, nonce))[:, None]).to(z)
         return out
+
+
+def orders(key: Key, nonce: bytes, channels: int, d: int) -> Int64[Tensor, "c d"]:
+    """A random order of d cells for each channel: that of 64-bit words, two of which are equal with a chance below d^2 / 2^64."""
+    words = np.frombuffer(key.stream(nonce, "permutation", 8 * channels * d), "<u8").reshape(channels, d)
+    return torch.from_numpy(words.argsort(axis=1, kind="stable"))
 
 
 def rotations(key: Key, nonce: bytes, channels: int, d: int) -> Tensor:

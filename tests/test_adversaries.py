@@ -1,0 +1,318 @@
+"""Attacks against what is known of them: identical and independent features, flips without noise, seeds that were drawn."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import mannwhitneyu
+
+from keyanon import adversaries
+from keyanon import images as channel
+from keyanon.adversaries import (
+    NonceOff,
+    OneStream,
+    SeededSigns,
+    auc,
+    auc_statistic,
+    blanked,
+    channel_norms,
+    drawn,
+    feature_likeness,
+    layout_likeness,
+    linkage_statistics,
+    noise,
+    received,
+    same_law,
+    seed_search,
+    share_needed,
+    share_right,
+    sorted_magnitudes,
+    unlocked,
+    voted_signs,
+)
+from keyanon.anonymizers import SignFlip
+from keyanon.datasets import embedded_faces
+from keyanon.diffusion import LatentDiffusion
+from keyanon.exact import Exact
+from keyanon.keys import NONCE_BYTES, experiment_key, signs
+from keyanon.refinement import Refinement, ToneCurve
+from keyanon.seams import Seam
+from keyanon.solvers import DDIM
+from keyanon.transforms import BandRotation, Permutation, SignFlipping
+from tests.conftest import CentreFace
+
+KEYS = [experiment_key(i) for i in range(8)]
+NONCES = [bytes([i]) * NONCE_BYTES for i in range(8)]
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def everywhere(n: int) -> torch.Tensor:
+    return torch.ones(n, 1, 8, 8, dtype=torch.bool)
+
+
+def by_name(statistics):
+    return {statistic.statistic: statistic for statistic in statistics}
+
+
+# Linkage
+
+
+def linked(transform, likeness) -> dict:
+    """Two files each of 8 photographs' noise under independent keys, with channel norms as inverted photographs have them and
+    a small error of the loop.
+    """
+    zT, mask = normal(8, 6, 8, 8) * (0.13 + 0.18 * normal(8, 6, 1, 1, seed=1)).exp(), everywhere(8)
+    a, b = (transform.apply(zT, mask, [experiment_key(10 * k + i) for i in range(8)], NONCES)[0] for k in (1, 2))
+    a, b = (z + 1e-3 * normal(*zT.shape, seed=seed) for seed, z in enumerate((a, b), start=2))
+    return by_name(linkage_statistics(likeness(a, b, mask)[None]))
+
+
+def by_layout(a, b, mask):
+    return layout_likeness(a, mask, b, mask)
+
+
+def by_norms(a, b, mask):
+    return feature_likeness(channel_norms(a, mask), channel_norms(b, mask))
+
+
+def by_values(a, b, mask):
+    return feature_likeness(sorted_magnitudes(a, mask), sorted_magnitudes(b, mask))
+
+
+@pytest.mark.parametrize(
+    ("transform", "likeness", "certain"),
+    [
+        (SignFlipping(), by_layout, True),
+        (SignFlipping(), by_norms, True),
+        (SignFlipping(), by_values, True),
+        (Permutation(), by_layout, False),
+        (Permutation(), by_norms, True),
+        (Permutation(), by_values, True),
+        (BandRotation(), by_layout, False),
+        (BandRotation(), by_norms, False),
+        (BandRotation(), by_values, False),
+    ],
+)
+def test_each_transform_is_linked_by_what_it_leaks_and_by_nothing_else(transform, likeness, certain):
+    found = linked(transform, likeness)
+    assert found["auc"].n == 8
+    if certain:
+        assert found["auc"].value == 1
+        assert (found["auc"].low, found["auc"].high) == (1, 1)
+        assert found["d_sys"].value > found["d_sys by chance"].high
+    else:
+        assert found["auc"].low < 0.5 < found["auc"].high
+        assert found["d_sys by chance"].low <= found["d_sys"].value <= found["d_sys by chance"].high
+
+
+def test_independent_scores_do_not_link():
+    found = by_name(linkage_statistics(np.random.default_rng(0).standard_normal((6, 40, 40))))
+    assert found["auc"].n == 240
+    assert found["auc"].value == pytest.approx(0.5, abs=0.06)
+    assert found["d_sys"].value == pytest.approx(found["d_sys by chance"].value, abs=0.1)
+
+
+def test_d_sys_is_1_where_scores_never_overlap():
+    scores = np.random.default_rng(0).random((10, 20, 20)) + 3 * np.eye(20)
+    found = by_name(linkage_statistics(scores))
+    assert (found["auc"].value, found["d_sys"].value, found["d_sys"].n) == (1, 1, 200)
+
+
+def test_auc_is_the_chance_to_be_above():
+    assert auc([3, 4], [1, 2]) == 1
+    assert auc([1, 2], [3, 4]) == 0
+    assert auc([1, 2], [1, 2]) == 0.5
+    assert auc([2, math.nan], [1, 3, math.nan]) == 0.5
+    assert math.isnan(auc([], [1]))
+    a, b = np.random.default_rng(1).integers(0, 9, (2, 50))
+    assert auc(a, b[:30]) == pytest.approx(mannwhitneyu(a, b[:30]).statistic / (50 * 30), abs=1e-12)
+    generator = np.random.default_rng(0)  # Phi(1 / sqrt 2)
+    shifted = auc_statistic(generator.standard_normal((300, 2)) + 1, generator.standard_normal((300, 3)))
+    assert shifted.value == pytest.approx(0.7602, abs=0.03)
+    assert shifted.low < 0.7602 < shifted.high
+
+
+def test_only_the_common_part_of_two_faces_is_compared():
+    z, left, right = normal(1, 3, 8, 8), everywhere(1), everywhere(1)
+    left[..., 6:], right[..., :2] = False, False
+    other = z.clone()
+    other[~right.expand_as(z)] = 99
+    assert layout_likeness(z, left, -other, right)[0, 0] == pytest.approx(1)
+    right[..., 2:7] = False
+    assert math.isnan(layout_likeness(z, left, z, right)[0, 0])
+
+
+def test_a_picture_without_a_face_is_undefined():
+    z, mask = normal(3, 2, 8, 8), everywhere(3)
+    mask[1] = False
+    for likeness in (by_layout, by_norms, by_values):
+        found = by_name(linkage_statistics(likeness(z, z, mask)[None]))
+        assert (found["auc"].n, found["auc"].undefined, found["auc"].value) == (2, 1, 1)
+
+
+# Known plaintext
+
+
+def test_one_pair_gives_the_key_away_where_there_is_no_noise():
+    z, k = normal(1, 3, 8, 8), signs(KEYS[0], NONCES[0], (3, 8, 8))
+    found = voted_signs(z, k * z, everywhere(1))
+    assert torch.equal(found, k)
+    assert share_right(found, k, everywhere(1)[0, 0]) == 1
+    assert share_right(-found, k, everywhere(1)[0, 0]) == 0
+
+
+def test_more_pairs_give_more_of_a_noisy_key():
+    """Both latents with white error of variance e^2: the votes' signs are right with arccos(-1 / (1 + e^2)) / pi for one pair."""
+    z, k, error = normal(20, 8, 8, 8), signs(KEYS[0], NONCES[0], (8, 8, 8)), 0.7
+    seen = [k * z + error * normal(*z.shape, seed=1), z + error * normal(*z.shape, seed=2)]
+    shares = [
+        share_right(voted_signs(seen[1][:m], seen[0][:m], everywhere(m)), k, everywhere(1)[0, 0]) for m in (1, 5, 20)
+    ]
+    assert shares[0] == pytest.approx(math.acos(-1 / (1 + error**2)) / math.pi, abs=0.05)
+    assert shares[0] + 0.05 < shares[1] < shares[2]
+    assert shares[2] > 0.99
+
+
+def test_cells_outside_every_face_are_guessed():
+    z, mask = normal(2, 3, 8, 8), everywhere(2)
+    mask[..., :4] = False
+    k = signs(KEYS[0], NONCES[0], (3, 8, 8))
+    found = voted_signs(z, k * z, mask)
+    assert (found[..., :4] == 0).all()
+    assert share_right(found, k, everywhere(1)[0, 0]) == 0.75
+    assert math.isnan(share_right(found, k, ~everywhere(1)[0, 0]))
+
+
+def test_keys_that_forget_their_nonce_and_keys_that_mistake_it():
+    assert OneStream(KEYS[0]).stream(NONCES[1], "signs", 9) == OneStream(KEYS[0]).stream(NONCES[2], "signs", 9)
+    assert KEYS[0].stream(NONCES[1], "signs", 9) != KEYS[0].stream(NONCES[2], "signs", 9)
+    off = NonceOff(KEYS[0], bit=9).stream(bytes(NONCE_BYTES), "signs", 9)
+    assert off == KEYS[0].stream(b"\0\2" + bytes(NONCE_BYTES - 2), "signs", 9)
+
+
+# Seeds
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_seeded_signs_are_torchs(seed):
+    torch.manual_seed(seed)
+    k = 2 * torch.bernoulli(torch.full((3, 8, 8), 0.5)) - 1
+    assert torch.equal(signs(SeededSigns(seed), NONCES[0], (3, 8, 8)).float(), k)
+
+
+def test_the_seed_is_found_from_one_noisy_pair():
+    inside = everywhere(1)[0, 0]
+    inside[:, :3] = False
+    k = signs(SeededSigns(1234), NONCES[0], (6, 8, 8))
+    z = normal(6, 8, 8)
+    seed, agreement, rate = seed_search(z * (k * z + normal(6, 8, 8, seed=1)), inside, range(2000))
+    assert seed == 1234
+    assert agreement > 6.2
+    assert rate > 0
+    # 240 signs without noise: sum |z|^2 / sqrt(sum z^4) is about sqrt(240 / 3)
+    assert seed_search(z * k * z, inside, [1234])[1] == pytest.approx(80**0.5, rel=0.1)
+    assert seed_search(z * k * z, inside, range(1234))[1] < 5
+    assert seed_search(z, torch.zeros_like(inside), range(9))[0] == -1
+
+
+# Wrong keys, blanked faces, passwords
+
+
+def test_same_law():
+    generator = np.random.default_rng(0)
+    alike = by_name(same_law(generator.standard_normal(200), [*generator.standard_normal(200), math.nan]))
+    assert alike["ks_p"].value > 0.01
+    assert (alike["ks_p"].n, alike["ks_p"].undefined) == (400, 1)
+    apart = by_name(same_law([1, 2, 3], [4, 5, 6]))
+    assert apart["ks_d"].value == 1
+    assert apart["ks_p"].value == pytest.approx(0.1)  # 2 of the 20 orders
+    assert math.isnan(same_law([], [1])[0].value)
+
+
+def test_share_needed():
+    shares = [0.5, 0.7, 0.9, 1.0]
+    rows = [[0, 0.2, 0.6, 0.7], [0.5, 0.6, 0.7, 0.8], [0, 0.1, 0.2, 0.3], [math.nan, 0, 0.4, math.nan]]
+    np.testing.assert_allclose(share_needed(shares, rows, 0.4), [0.8, 0.5, math.nan, math.nan])
+    np.testing.assert_allclose(share_needed(shares, rows, 0.2)[3], 0.8)
+
+
+def test_a_blanked_face_has_the_colour_of_the_rest():
+    images, face = normal(2, 3, 4, 4), torch.zeros(2, 1, 4, 4, dtype=torch.bool)
+    face[:, :, 1:3, 1:3] = True
+    other = torch.where(face, torch.tensor(5.0), images)
+    assert torch.equal(blanked(images, face), blanked(other, face))
+    rest = images[0, 1][~face[0, 0]]
+    torch.testing.assert_close(blanked(images, face)[0, 1, 1, 1], rest.mean())
+    assert torch.equal(blanked(images, face)[0, 1][~face[0, 0]], rest)
+
+
+def test_argon2_costs_time():
+    assert len(adversaries.argon2_seconds(1, 64, 4, 3)) == 3
+
+
+# What anyone computes from a file
+
+
+@pytest.fixture(scope="module")
+def pictures() -> torch.Tensor:
+    dataset = embedded_faces()
+    return channel.to_floats(channel.to_bytes(torch.stack([dataset.load(id) for id in dataset.ids[:2]])))
+
+
+@pytest.fixture(scope="module")
+def exact() -> Exact:
+    return Exact(
+        LatentDiffusion("embedded:faces128"),
+        DDIM(10, "karras", 1e-5),
+        CentreFace(),
+        BandRotation(),
+        Refinement(ToneCurve(0.95, 1.5)),
+        Seam(),
+        floor=None,
+    )
+
+
+def test_the_key_is_all_that_the_exact_methods_files_keep_back(exact, pictures):
+    """With it, what anyone computes is what the receiver does."""
+    picture, key, wrong_key = pictures[:1], KEYS[:1], KEYS[1:2]
+    published = exact.anonymize(picture, key, ["a"])
+    image, headers = channel.to_floats(published.images), published.headers
+    read = received(exact, image, headers)
+    zT, mask = noise(exact, read, headers)
+    original, _ = noise(exact, picture, headers)
+    found, wrong = (unlocked(exact, zT, mask, headers, k) for k in (key, wrong_key))
+
+    def error(z):
+        return ((z - original) * mask).square().sum() / (original * mask).square().sum()
+
+    assert error(found) < 0.01
+    assert error(wrong) > 0.5
+    torch.testing.assert_close(
+        drawn(exact, read, headers, found), exact.recover(image, headers, key), atol=1e-3, rtol=0
+    )
+
+
+def test_the_papers_magnitudes_are_there_for_all_to_see(pictures):
+    method = SignFlip(LatentDiffusion("embedded:faces128"), DDIM(5), CentreFace())
+    published = method.anonymize(pictures, KEYS[:2], ["a", "b"])
+    images = received(method, channel.to_floats(published.images), published.headers)
+    zT, mask = noise(method, images, published.headers)
+    original, there = noise(method, pictures, published.headers)
+    likeness = layout_likeness(original, there, zT, mask)
+    assert (likeness.diagonal() > likeness.max(axis=1) - 1e-12).all()
+    back = drawn(method, images, published.headers, unlocked(method, zT, mask, published.headers, KEYS[:2]))
+    torch.testing.assert_close(back, method.recover(images, published.headers, KEYS[:2]), atol=1e-4, rtol=0)
+    free = replace(method, reinject=False)
+    torch.testing.assert_close(
+        drawn(free, images, published.headers, unlocked(free, zT, mask, published.headers, KEYS[:2])),
+        free.recover(images, published.headers, KEYS[:2]),
+        atol=1e-4,
+        rtol=0,
+    )

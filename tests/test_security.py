@@ -1,0 +1,122 @@
+"""The battery from pictures to a table, on a few synthetic faces and few steps: every attack runs, and the certain ones find."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from experiments import tables
+from experiments.security import ATTACKS, best_of, in_batches, run
+from tests.conftest import ROOT
+
+CONF = str(ROOT / "conf")
+TINY = [
+    "parser=ellipse", "solvers.ddim.steps=8", "solvers.karras_exact.steps=2", "solvers.karras_exact.tolerance=null",
+    "methods.exact.floor=null", "methods.exact.refinement=null", "recognizers=[]",
+    "+recognizers.pixel._target_=tests.conftest.PixelRecognizer", "+thresholds.pixel=0.9", "limit=3", "batch_size=3",
+    "files=2", "pairs=[1,2,20]", "shares=[0.5,1]", "seeds={tried: 300, pictures: 1}", "search={guesses: 2, pictures: 2}",
+    "wrong_keys=2", "passwords=[{iterations: 1, memory: 1, lanes: 1}]", "password_guesses=2", "name=tiny",
+]  # fmt: skip
+
+
+def in_process(*more: str) -> pd.DataFrame:
+    with initialize_config_dir(CONF, version_base="1.3"):
+        cfg = compose("security", overrides=[*TINY, *more])
+    return run(cfg, {"dataset": "embedded", "backbone": "faces128", "parser": "ellipse"})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.Series, Path]:
+    """All cells of the table by method, view, scorer and statistic, and the folder that holds its files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder := tmp_path_factory.mktemp("security"))
+        table = in_process("notes=[a tiny run]")
+    assert set(table.dataset) == {"embedded"}
+    return table.set_index(["anonymizer", "view", "scorer", "statistic"]).sort_index(), folder
+
+
+def test_every_attack_is_in_the_table(made):
+    table, _ = made
+    for method in ("signflip", "exact"):
+        views = set(table.loc[method].index.get_level_values("view"))
+        assert {
+            "linkage of two files", "file and its photograph", "wrong key", "key off by one bit", "nonce off by one bit",
+            "fresh face", "face blanked", "anonymized", "recovered", "strangers", "right key told by z_T",
+            "best of 2 wrong keys for another suspect", "known plaintext, nonces,  2 pairs",
+        } <= views  # fmt: skip
+        assert ("32-bit seed search" in views) == ("right signs  50.0 %" in views) == (method == "signflip")
+        assert "known plaintext, nonces, 20 pairs" not in views  # more than there are pictures
+    assert table.loc["Argon2id", "password dictionary", "t=1, 1 MiB, p=1", "seconds per guess"].n == 2
+    assert table.n.max() > 0
+    assert not table.ours.isna().all()
+
+
+def test_the_flip_falls_and_the_rotation_does_not(made):
+    """Few steps lose much, yet |z_T| links files, one key stream shows its signs, and 32 bits are searched."""
+    table, _ = made
+    found = table.ours
+    layout = {method: found[method, "linkage of two files", "layout of |z|", "auc"] for method in ("signflip", "exact")}
+    assert layout["signflip"] == 1
+    assert layout["exact"] < 1
+    assert found["signflip", "known plaintext, one key stream,  2 pairs", "key signs", "mean"] > 0.65
+    assert found["signflip", "known plaintext, nonces,  2 pairs", "key signs", "mean"] == pytest.approx(0.5, abs=0.05)
+    assert ("exact", "known plaintext, nonces,  2 pairs", "key signs", "mean") not in found.index
+    assert found["signflip", "32-bit seed search", "right seed of 300", "mean"] == 1
+    all_right = found["signflip", "right signs 100.0 %", "pixel", "mean"]
+    assert all_right == pytest.approx(found["signflip", "recovered", "pixel", "mean"], abs=1e-6)
+    assert all_right > found["signflip", "right signs  50.0 %", "pixel", "mean"]
+
+
+def test_the_table_is_made_from_committed_files(made, monkeypatch):
+    _, folder = made
+    monkeypatch.chdir(folder)
+    path = folder / "results" / "tables" / "tiny.md"
+    markdown = path.read_text()
+    assert "## embedded: a tiny run; embedded model, which stands in for LDM-FFHQ; backbone faces128" in markdown
+    assert "3 pictures; 2 files each; thresholds at FAR 0.001: pixel 0.9000" in markdown
+    assert "suspects are the photographs themselves" in markdown
+    path.unlink()
+    tables.build("tiny")
+    assert path.read_text() == markdown
+    scores = pd.read_parquet("results/scores/tiny.scores.parquet")
+    assert list(scores.columns) == tables.SCORES
+    assert scores.groupby(["anonymizer", "view", "scorer"]).id.nunique().max() == 3
+
+
+def test_unknown_attacks_and_lonely_people_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="battery: there is no telepathy; there are linkage, "):
+        in_process("battery=[linkage,telepathy]")
+    with pytest.raises(ValueError, match="1 person on 1 readable pictures"):
+        in_process("limit=1")
+
+
+def test_what_is_missing_is_listed_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        in_process("dataset=folder", f"dataset.root={tmp_path / 'nowhere'}")
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_default_composes_with_a_solver_for_each_method():
+    with initialize_config_dir(CONF, version_base="1.3"):
+        cfg = compose("security")
+    assert (cfg.methods.signflip.solver.steps, cfg.methods.exact.solver.spacing) == (50, "karras")
+    assert set(cfg.battery) == {*ATTACKS, "passwords"}
+
+
+def test_batches_are_put_together_again():
+
+    x, words = torch.arange(5), list("abcde")
+    doubled = in_batches("", 2, lambda part, letters: part * len(letters[0]) * 2, x, words)
+    assert doubled.tolist() == [0, 2, 4, 6, 8]
+    pairs = in_batches("", 2, lambda part: (part, part + 1), x)
+    assert [part.tolist() for part in pairs] == [[0, 1, 2, 3, 4], [1, 2, 3, 4, 5]]
+
+
+def test_the_best_of_no_face_is_undefined():
+    best = best_of(np.array([[0.1, np.nan, np.nan], [0.3, 0.2, np.nan]]))
+    np.testing.assert_array_equal(best, [0.3, 0.2, np.nan])
