@@ -37,12 +37,12 @@ from torch import Tensor
 from experiments import preflight, tables
 from experiments.gaussianity import MEASURES, measure
 from experiments.gaussianity import drawn as random_numbers
-from experiments.run import FAILED, NOT_READY, READABLE
+from experiments.run import FAILED, READABLE
 from keyanon import adversaries, runner
 from keyanon import images as channel
 from keyanon.adversaries import Method, NonceOff, OneStream, SeededSigns
 from keyanon.anonymizers import SignFlip
-from keyanon.attacks import NearKey, PartialKey, WrongKey
+from keyanon.attacks import NearKey, PartialKey, WrongKey, heedless
 from keyanon.biometrics import (
     Floats,
     Statistic,
@@ -151,7 +151,7 @@ class Case:
         return out
 
     def recovered(self, title: str, files: Files, keys: Sequence[Key]) -> Image:
-        out: Image = self.batches(title, self.method.recover, files.images, files.headers, keys)
+        out: Image = self.batches(title, heedless(self.method).recover, files.images, files.headers, keys)
         return out
 
     def drawn(self, title: str, files: Files, zT: Latent, rows: slice = slice(None)) -> Image:
@@ -499,14 +499,9 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
     methods: dict[str, Method] = instantiate(cfg.methods, _convert_="all")
     recognizers: dict[str, Recognizer] = instantiate(cfg.recognizers, _convert_="all")
     problems = preflight.missing_parts(methods, recognizers)
-    try:
-        dataset: Dataset = instantiate(cfg.dataset)
-        _ = dataset.ids
-    except (FileNotFoundError, ValueError, hydra.errors.InstantiationException) as error:
-        problems.append(f"dataset {choices['dataset']}: {error.__cause__ or error}")
-    if problems:
-        print("keyanon: this run cannot start; missing here:", *(f"- {p}" for p in problems), sep="\n", file=sys.stderr)
-        sys.exit(NOT_READY)
+    dataset = preflight.open_dataset(cfg.dataset, choices["dataset"], problems)
+    preflight.stop_if(problems)
+    assert dataset is not None
 
     skipped: dict[str, str] = {}
     people = gathered(dataset, recognizers, cfg, skipped)
