@@ -200,8 +200,8 @@ def title_notes(cfg: DictConfig, choices: dict[str, Any], pictures: int) -> list
     notes = [str(note) for note in cfg.notes]
     if "backbone" in cfg.anonymizer:
         notes += [f"backbone {choices['backbone']}", f"mask from {choices['parser']}"]
-        if cfg.anonymizer.backbone.precision != "fp32":
-            notes.append(f"network in {cfg.anonymizer.backbone.precision}")
+        if (precision := cfg.anonymizer.backbone.get("precision", "fp32")) != "fp32":
+            notes.append(f"network in {precision}")
     if choices["key"] == "experiment":
         notes.append("published experiment key")
     return [*notes, f"{pictures} pictures"] if cfg.limit is not None else notes

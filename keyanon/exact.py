@@ -7,6 +7,7 @@
     anonymize:  z_0 = E(x);  z_T by the exact inverse of the sampler on M, along w;  z'_T = K z_T;  z'_0 by the sampler along w
                 c from the jumps between D(z'_0) and x at the border, sent in the header  (keyanon/seams.py)
                 x' in {0 .. 255}^n with x' = x outside P and E(x' - c) = z'_0 on M        (keyanon/refinement.py)
+                what pixels lack of z'_0 sent along where the autoencoder asks for it     (keyanon/residuals.py)
     recover:    z'_0 = E(x' - c);  z'_T by the exact inverse along w;  z_T = K^-1 z'_T;  z_0 by the sampler along w;  D(z_0) on P
 
 Against arXiv 2510.01031 (eq. 3 to 7): there the background's path comes from inverting the whole picture, which the receiver's
@@ -19,7 +20,7 @@ again under a fresh nonce, and the best of `attempts` is published.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from keyanon import images as channel
+from keyanon import residuals
 from keyanon.diffusion import LatentDiffusion
 from keyanon.headers import BadHeader, Header, seal, unseal
 from keyanon.keys import MasterKey, Nonces, nonce_for, normals
@@ -60,6 +62,7 @@ class Exact:
             saw it in training).
         refinement: of the published picture; None rounds and clips.
         seam: softens the face's border; None leaves the jumps.
+        residual: step, in the latent's units, of what the pixels lack of the latent and the header carries; None sends none.
         floor: dB between what is recovered and D(E(x)), over P; a picture below it gets a fresh nonce. None verifies nothing.
         attempts: at most so many nonces.
         nonces: which pictures share a key stream.
@@ -72,6 +75,7 @@ class Exact:
     transform: Transform
     refinement: Refinement | None
     seam: Seam | None = None
+    residual: float | None = None
     background: Literal["scaled", "noised"] = "scaled"
     floor: float | None = 40.0
     attempts: int = 3
@@ -122,6 +126,10 @@ class Exact:
             floats = torch.where(free, self.refinement.tone.compress(floats), images)
             everywhere = torch.ones_like(free)
             measured["refined_psnr"] = psnr_face(channel.to_floats(published), channel.to_floats(rounded), everywhere)
+        if self.residual is not None:
+            error = target - self.read(channel.to_floats(published), headers)
+            codes = residuals.coded(error, mask, self.residual)
+            headers = [replace(header, residual=code) for header, code in zip(headers, codes, strict=True)]
         if self.floor is not None:
             back = self.receive(channel.to_floats(published), headers, keys)
             ceiling = self.face(z0, images, mask)
@@ -156,9 +164,21 @@ class Exact:
         """What the holder of the keys makes of published pictures."""
         mask = torch.stack([header.mask for header in headers if header.mask is not None]).to(images.device)
         known = self.known(images, mask, [header.nonce for header in headers])
+        return self.face(self.turn_back(self.latents(images, headers), known, headers, keys), images, mask)
+
+    def latents(self, images: Image, headers: Sequence[Header]) -> Latent:
+        """z'_0 of published pictures, as their receiver knows it."""
+        z0 = self.read(images, headers)
+        if self.residual is None:
+            return z0
+        mask = torch.stack([header.mask for header in headers if header.mask is not None]).to(images.device)
+        return z0 + residuals.decoded([header.residual for header in headers], mask, z0, self.residual)
+
+    def read(self, images: Image, headers: Sequence[Header]) -> Latent:
+        """What their pixels encode to."""
+        mask = torch.stack([header.mask for header in headers if header.mask is not None]).to(images.device)
         read = self.refinement.tone.expand(images) if self.refinement is not None else images
-        read = torch.where(pixels(mask, images), read - self.added(headers, images), images)
-        return self.face(self.turn_back(self.backbone.encode(read), known, headers, keys), images, mask)
+        return self.backbone.encode(torch.where(pixels(mask, images), read - self.added(headers, images), images))
 
     def added(self, headers: Sequence[Header], images: Image) -> Image:
         """c: what the receiver takes off the face's pixels."""

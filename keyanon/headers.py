@@ -1,7 +1,7 @@
 """The public header: what a receiver needs besides pixels and key, carried in the PNG.
 
 "KA" | version (1) | flags (1) | nonce (24) | [password recipe (24)] | [length (2) | sent bytes] | [length (2) | seam bytes]
-     | [rows - 1 (1) | columns - 1 (1) | zlib(mask bits, row by row)] | [tag (32)]
+     | [length (2) | residual bytes] | [rows - 1 (1) | columns - 1 (1) | zlib(mask bits, row by row)] | [tag (32)]
 
     tag = HMAC-SHA256(K_tag, length of what is before the tag (4) | what is before it | height (4) | width (4) | pixels)
 
@@ -30,7 +30,7 @@ from keyanon.types import Bytes, Key
 
 MAGIC = b"KA"
 VERSION = 2
-HAS_MASK, HAS_SENT, HAS_SEAM, HAS_RECIPE, HAS_TAG = 1, 2, 4, 8, 16
+HAS_MASK, HAS_SENT, HAS_SEAM, HAS_RECIPE, HAS_TAG, HAS_RESIDUAL = 1, 2, 4, 8, 16, 32
 START = len(MAGIC) + 2
 FIXED = START + NONCE_BYTES
 TAG_BYTES = 32
@@ -44,8 +44,8 @@ class BadHeader(Exception):
 @dataclass(frozen=True)
 class Header:
     """The nonce of a picture's key stream and, where the method keeps them, the face mask (1 u v) at latent size, what the
-    keyed transform sends along (keyanon/transforms.py), the jumps at the face's border (keyanon/seams.py), how the key comes
-    from a password, and the tag.
+    keyed transform sends along (keyanon/transforms.py), the jumps at the face's border (keyanon/seams.py), what the pixels lack
+    of the latent (keyanon/residuals.py), how the key comes from a password, and the tag.
     """
 
     nonce: bytes
@@ -54,11 +54,12 @@ class Header:
     seam: bytes = b""
     recipe: Recipe | None = None
     tag: bytes = b""
+    residual: bytes = b""
 
     def pack(self) -> bytes:
-        parts = {HAS_SENT: self.sent, HAS_SEAM: self.seam}
-        if len(self.sent) + len(self.seam) > MAX_BYTES // 2:  # the rest is less than 9 KiB
-            raise BadHeader(f"no room in a header for {len(self.sent) + len(self.seam)} bytes from transform and seam")
+        parts = {HAS_SENT: self.sent, HAS_SEAM: self.seam, HAS_RESIDUAL: self.residual}
+        if (size := sum(map(len, parts.values()))) > MAX_BYTES // 2:  # the rest is less than 9 KiB
+            raise BadHeader(f"no room in a header for {size} bytes from transform, seam and residual")
         there = {HAS_MASK: self.mask is not None, HAS_RECIPE: self.recipe is not None, HAS_TAG: self.tag} | parts
         packed = MAGIC + bytes([VERSION, sum(flag for flag, has in there.items() if has)]) + self.nonce
         packed += self.recipe.pack() if self.recipe is not None else b""
@@ -86,7 +87,7 @@ class Header:
                 f"keyanon header version {version}: this program reads version {VERSION}; "
                 "recover the picture with the keyanon that published it"
             )
-        if flags >= 2 * HAS_TAG:
+        if flags >= 2 * HAS_RESIDUAL:
             raise BadHeader(f"the keyanon header is damaged: flags {flags} mean nothing")
         end = len(data) - (TAG_BYTES if flags & HAS_TAG else 0)
         if end < FIXED:
@@ -104,11 +105,14 @@ class Header:
             recipe = Recipe.unpack(take(RECIPE_BYTES)) if flags & HAS_RECIPE else None
         except BadKey as error:
             raise BadHeader(f"the keyanon header is damaged: {error}") from None
-        sent, seam = (take(int.from_bytes(take(2), "little")) if flags & flag else b"" for flag in (HAS_SENT, HAS_SEAM))
+        sent, seam, residual = (
+            take(int.from_bytes(take(2), "little")) if flags & flag else b""
+            for flag in (HAS_SENT, HAS_SEAM, HAS_RESIDUAL)
+        )
         mask = unpacked_mask(take(2), rest.read()) if flags & HAS_MASK else None
         if rest.read(1):
             raise BadHeader("the keyanon header is damaged: it does not end where it should")
-        return Header(nonce, mask, sent, seam, recipe, data[end:])
+        return Header(nonce, mask, sent, seam, recipe, data[end:], residual)
 
 
 def unpacked_mask(last: bytes, data: bytes) -> Bool[Tensor, "1 u v"]:

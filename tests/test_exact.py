@@ -83,6 +83,17 @@ def test_the_face_comes_back_from_the_file(method, pictures, published, face, tm
     assert (psnr_face(recovered, method.reconstruct(pictures), face) > 40).all()
 
 
+def test_a_residual_brings_back_what_rounding_loses(method, pictures, face):
+    rounded = replace(method, refinement=None, seam=None)
+    with_residual = replace(rounded, residual=0.005)
+    quality = []
+    for sender in (rounded, with_residual):
+        published = sender.anonymize(pictures, KEYS, ["a", "b"])
+        recovered = sender.recover(channel.to_floats(published.images), published.headers, KEYS)
+        quality.append(psnr_face(recovered, sender.reconstruct(pictures), face))
+    assert (quality[1] > quality[0] + 6).all()
+
+
 def test_floats_come_back_as_well(method, pictures, published, face):
     recovered = FloatChannel()(published, KEYS, method)
     assert (psnr_face(recovered, method.reconstruct(pictures), face) > 55).all()

@@ -28,9 +28,13 @@ def same(a: Header, b: Header) -> bool:
     return masks and replace(a, mask=None) == replace(b, mask=None)
 
 
-@given(NONCES, st.none() | MASKS, st.binary(max_size=99), st.binary(max_size=99), st.none() | RECIPES, st.booleans())
-def test_round_trip(nonce, mask, sent, seam, recipe, tagged):
-    header = Header(nonce, None if mask is None else torch.from_numpy(mask), sent, seam, recipe, bytes(32 * tagged))
+PARTS = st.binary(max_size=99)
+
+
+@given(NONCES, st.none() | MASKS, PARTS, PARTS, st.none() | RECIPES, st.booleans(), PARTS)
+def test_round_trip(nonce, mask, sent, seam, recipe, tagged, residual):
+    cells = None if mask is None else torch.from_numpy(mask)
+    header = Header(nonce, cells, sent, seam, recipe, bytes(32 * tagged), residual)
     assert same(Header.unpack(header.pack()), header)
 
 
