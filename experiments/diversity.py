@@ -12,11 +12,9 @@ The mean cosine of each picture goes to results/scores/NAME.scores.parquet, the 
 """
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -29,7 +27,7 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig
 
 from experiments import preflight, tables
-from experiments.run import FAILED, READABLE
+from experiments.run import shown
 from keyanon import runner
 from keyanon.biometrics import Statistic, mean_statistic, w2_squared
 from keyanon.diffusion import padded
@@ -112,12 +110,7 @@ def statistics_of(
 
 @hydra.main(config_path="../conf", config_name="diversity", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    try:
-        run(cfg, dict(HydraConfig.get().runtime.choices))
-        print(Path("results/tables", f"{cfg.name}.md").read_text("utf-8"))
-    except READABLE as error:
-        print(f"keyanon: {error}", file=sys.stderr)
-        sys.exit(FAILED)
+    shown(lambda: run(cfg, dict(HydraConfig.get().runtime.choices)), cfg.name)
 
 
 def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:

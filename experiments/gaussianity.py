@@ -15,10 +15,8 @@ made from them as any other.
 """
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -33,7 +31,7 @@ from scipy import stats
 from scipy.spatial.distance import pdist, squareform
 
 from experiments import preflight, tables
-from experiments.run import FAILED, READABLE
+from experiments.run import shown
 from experiments.statistics import averages
 from keyanon import runner
 from keyanon.diffusion import LatentDiffusion, padded
@@ -161,12 +159,7 @@ def drawn(id: str, purpose: str) -> np.random.Generator:
 
 @hydra.main(config_path="../conf", config_name="gaussianity", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    try:
-        run(cfg, dict(HydraConfig.get().runtime.choices))
-        print(Path("results/tables", f"{cfg.name}.md").read_text("utf-8"))
-    except READABLE as error:
-        print(f"keyanon: {error}", file=sys.stderr)
-        sys.exit(FAILED)
+    shown(lambda: run(cfg, dict(HydraConfig.get().runtime.choices)), cfg.name)
 
 
 def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:

@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from keyanon.diffusion import BadModel, LatentDiffusion
 from keyanon.headers import BadHeader
 from keyanon.images import write_whole
 from keyanon.keys import BadKey, MasterKey
+from keyanon.types import BadPicture
 from keyanon.weights import MissingWeights, WrongWeights
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,17 @@ UNTOLD = {
 }  # fmt: skip
 SHEET_ROWS, SHOWN_SKIPPED = 8, 10
 SHEET_VIEWS = (runner.ORIGINAL, runner.MASK, runner.ANONYMIZED, runner.RECOVERED, "wrong_key")
-READABLE = (BadKey, BadHeader, BadModel, MissingWeights, WrongWeights, FileNotFoundError, ValueError, OSError)
+READABLE = (
+    BadKey,
+    BadHeader,
+    BadModel,
+    BadPicture,
+    MissingWeights,
+    WrongWeights,
+    FileNotFoundError,
+    ValueError,
+    OSError,
+)
 
 
 @hydra.main(config_path="../conf", config_name="config", version_base="1.3")
@@ -55,6 +66,16 @@ def main(cfg: DictConfig) -> None:
         log.debug("", exc_info=True)
         remedy = f"; free some below {cfg.runs} and start again to resume" if is_full_disk(error) else ""
         print(f"keyanon: {error}{remedy}", file=sys.stderr)
+        sys.exit(FAILED)
+
+
+def shown(experiment: Callable[[], object], name: str) -> None:
+    """Run an experiment that writes the table `name`, and print the table; what a reader can mend is said in one line."""
+    try:
+        experiment()
+        print(Path("results/tables", f"{name}.md").read_text("utf-8"))
+    except READABLE as error:
+        print(f"keyanon: {error}", file=sys.stderr)
         sys.exit(FAILED)
 
 

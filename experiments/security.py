@@ -19,10 +19,8 @@ of headers and their tests.
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -37,7 +35,7 @@ from torch import Tensor
 from experiments import preflight, tables
 from experiments.gaussianity import MEASURES, measure
 from experiments.gaussianity import drawn as random_numbers
-from experiments.run import FAILED, READABLE
+from experiments.run import shown
 from keyanon import adversaries, runner
 from keyanon import images as channel
 from keyanon.adversaries import Method, NonceOff, OneStream, SeededSigns
@@ -480,12 +478,7 @@ def gathered(
 
 @hydra.main(config_path="../conf", config_name="security", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    try:
-        run(cfg, dict(HydraConfig.get().runtime.choices))
-        print(Path("results/tables", f"{cfg.name}.md").read_text("utf-8"))
-    except READABLE as error:
-        print(f"keyanon: {error}", file=sys.stderr)
-        sys.exit(FAILED)
+    shown(lambda: run(cfg, dict(HydraConfig.get().runtime.choices)), cfg.name)
 
 
 def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:

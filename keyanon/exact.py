@@ -162,7 +162,7 @@ class Exact:
 
     def receive(self, images: Image, headers: Sequence[Header], keys: Sequence[Key]) -> Image:
         """What the holder of the keys makes of published pictures."""
-        mask = torch.stack([header.mask for header in headers if header.mask is not None]).to(images.device)
+        mask = masks(headers, images)
         known = self.known(images, mask, [header.nonce for header in headers])
         return self.face(self.turn_back(self.latents(images, headers), known, headers, keys), images, mask)
 
@@ -171,21 +171,20 @@ class Exact:
         z0 = self.read(images, headers)
         if self.residual is None:
             return z0
-        mask = torch.stack([header.mask for header in headers if header.mask is not None]).to(images.device)
+        mask = masks(headers, images)
         return z0 + residuals.decoded([header.residual for header in headers], mask, z0, self.residual)
 
     def read(self, images: Image, headers: Sequence[Header]) -> Latent:
         """What their pixels encode to."""
-        mask = torch.stack([header.mask for header in headers if header.mask is not None]).to(images.device)
+        free = pixels(masks(headers, images), images)
         read = self.refinement.tone.expand(images) if self.refinement is not None else images
-        return self.backbone.encode(torch.where(pixels(mask, images), read - self.added(headers, images), images))
+        return self.backbone.encode(torch.where(free, read - self.added(headers, images), images))
 
     def added(self, headers: Sequence[Header], images: Image) -> Image:
         """c: what the receiver takes off the face's pixels."""
         if self.seam is None:
             return torch.zeros_like(images)
-        mask = torch.stack([header.mask for header in headers if header.mask is not None])
-        return self.seam.membrane([header.seam for header in headers], mask, images)
+        return self.seam.membrane([header.seam for header in headers], masks(headers, images), images)
 
     def turn(
         self, z0: Latent, known: Known, keys: Sequence[Key], nonces: Sequence[bytes]
@@ -224,6 +223,11 @@ class Exact:
             return torch.where(free, self.backbone.decode(z, quantize=False), images)
 
         return decoded_in(decoded_in(filled(images, free)))
+
+
+def masks(headers: Sequence[Header], images: Image) -> Mask:
+    """The cells of the face, of headers that have them."""
+    return torch.stack([header.mask for header in headers if header.mask is not None]).to(images.device)
 
 
 def pixels(mask: Mask, images: Image) -> Mask:
