@@ -40,6 +40,22 @@ def test_leaf_composes_and_instantiates(leaf: str, tmp_path: Path, monkeypatch):
         assert instantiate(node, _convert_="all") is not None
 
 
+def swept() -> list[tuple[str, str]]:
+    """Each experiment with each value that it sweeps over."""
+    cells = []
+    for leaf in LEAVES:
+        if leaf.startswith("experiment/"):
+            params = OmegaConf.select(OmegaConf.load(CONF / f"{leaf}.yaml"), "hydra.sweeper.params") or {}
+            experiment = f"experiment={leaf.removeprefix('experiment/')}"
+            cells += [(experiment, f"{name}={value}") for name, values in params.items() for value in values.split(",")]
+    return cells
+
+
+@pytest.mark.parametrize(("experiment", "override"), swept())
+def test_every_cell_of_a_sweep_composes_and_instantiates(experiment: str, override: str):
+    assert instantiate(composed(experiment, override).anonymizer, _convert_="all") is not None
+
+
 @pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if leaf.startswith("train/")])
 def test_training_composes(leaf: str):
     with initialize_config_dir(str(CONF / "train"), version_base="1.3"):
