@@ -28,7 +28,7 @@ KEYS = [experiment_key()] * 2
 def method() -> Exact:
     return Exact(
         LatentDiffusion("embedded:faces128"),
-        DDIM(10, "karras", 1e-6),
+        DDIM(10, "karras", 5e-7),
         CentreFace(),
         BandRotation(),
         Refinement(ToneCurve(0.95, 1.5)),
