@@ -68,9 +68,9 @@ def embedded(
                 for seed in range(keys)
             ]
         for name, versions in views.items():
-            for recognizer, embed in ((r, recognizers[r].embed) for r in recognizers):
-                vectors = np.stack([embed(version)[: len(good)].double().cpu().numpy() for version in versions])
-                parts.setdefault((name, recognizer), []).append(vectors)
+            for seen_by, recognizer in recognizers.items():
+                vectors = [recognizer.embed(version)[: len(good)].double().cpu().numpy() for version in versions]
+                parts.setdefault((name, seen_by), []).append(np.stack(vectors))
     return {cell: np.concatenate(vectors, axis=1) for cell, vectors in parts.items()}, done, skipped
 
 

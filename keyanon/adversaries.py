@@ -24,7 +24,7 @@ from torch import Tensor
 
 from keyanon.anonymizers import SignFlip
 from keyanon.biometrics import RESAMPLES, Floats, Statistic, d_sys
-from keyanon.exact import Exact, pixels
+from keyanon.exact import Exact, masks
 from keyanon.headers import Header
 from keyanon.keys import NONCE_BYTES
 from keyanon.solvers import Known
@@ -46,9 +46,7 @@ def received(method: Method, images: Image, headers: Sequence[bytes]) -> Image:
     """Published pictures as the method encodes them."""
     if isinstance(method, SignFlip):
         return images
-    opened = [Header.unpack(header) for header in headers]
-    read = images if method.refinement is None else method.refinement.tone.expand(images)
-    return torch.where(pixels(sent_masks(opened), images), read - method.added(opened, images), images)
+    return method.received(images, [Header.unpack(header) for header in headers])
 
 
 def noise(method: Method, images: Image, headers: Sequence[bytes]) -> tuple[Latent, Mask]:
@@ -80,15 +78,11 @@ def known_path(method: Method, images: Image, headers: Sequence[bytes]) -> Known
     """The face's cells and the background's way through the levels; with the paper's method this inverts the pictures."""
     opened = [Header.unpack(header) for header in headers]
     if isinstance(method, Exact):
-        return method.known(images, sent_masks(opened).to(images.device), [header.nonce for header in opened])
+        return method.known(images, masks(opened, images), [header.nonce for header in opened])
     mask = method.parser.mask(images, method.backbone.latent_size(images)).to(images.device)
     return Known(
         mask, method.solver.invert(method.backbone.eps, method.backbone.schedule, method.backbone.encode(images))
     )
-
-
-def sent_masks(opened: Sequence[Header]) -> Mask:
-    return torch.stack([header.mask for header in opened if header.mask is not None])
 
 
 # Linkage: do two files show one photograph? Does a file show this photograph?

@@ -176,9 +176,13 @@ class Exact:
 
     def read(self, images: Image, headers: Sequence[Header]) -> Latent:
         """What their pixels encode to."""
+        return self.backbone.encode(self.received(images, headers))
+
+    def received(self, images: Image, headers: Sequence[Header]) -> Image:
+        """Published pictures with what their bytes stand for on the face, and c taken off."""
         free = pixels(masks(headers, images), images)
         read = self.refinement.tone.expand(images) if self.refinement is not None else images
-        return self.backbone.encode(torch.where(free, read - self.added(headers, images), images))
+        return torch.where(free, read - self.added(headers, images), images)
 
     def added(self, headers: Sequence[Header], images: Image) -> Image:
         """c: what the receiver takes off the face's pixels."""
