@@ -5,7 +5,7 @@ Everything hangs on a picture's id, never on its position in a batch: keys, nonc
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
@@ -36,6 +36,29 @@ class Published:
     headers: tuple[bytes, ...]  # b"" where the method needs none
     floats: Image | None = None
     measured: Mapping[str, Scores] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class About:
+    """What a method needs and gives, for the columns of a comparison.
+
+    Args:
+        kind: `control` (no anonymization to speak of, or no face left), `irreversible`, or `keyed` (recovers with a key).
+        recovery_input: what recovery reads besides the key: "-" where there is none, else "8-bit file", "8-bit file + header", ...
+        key_bits: nominal length of the secret, None without one.
+        effective_key_bits: what a search has to go through at most; less than nominal where keys are drawn from a small seed.
+        code_licence: of the authors' code; what stands here is always our own.
+        weights_licence: of what it runs on; "-" for no weights.
+        source: paper or repository.
+    """
+
+    kind: Literal["control", "irreversible", "keyed"]
+    recovery_input: str
+    key_bits: int | None
+    effective_key_bits: int | None
+    code_licence: str
+    weights_licence: str
+    source: str
 
 
 @runtime_checkable
