@@ -8,8 +8,9 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from experiments import tables
-from experiments.security import ATTACKS, best_of, in_batches, run
+from experiments import battery, tables
+from experiments.battery import best_of, in_batches
+from experiments.security import run
 from tests.conftest import ROOT
 
 CONF = str(ROOT / "conf")
@@ -17,8 +18,10 @@ TINY = [
     "parser=ellipse", "solvers.ddim.steps=8", "solvers.karras_exact.steps=2", "solvers.karras_exact.tolerance=null",
     "methods.exact.floor=null", "methods.exact.refinement=null", "recognizers=[]",
     "+recognizers.pixel._target_=tests.conftest.PixelRecognizer", "+thresholds.pixel=0.9", "limit=3", "batch_size=3",
-    "files=2", "pairs=[1,2,20]", "shares=[0.5,1]", "seeds={tried: 300, pictures: 1}", "search={guesses: 2, pictures: 2}",
-    "wrong_keys=2", "passwords=[{iterations: 1, memory: 1, lanes: 1}]", "password_guesses=2", "name=tiny",
+    "battery.known_plaintext.pairs=[1,2,20]", "battery.reused_rotations={pairs: [1, 2], targets: 1, axes: [0.15, 0.15]}",
+    "battery.right_signs.shares=[0.5,1]", "battery.seed_search={tried: 300, pictures: 1}", "battery.learned={people: 10, steps: 2}",
+    "battery.key_search={guesses: 2, pictures: 2}", "battery.noise_oracle.wrong_keys=2", "battery.tampering.pictures=2",
+    "dictionary={settings: [{iterations: 1, memory: 1, lanes: 1}], guesses: 2}", "name=tiny",
 ]  # fmt: skip
 
 
@@ -86,10 +89,8 @@ def test_the_table_is_made_from_committed_files(made, monkeypatch):
     assert scores.groupby(["anonymizer", "view", "scorer"]).id.nunique().max() == 3
 
 
-def test_unknown_attacks_and_lonely_people_are_refused(tmp_path, monkeypatch):
+def test_lonely_people_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="battery: there is no telepathy; there are linkage, "):
-        in_process("battery=[linkage,telepathy]")
     with pytest.raises(ValueError, match="1 person on 1 readable pictures"):
         in_process("limit=1")
 
