@@ -49,7 +49,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
         torch.set_num_threads(cfg.threads)
     methods, recognizers, battery, dictionary, parser = (
         instantiate(part, _convert_="all")
-        for part in (cfg.methods, cfg.recognizers, cfg.battery, cfg.dictionary, cfg.parser)
+        for part in (cfg.methods, cfg.recognizers, cfg.battery, cfg.get("dictionary"), cfg.parser)
     )
     problems = preflight.missing_parts(methods, recognizers, parser)
     dataset = preflight.open_dataset(cfg.dataset, choices["dataset"], problems)
