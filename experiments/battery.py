@@ -282,7 +282,8 @@ def reused_rotations(
 
     All pictures get the same ellipse, as an attacker asks for who has a service publish pictures of his choice: under one key
     stream rotations repeat only where the faces have equally many cells d. Each channel's Q_c is the orthogonal map that takes
-    the known z_T to the known z'_T best; d pairs determine it. `cosine of z_T`: of what he finds in other files to the truth.
+    the known z_T to the known z'_T best; d pairs determine it. `cosine of z_T`: of what he finds in other files to the
+    truth, the mean over channels.
     """
     method = case.method
     if not isinstance(method, Exact) or not isinstance(method.transform, BandRotation):
@@ -307,7 +308,7 @@ def reused_rotations(
             turned[:, :, cells] = adversaries.rotated_back(
                 z[:m, :, cells], files.zT[:m, :, cells], sent[:m], turned[:, :, cells], sent[most:]
             )
-            alike = torch.cosine_similarity(turned[:, :, cells].flatten(1), z[rest][:, :, cells].flatten(1))
+            alike = torch.cosine_similarity(turned[:, :, cells], z[rest][:, :, cells], dim=2).mean(1)
             yield averaged(case, view, "cosine of z_T", alike.tolist(), case.people.ids[rest])
             yield from opened(case, view, case.drawn(view, files, turned, rest, method), face, rest)
 

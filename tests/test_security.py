@@ -48,8 +48,13 @@ def test_every_attack_is_in_the_table(made):
         assert {
             "linkage of two files", "file and its photograph", "wrong key", "key off by one bit", "nonce off by one bit",
             "fresh face", "face blanked", "anonymized", "recovered", "strangers", "right key told by z_T",
-            "best of 2 wrong keys for another suspect", "known plaintext, nonces,  2 pairs",
+            "best of 2 wrong keys for another suspect", "known plaintext, nonces,  2 pairs", "password off by one bit",
+            "learned: ignorant", "learned: own keys, 10 others, parrot", "learned: one key stream, 10 others, de-anonymizer",
+            "tampering: one bit of the header",
         } <= views  # fmt: skip
+        assert any(view.startswith("reused rotations, one key stream,   2 pairs") for view in views) == (
+            method == "exact"
+        )
         assert ("32-bit seed search" in views) == ("right signs  50.0 %" in views) == (method == "signflip")
         assert "known plaintext, nonces, 20 pairs" not in views  # more than there are pictures
     assert table.loc["Argon2id", "password dictionary", "t=1, 1 MiB, p=1", "seconds per guess"].n == 2
@@ -68,6 +73,15 @@ def test_the_flip_falls_and_the_rotation_does_not(made):
     assert found["signflip", "known plaintext, nonces,  2 pairs", "key signs", "mean"] == pytest.approx(0.5, abs=0.05)
     assert ("exact", "known plaintext, nonces,  2 pairs", "key signs", "mean") not in found.index
     assert found["signflip", "32-bit seed search", "right seed of 300", "mean"] == 1
+    back = {
+        view[18:32]: value for view, value in found["exact", :, "cosine of z_T", "mean"].items() if " 2 pairs" in view
+    }
+    assert back["one key stream"] > 0.1 + back["nonces,   2 pa"]
+    for method in ("signflip", "exact"):
+        refused = {view.partition(": ")[2]: value for view, value in found[method, :, "refused", "rate"].items()}
+        assert refused.pop("nothing changed") == 0
+        assert len(refused) == 5
+        assert set(refused.values()) == {1}
     all_right = found["signflip", "right signs 100.0 %", "pixel", "mean"]
     assert all_right == pytest.approx(found["signflip", "recovered", "pixel", "mean"], abs=1e-6)
     assert all_right > found["signflip", "right signs  50.0 %", "pixel", "mean"]
@@ -89,6 +103,15 @@ def test_the_table_is_made_from_committed_files(made, monkeypatch):
     assert scores.groupby(["anonymizer", "view", "scorer"]).id.nunique().max() == 3
 
 
+def test_a_second_run_takes_what_the_first_has_kept(made, monkeypatch):
+    table, folder = made
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(battery, "publish", None)
+    again = in_process().set_index(["anonymizer", "view", "scorer", "statistic"]).sort_index()
+    kept = table.drop(index="Argon2id", level="anonymizer")
+    pd.testing.assert_frame_equal(again.drop(index="Argon2id", level="anonymizer"), kept)
+
+
 def test_lonely_people_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="1 person on 1 readable pictures"):
@@ -106,7 +129,7 @@ def test_default_composes_with_a_solver_for_each_method():
     with initialize_config_dir(CONF, version_base="1.3"):
         cfg = compose("security")
     assert (cfg.methods.signflip.solver.steps, cfg.methods.exact.solver.spacing) == (50, "karras")
-    assert set(cfg.battery) == {*ATTACKS, "passwords"}
+    assert set(cfg.battery) == {path.stem for path in (ROOT / "conf" / "battery").glob("*.yaml")}
 
 
 def test_batches_are_put_together_again():
