@@ -26,6 +26,7 @@ from safetensors.torch import save
 
 from experiments import preflight, provenance, tables
 from experiments.battery import Case, Files, Found, People, embedded, in_batches, publish, published_key
+from experiments.plots import share_curve
 from experiments.run import shown
 from keyanon import adversaries, runner
 from keyanon import images as channel
@@ -98,6 +99,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
         columns=[column for column in tables.SCORES if column != "dataset"],
     ).assign(dataset=choices["dataset"])[tables.SCORES]
     tables.commit(cfg.name, statistics, scores)
+    share_curve(statistics, "right signs ", Path("results/plots") / f"{cfg.name}.png")
     return tables.build(cfg.name)
 
 
