@@ -23,6 +23,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 from safetensors.torch import save
+from tabulate import tabulate
 
 from experiments import preflight, provenance, tables
 from experiments.battery import Case, Files, Found, People, embedded, in_batches, publish, published_key
@@ -99,8 +100,23 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
         columns=[column for column in tables.SCORES if column != "dataset"],
     ).assign(dataset=choices["dataset"])[tables.SCORES]
     tables.commit(cfg.name, statistics, scores)
+    rows = tables.build(cfg.name)
+    write_whole(Path("results/tables") / f"{cfg.name}.beside.md", beside(rows, [*methods, "Argon2id"]).encode())
     share_curve(statistics, "right signs ", Path("results/plots") / f"{cfg.name}.png")
-    return tables.build(cfg.name)
+    return rows
+
+
+def beside(rows: pd.DataFrame, methods: Sequence[str]) -> str:
+    """A table's cells in Markdown, a column for each method: value, interval and the number of pictures or comparisons."""
+    lines: dict[tuple[str, str, str], dict[str, str]] = {}
+    every: list[Any] = list(rows.itertuples())
+    for row in every:
+        line = lines.setdefault((row.view, row.scorer, row.statistic), dict.fromkeys(methods, ""))
+        line[row.anonymizer] = f"{tables.ours_text(row, np.nan)}; {row.n}"
+    body = [[text.replace("|", "\\|") for text in (*cell, *line.values())] for cell, line in lines.items()]
+    table = tabulate(body, ["attack", "by", "statistic", *methods], tablefmt="pipe", disable_numparse=True)
+    about = "Each cell: value [95 % interval]; n. experiments/battery.py says what each attacker knows and does."
+    return f"# {rows.experiment.iloc[0]}: methods side by side\n\n{about}\n\n{table}\n"
 
 
 def keys(count: int) -> list[Key]:

@@ -99,6 +99,17 @@ def test_the_table_is_made_from_committed_files(made, monkeypatch):
     assert scores.groupby(["anonymizer", "view", "scorer"]).id.nunique().max() == 3
 
 
+def test_methods_stand_side_by_side(made):
+    table, folder = made
+    lines = (folder / "results" / "tables" / "tiny.beside.md").read_text().splitlines()
+    assert lines[4].replace("|", "").split() == ["attack", "by", "statistic", "signflip", "exact", "Argon2id"]
+    (line,) = [
+        one for one in lines if one.startswith("| linkage of two files ") and "layout of" in one and "| auc " in one
+    ]
+    assert " 1.000 [1.000, 1.000]; 3 " in line
+    assert len(lines) == 6 + len(table.reset_index().drop_duplicates(["view", "scorer", "statistic"]))
+
+
 def test_a_second_run_takes_what_the_first_has_kept(made, monkeypatch):
     table, folder = made
     monkeypatch.chdir(folder)
