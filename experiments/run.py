@@ -9,6 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ def run(cfg: DictConfig, choices: dict[str, Any], swept: Sequence[str] = ()) -> 
         "anonymizer": anonymizer_name,
         "title_notes": title_notes(cfg, choices, len(ids)),
         "question": question,
+        "about": asdict(method.about),
         "seconds": {"generate": generated - started, "score": time.monotonic() - generated},
         "batch_size": cfg.batch_size,
         "device": cfg.device,
