@@ -102,6 +102,7 @@ def noise_features(zT: Latent, mask: Mask, of: Literal["magnitudes", "noise"]) -
     """|z'_T| or z'_T of every cell and channel (n c*u*v), 0 outside the face.
 
     Flipped signs leave the magnitudes under any key; with one key stream for all pictures z'_T itself is a fixed linear map of z_T.
+    Zeros show the face's outline too: what it gives away by itself, regression from the mask alone tells.
     """
     inside = torch.where(mask, zT.abs() if of == "magnitudes" else zT, 0.0)
     return np.asarray(inside.flatten(1).double().cpu().numpy())
