@@ -22,6 +22,7 @@ Bars: AUC 0.5 and D_sys 0 tell nothing; strangers, the wrong suspect and the fre
 import hashlib
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -445,20 +446,36 @@ def learned(case: Case, *, pictures: int | None, people: int, steps: int) -> Ite
         train = publish(quick, photographs, keys, ids, case.batch_size)
         network = deanonymizer(photographs, train.images, pixels(train.mask, train.images), steps)
         restored = network(files.images, pixels(files.mask, files.images))
-        guesses: dict[str, dict[str, Floats]] = {"parrot": {}, "from |z_T|": {}, "from z_T": {}, "de-anonymizer": {}}
+        guesses: dict[str, dict[str, Floats]] = defaultdict(dict)
         for name, recognizer in who.recognizers.items():
-            parrot = ridge(embedded(recognizer, train.images), clean[name])
-            guesses["parrot"][name] = parrot(embedded(recognizer, files.images))
-            magnitudes = ridge(noise_features(train.zT, train.mask, "magnitudes"), clean[name])
-            guesses["from |z_T|"][name] = magnitudes(noise_features(files.zT, files.mask, "magnitudes"))
-            noise = ridge(noise_features(train.zT, train.mask, "noise"), clean[name])
-            guesses["from z_T"][name] = noise(noise_features(files.zT, files.mask, "noise"))
+            seen: dict[str, tuple[Any, Any]] = {
+                "parrot": (embedded(recognizer, train.images), embedded(recognizer, files.images)),
+                "from |z_T|": (magnitudes(train), magnitudes(files)),
+                "from z_T": (noise(train), noise(files)),
+                "from the mask alone": (shapes(train), shapes(files)),
+                "from the original pixels": (photographs.flatten(1), who.pictures.flatten(1)),
+            }
+            for learner, (pairs, probes) in seen.items():
+                guesses[learner][name] = ridge(pairs, clean[name])(probes)
             guesses["de-anonymizer"][name] = embedded(recognizer, restored)
         for learner, rows in guesses.items():
             yield from recognized(case, f"learned: {rung}, {len(ids)} others, {learner}", rows)
         face = pixels(files.mask, who.pictures)
         view = f"learned: {rung}, {len(ids)} others, de-anonymizer"
         yield averaged(case, view, "psnr_face", psnr_face(restored, who.pictures, face).tolist())
+
+
+def magnitudes(files: Files) -> Floats:
+    return noise_features(files.zT, files.mask, "magnitudes")
+
+
+def noise(files: Files) -> Floats:
+    return noise_features(files.zT, files.mask, "noise")
+
+
+def shapes(files: Files) -> Floats:
+    """The masks' cells (n u*v)."""
+    return np.asarray(files.mask.flatten(1).double().cpu().numpy())
 
 
 def recognized(case: Case, view: str, rows: Mapping[str, Floats]) -> Iterator[Found]:

@@ -49,7 +49,8 @@ def test_every_attack_is_in_the_table(made):
             "linkage of two files", "file and its photograph", "wrong key", "key off by one bit", "nonce off by one bit",
             "fresh face", "face blanked", "anonymized", "recovered", "strangers", "right key told by z_T",
             "best of 2 wrong keys for another suspect", "known plaintext, nonces,  2 pairs", "password off by one bit",
-            "learned: ignorant", "learned: own keys, 10 others, parrot", "learned: one key stream, 10 others, de-anonymizer",
+            "learned: ignorant", "learned: own keys, 10 others, parrot", "learned: own keys, 10 others, from the mask alone",
+             "learned: one key stream, 10 others, de-anonymizer",
             "tampering: one bit of the header",
         } <= views  # fmt: skip
         assert any(view.startswith("reused rotations, one key stream,   2 pairs") for view in views) == (
