@@ -5,7 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache
 
 import torch
 
@@ -46,16 +46,18 @@ class MeanFace:
     detector: Detector = field(default_factory=MtcnnDetector)
 
     def __call__(self, images: Image, face: Mask) -> Image:
-        height, width = images.shape[-2:]
+        mean, (height, width) = mean_of_the_embedded_faces(), images.shape[-2:]
         side = max(height, width)
         out = torch.empty_like(images)
         for picture, found in zip(out, self.detector.detect(images), strict=True):
             template = FACES128_TEMPLATE if found is None else (found.points + 0.5) / side
-            points = FACES128_TEMPLATE * self.mean.shape[-1] - 0.5
-            picture[:] = align(self.mean, points, side, template)[:, :height, :width]
+            points = FACES128_TEMPLATE * mean.shape[-1] - 0.5
+            picture[:] = align(mean, points, side, template)[:, :height, :width]
         return out
 
-    @cached_property
-    def mean(self) -> Picture:
-        faces = embedded_faces()
-        return torch.stack([faces.load(id) for id in faces.ids]).mean(0)
+
+@cache
+def mean_of_the_embedded_faces() -> Picture:
+    """3 x 128 x 128."""
+    faces = embedded_faces()
+    return torch.stack([faces.load(id) for id in faces.ids]).mean(0)

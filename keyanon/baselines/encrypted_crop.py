@@ -22,7 +22,6 @@ import torch
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from jaxtyping import UInt8
-from scipy.ndimage import binary_fill_holes
 from torch import Tensor
 
 from keyanon import images as channel
@@ -93,14 +92,14 @@ class EncryptedCrop:
 
 def packed(original: Pixels, published: Pixels, quality: int | None) -> bytes:
     """Top (2) | left (2) | WebP of the original's pixels that were changed, the others transparent; b"" where none was."""
-    changed = torch.from_numpy(binary_fill_holes((original != published).any(0).numpy()))
+    changed = (original != published).any(0)
     if not changed.any():
         return b""
     rows, columns = bounds(changed)
     crop = torch.cat([original, 255 * changed[None].to(torch.uint8)])[:, rows, columns].permute(1, 2, 0)
     buffer = io.BytesIO()
     options = {"lossless": True, "quality": 100} if quality is None else {"quality": quality}
-    PIL.Image.fromarray(crop.numpy()).save(buffer, "WEBP", method=6, **options)
+    PIL.Image.fromarray(crop.numpy()).save(buffer, "WEBP", **options)
     place = b"".join(int(side.start).to_bytes(2, "little") for side in (rows, columns))
     return place + buffer.getvalue()
 
