@@ -180,7 +180,7 @@ def test_the_bar_covers_the_eyes_of_faces():
     if reason or importlib.util.find_spec("dlib") is None:
         pytest.skip(reason or "dlib is not installed")
     faces = embedded_faces()
-    images = torch.stack([faces.load(id) for id in faces.ids[:12]])
+    images = torch.stack([faces.load(id) for id in faces.ids[:4]])
     masks, found = EyeBand().mask(images, (128, 128)), DlibDetector().landmarks68(images)
     covered = [
         mask[0, y, x].item()
@@ -188,7 +188,7 @@ def test_the_bar_covers_the_eyes_of_faces():
         if landmarks is not None and mask.any()
         for x, y in landmarks[36:48].round().astype(int)
     ]
-    assert len(covered) > 100
+    assert len(covered) > 30
     assert np.mean(covered) > 0.98
 
 
