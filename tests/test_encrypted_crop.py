@@ -15,9 +15,9 @@ from hypothesis.extra.numpy import arrays
 from keyanon import images as channel
 from keyanon.baselines.classical import GaussianBlur, Obfuscation, Pixelate
 from keyanon.baselines.controls import Blackout, Identity
-from keyanon.baselines.encrypted_crop import ROOM, EncryptedCrop, packed, with_crop
+from keyanon.baselines.encrypted_crop import EncryptedCrop, packed, with_crop
 from keyanon.baselines.scrambling import Scrambling
-from keyanon.headers import BadHeader, Header, seal
+from keyanon.headers import MAX_PARTS, BadHeader, Header, seal
 from keyanon.keys import MasterKey, OneForAll
 from keyanon.scorers import psnr_face
 from keyanon.types import Image, Key, Published, Reversible
@@ -196,13 +196,13 @@ def test_a_picture_without_a_face_stays_as_it_is():
 
 
 def test_a_crop_that_no_header_holds_is_refused():
-    images = noise(1, 3, 256, 256)
+    images = noise(1, 3, 320, 320)
     with pytest.raises(
-        ValueError, match=rf"id0: its encrypted face has \d+ bytes, a header has room for {ROOM}.*quality"
+        ValueError, match=rf"id0: its encrypted face has \d+ bytes, a header has room for {MAX_PARTS}.*quality"
     ):
         published(METHOD, images)
     fits = EncryptedCrop(Obfuscation(Pixelate(), CentreFace()), quality=10)
-    assert len(published(fits, images).headers[0]) < ROOM
+    assert len(published(fits, images).headers[0]) < MAX_PARTS
 
 
 def test_a_quality_that_does_not_exist_is_refused():

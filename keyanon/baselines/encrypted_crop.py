@@ -26,11 +26,10 @@ from torch import Tensor
 
 from keyanon import images as channel
 from keyanon.baselines.classical import bounds
-from keyanon.headers import MAX_BYTES, BadHeader, Header, seal, unseal
+from keyanon.headers import MAX_PARTS, BadHeader, Header, seal, unseal
 from keyanon.keys import Nonces, nonce_for
 from keyanon.types import About, Anonymizer, Image, Key, Published
 
-ROOM = MAX_BYTES // 2  # bytes: what a header holds besides mask and tag
 IV_BYTES, GCM_TAG_BYTES = 12, 16
 
 Pixels = UInt8[Tensor, "3 h w"]
@@ -68,9 +67,9 @@ class EncryptedCrop:
         headers = []
         for key, id, nonce, original, published in zip(keys, ids, nonces, originals, shown, strict=True):
             sent = encrypted(packed(original, published, self.quality), key, nonce)
-            if len(sent) > ROOM:
+            if len(sent) > MAX_PARTS:
                 raise ValueError(
-                    f"{id}: its encrypted face has {len(sent)} bytes, a header has room for {ROOM}; take a lower "
+                    f"{id}: its encrypted face has {len(sent)} bytes, a header has room for {MAX_PARTS}; take a lower "
                     "anonymizer.quality (null is lossless, try 90) or a smaller dataset.size"
                 )
             headers.append(Header(nonce, sent=sent))
