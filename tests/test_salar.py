@@ -14,7 +14,7 @@ from keyanon.baselines.sampling import drawn
 from keyanon.diffusion import LatentDiffusion
 from keyanon.images import from_pil, to_bytes
 from keyanon.types import Anonymizer, Image, Mask
-from keyanon.weights import MissingWeights
+from keyanon.weights import MissingWeights, WrongWeights
 from tests.conftest import CentreFace, smooth_picture
 from tests.test_configs import composed
 from tests.test_ldfa import tiny_sd_inpainting  # noqa: F401  a fixture
@@ -36,6 +36,7 @@ def clip_state() -> dict[str, torch.Tensor]:
         "visual.proj": random(WIDTH, 32),
         "visual.conv1.weight": random(WIDTH, 3, PATCH, PATCH),
         "logit_scale": torch.tensor(1.0),
+        "visual.other.weight": random(3),  # FaRL's file has more than CLIP's, its users load it loosely
     }
     for name in ("ln_pre", "ln_post"):
         state |= {f"visual.{name}.weight": 1 + random(WIDTH), f"visual.{name}.bias": random(WIDTH)}
@@ -109,6 +110,14 @@ def test_farl_is_clip_s_tower_without_its_normalization(farl, images):
     tokens = farl.tokens(large)
     assert tokens.shape == (2, GRID**2 + 1, WIDTH)
     torch.testing.assert_close(tokens, clip_tokens(clip_state(), small), rtol=1e-4, atol=1e-4)
+
+
+def test_another_file_is_refused(tmp_path, images):
+    torch.save(
+        {"state_dict": {key: value for key, value in clip_state().items() if "ln_2" not in key}}, tmp_path / "a.pth"
+    )
+    with pytest.raises(WrongWeights, match=r"a\.pth: not FaRL's file, it has no .*layer_norm2"):
+        Farl(weights=str(tmp_path / "a.pth")).tokens(images)
 
 
 def test_a_single_step_by_hand(method, images, key):

@@ -179,7 +179,7 @@ class NullFace:
         embeddings = self.recognizer.embed(images).to(work)
         for id, found in zip(ids, embeddings.isfinite().all(1).tolist(), strict=True):
             if not found:
-                log.warning("%s: no face found to push away, it is published as it was", id)
+                log.warning("%s: no face found to push away; its identity is published", id)
         embeddings = embeddings.nan_to_num()
         z0 = self.backbone.encode(work)
         mask = self.parser.mask(work, (z0.shape[-2], z0.shape[-1])).to(work.device)

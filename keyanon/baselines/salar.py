@@ -28,7 +28,7 @@ from keyanon.baselines.sampling import Level, denoiser, drawn, resized, spread, 
 from keyanon.diffusion import LatentDiffusion
 from keyanon.solvers import NoiseSchedule
 from keyanon.types import About, FaceParser, Image, Key, Latent, Mask, Picture, Published
-from keyanon.weights import Card, MissingWeights, Release, named, resolve
+from keyanon.weights import Card, MissingWeights, Release, WrongWeights, named, resolve
 
 FARL = Card(
     name="farl_b16_ep64",
@@ -70,24 +70,33 @@ class Farl:
             raise MissingWeights(
                 "FaRL needs the package transformers: pip install 'keyanon[stable-diffusion]'"
             ) from None
-        state = torch.load(resolve(named(self.card), self.weights), map_location="cpu", weights_only=True)
-        visual = {
-            key.removeprefix("visual."): value.float()
-            for key, value in state["state_dict"].items()
-            if key.startswith("visual.")
-        }
-        width, _, patch, _ = visual["conv1.weight"].shape
-        config = CLIPVisionConfig(
-            hidden_size=width,
-            intermediate_size=visual["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
-            num_hidden_layers=len({key.split(".")[2] for key in visual if key.startswith("transformer.")}),
-            num_attention_heads=width // 64,  # as CLIP's own loader counts them
-            image_size=patch * round((len(visual["positional_embedding"]) - 1) ** 0.5),
-            patch_size=patch,
-            hidden_act="quick_gelu",
-        )
-        model = CLIPVisionModel(config)
-        model.load_state_dict(in_transformers_names(visual))
+        path = resolve(named(self.card), self.weights)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            visual = {
+                key.removeprefix("visual."): value.float()
+                for key, value in state["state_dict"].items()
+                if key.startswith("visual.")
+            }
+            width, _, patch, _ = visual["conv1.weight"].shape
+            config = CLIPVisionConfig(
+                hidden_size=width,
+                intermediate_size=visual["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+                num_hidden_layers=len(
+                    {key.split(".")[2] for key in visual if key.startswith("transformer.resblocks.")}
+                ),
+                num_attention_heads=width // 64,  # as CLIP's own loader counts them
+                image_size=patch * round((len(visual["positional_embedding"]) - 1) ** 0.5),
+                patch_size=patch,
+                hidden_act="quick_gelu",
+            )
+            model = CLIPVisionModel(config)
+            values = in_transformers_names(visual)
+            model.load_state_dict(
+                {name: values[name] for name in model.state_dict()}
+            )  # the file holds other parts besides
+        except KeyError as error:
+            raise WrongWeights(f"{path}: not FaRL's file, it has no {error}") from error
         return model.eval().requires_grad_(False)
 
 
@@ -201,7 +210,7 @@ def pulled(x0: Latent, decode: Callable[[Latent], Image], tokens: Callable[[Imag
 
 
 def in_transformers_names(visual: dict[str, Tensor]) -> dict[str, Tensor]:
-    """CLIP's image tower under the names of transformers' CLIPVisionModel; the projection that follows it is left out."""
+    """The parts of CLIP's image tower under the names of transformers' CLIPVisionModel; other parts keep some name."""
     simple = {
         "class_embedding": "embeddings.class_embedding",
         "conv1.weight": "embeddings.patch_embedding.weight",
@@ -213,8 +222,6 @@ def in_transformers_names(visual: dict[str, Tensor]) -> dict[str, Tensor]:
     }  # fmt: skip
     out: dict[str, Tensor] = {}
     for key, value in visual.items():
-        if key == "proj":
-            continue
         name = simple.get(key, key)
         for old, new in parts.items():
             name = name.replace(old, new)
