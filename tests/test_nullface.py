@@ -10,12 +10,13 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from hydra.utils import instantiate
 
 from experiments.preflight import missing_parts
-from keyanon.baselines.nullface import FACE_ID, FaceIdAdapter, NoiseInversion, NullFace, NullFaceCore
+from keyanon.baselines.nullface import FaceIdAdapter, NoiseInversion, NullFace, NullFaceCore
 from keyanon.baselines.sampling import drawn
 from keyanon.diffusion import BadModel, LatentDiffusion
 from keyanon.images import to_bytes
 from keyanon.solvers import NoiseSchedule
 from keyanon.types import Anonymizer, Image, Mask
+from keyanon.weights import CARDS
 from tests.conftest import LDM_NOISE, CentreFace, PixelRecognizer
 from tests.test_configs import composed
 from tests.test_diffusion import save_tiny_stable_diffusion
@@ -74,7 +75,7 @@ def save_tiny_adapter(path: Path, unet: UNet2DConditionModel, embedding: int = 6
 
 def own_adapter(path: Path) -> FaceIdAdapter:
     with path.open("rb") as opened:
-        card = replace(FACE_ID, sha256=file_digest(opened, "sha256").hexdigest())
+        card = replace(CARDS["ip_adapter_faceid_sd15"], sha256=file_digest(opened, "sha256").hexdigest())
     return FaceIdAdapter(card=card, weights=str(path))
 
 

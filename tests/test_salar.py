@@ -9,12 +9,12 @@ from hydra.utils import instantiate
 from torch.nn.functional import interpolate, layer_norm, linear
 
 from experiments.preflight import missing_parts
-from keyanon.baselines.salar import FARL, Farl, Salar, pulled
+from keyanon.baselines.salar import Farl, Salar, pulled
 from keyanon.baselines.sampling import drawn
 from keyanon.diffusion import LatentDiffusion
 from keyanon.images import from_pil, to_bytes
 from keyanon.types import Anonymizer, Image, Mask
-from keyanon.weights import MissingWeights, WrongWeights
+from keyanon.weights import CARDS, MissingWeights, WrongWeights
 from tests.conftest import CentreFace, smooth_picture
 from tests.test_configs import composed
 from tests.test_ldfa import tiny_sd_inpainting  # noqa: F401  a fixture
@@ -75,7 +75,7 @@ def clip_tokens(state: dict[str, torch.Tensor], images: torch.Tensor) -> torch.T
 
 @pytest.fixture(scope="module")
 def farl(tmp_path_factory) -> Farl:
-    path = tmp_path_factory.mktemp("farl") / FARL.filename
+    path = tmp_path_factory.mktemp("farl") / CARDS["farl_b16_ep64"].filename
     torch.save({"state_dict": clip_state()}, path)
     return Farl(weights=str(path))
 
@@ -200,6 +200,10 @@ def test_missing_weights_are_named(monkeypatch, tmp_path):
     monkeypatch.setenv("KEYANON_CACHE", str(tmp_path))
     method = instantiate(composed("anonymizer=salar", "parser=ellipse").anonymizer, _convert_="all")
     text = "\n".join(missing_parts(method))
-    for name in ("sd2-community/stable-diffusion-2-inpainting", Path(FARL.filename).name, "anonymizer.target"):
+    for name in (
+        "sd2-community/stable-diffusion-2-inpainting",
+        Path(CARDS["farl_b16_ep64"].filename).name,
+        "anonymizer.target",
+    ):
         assert name in text
     assert method.about.code_licence == "none"

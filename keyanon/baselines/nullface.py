@@ -29,19 +29,9 @@ from keyanon.baselines.sampling import Level, drawn, mean, resized, spread, step
 from keyanon.diffusion import BadModel, LatentDiffusion, in_chunks
 from keyanon.solvers import DDIM, NoiseSchedule
 from keyanon.types import About, Denoiser, Embeddings, FaceParser, Image, Key, Latent, Published, Recognizer
-from keyanon.weights import Card, Hub, named, resolve
+from keyanon.weights import Card, named, resolve
 
 log = logging.getLogger(__name__)
-
-FACE_ID = Card(
-    name="ip_adapter_faceid_sd15",
-    filename="ip-adapter-faceid_sd15.bin",
-    origin=Hub("h94/IP-Adapter-FaceID", "main", ("ip-adapter-faceid_sd15.bin",)),
-    sha256="201344e22e6f55849cf07ca7a6e53d8c3b001327c66cb9710d69fd5da48a8da7",  # as several public repositories pin it
-    licence="non-commercial research (built on InsightFace embeddings)",
-    trained_on="not stated",
-    preprocessing="unit embedding of InsightFace buffalo_l's recognizer",
-)
 
 
 @dataclass(frozen=True)
@@ -99,7 +89,7 @@ class FaceIdAdapter:
     """
 
     scale: float = 1.0
-    card: str | Card = FACE_ID
+    card: str | Card = "ip_adapter_faceid_sd15"
     weights: str | None = None
 
     def cards(self) -> tuple[Card, ...]:

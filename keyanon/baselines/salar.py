@@ -28,27 +28,14 @@ from keyanon.baselines.sampling import Level, denoiser, drawn, resized, spread, 
 from keyanon.diffusion import LatentDiffusion
 from keyanon.solvers import NoiseSchedule
 from keyanon.types import About, FaceParser, Image, Key, Latent, Mask, Picture, Published
-from keyanon.weights import Card, MissingWeights, Release, WrongWeights, named, resolve
-
-FARL = Card(
-    name="farl_b16_ep64",
-    filename="FaRL-Base-Patch16-LAIONFace20M-ep64.pth",
-    origin=Release(
-        "https://github.com/FacePerceiver/FaRL/releases/download/pretrained_weights/"
-        "FaRL-Base-Patch16-LAIONFace20M-ep64.pth"
-    ),
-    sha256=None,  # none is known
-    licence="MIT (FacePerceiver/FaRL); LAION-Face is for research",
-    trained_on="LAION-Face 20M, 64 epochs",
-    preprocessing="224 px bilinear; CLIP's mean and standard deviation, which Salar et al. leave out",
-)
+from keyanon.weights import Card, MissingWeights, WrongWeights, named, resolve
 
 
 @dataclass(frozen=True)
 class Farl:
     """FaRL's image tower (arXiv 2112.03109), a CLIP ViT-B/16. `weights` is a path to the card's file."""
 
-    card: str | Card = FARL
+    card: str | Card = "farl_b16_ep64"
     weights: str | None = None
 
     def cards(self) -> tuple[Card, ...]:
