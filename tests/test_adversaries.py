@@ -23,6 +23,7 @@ from keyanon.adversaries import (
     drawn,
     feature_likeness,
     is_refused,
+    jackknife_interval,
     layout_likeness,
     linkage_statistics,
     neighbours,
@@ -360,3 +361,12 @@ def test_changes_are_small_and_refused():
     assert is_refused(header, changed[0], key)
     assert is_refused(without_tag(header), picture[0], key)
     assert all(is_refused(one, picture[0], key) for one in near)
+
+
+def test_jackknife_of_a_mean_is_its_standard_error():
+    values = np.random.default_rng(0).random(50)
+    low, high = jackknife_interval(lambda rows: float(values[rows].mean()), 50)
+    error = values.std(ddof=1) / math.sqrt(50)
+    np.testing.assert_allclose((low, high), (values.mean() - 1.96 * error, values.mean() + 1.96 * error))
+    assert jackknife_interval(lambda rows: 1.0, 9) == (1.0, 1.0)
+    assert math.isnan(jackknife_interval(lambda rows: 1.0, 2)[0])
