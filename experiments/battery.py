@@ -7,6 +7,7 @@
     seed_search         the authors' keys come from 32 bits: found by trying, from one known pair
     identities          who recognizers see on files, on pictures recovered with wrong keys, on a fresh face in the same
                         background, and where the face is blanked
+    background_only     the same, by one who knows where the blanked face was
     learned             attackers who train on pairs of other people, with keys of their own or under the victims' key stream
     key_search          the best of many wrong keys by a recognizer's word, for the right suspect and for another one
     noise_oracle        does z_T look more like noise under the right key?
@@ -52,6 +53,7 @@ from keyanon.headers import Header
 from keyanon.keys import SALT_BYTES, MasterKey, Recipe, experiment_key, normals, signs
 from keyanon.learned import deanonymizer, noise_features, ridge
 from keyanon.parsing import EllipseParser
+from keyanon.recognition import with_places_of
 from keyanon.scorers import psnr_face
 from keyanon.transforms import BandRotation
 from keyanon.types import Attack, Image, Key, Latent, Mask, Published, Recognizer
@@ -416,6 +418,24 @@ def identities(case: Case, *, pictures: int | None) -> Iterator[Found]:
                 if view not in ("original", "recovered", "fresh face"):
                     for statistic in adversaries.same_law(own[people.firsts], values[people.firsts]):
                         yield Found(view, f"{name} beside {control}", statistic)
+
+
+def background_only(case: Case, *, pictures: int | None) -> Iterator[Found]:
+    """The attacker knows where the face was, sees hair, background and outline, and the mean colour in the face's place.
+
+    Recognizers are shown where the original's face was, as they find none. This is the part of recognition that no key takes away.
+    """
+    case = case.first(pictures)
+    people, (u, v) = case.people, case.files[0].zT.shape[-2:]
+    mask = case.batches("mask", lambda x: case.method.parser.mask(x, (u, v)), people.pictures)
+    hidden = adversaries.blanked(people.pictures, pixels(mask, people.pictures))
+    rows = {name: embedded(with_places_of(people.pictures, one), hidden) for name, one in people.recognizers.items()}
+    yield from recognized(case, "face blanked, its place known", rows)
+    for name, probes in rows.items():
+        own, strangers = people.own(name, probes), (people.clean[name] * people.suspects[name][people.others]).sum(1)
+        yield Found("face blanked, its place known", name, quantile_statistic(own, people.names, 0.9, "p90"))
+        for statistic in adversaries.same_law(own[people.firsts], strangers[people.firsts]):
+            yield Found("face blanked, its place known", f"{name} beside strangers", statistic)
 
 
 def learned(case: Case, *, pictures: int | None, people: int, steps: int) -> Iterator[Found]:

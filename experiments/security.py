@@ -65,7 +65,11 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
 
     def public(count: int) -> tuple[list[str], Image]:
         rest = [id for id in dataset.ids[cfg.limit :] if (dataset.identity(id) or id) not in people.names]
-        return with_faces(dataset, parser, rest[:count], skipped)
+        ids, pictures = with_faces(dataset, parser, rest[:count], skipped)
+        while len(ids) < count and (rest := rest[count:]):
+            more, shown = with_faces(dataset, parser, rest[:count], skipped)
+            ids, pictures = [*ids, *more], torch.cat([pictures, shown])
+        return ids[:count], pictures[:count]
 
     asked = {"far": cfg.far, "recognizers": plain(cfg.recognizers), "thresholds": people.thresholds, "files": cfg.files}
     found: list[tuple[str, Found]] = []

@@ -31,9 +31,11 @@ from keyanon.recognition import (
     facenet_crop,
     import_dlib,
     to_pixels,
+    with_places_of,
 )
 from keyanon.types import BadPicture, Recognizer
 from keyanon.weights import Card, MissingWeights, Release, locate, missing, named
+from tests.conftest import PixelRecognizer
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("KEYANON_DATA", ROOT.parent / "shared" / "data"))
@@ -351,3 +353,18 @@ def test_every_recognizer_config_is_made_without_weights(path, monkeypatch, tmp_
     assert recognizer.name == path.stem
     assert all(isinstance(card, Card) for card in recognizer.cards())
     assert recognizer.cards()
+
+
+def test_a_recognizer_looks_where_the_face_was(tmp_path):
+    face = Detection(np.array([32.0, 24, 96, 104]), np.array([[48.0, 52], [80, 52], [64, 70], [52, 86], [76, 86]]), 1.0)
+    shown, gone = torch.stack([picture(seed=1), picture(seed=2)]), torch.full((2, 3, 128, 128), -1.0)
+    card = tiny_arcface(tmp_path / "tiny.onnx")
+    recognizer = ArcFaceOnnx(card, Given(face), str(tmp_path / "tiny.onnx"))
+    assert recognizer.embed(gone).isnan().all()
+    looking = with_places_of(shown, recognizer)
+    assert not looking.embed(gone + 0.1).isnan().any()
+    torch.testing.assert_close(looking.embed(shown), recognizer.embed(shown))
+    with pytest.raises(ValueError, match="1 pictures, and the faces of 2 are known"):
+        looking.embed(shown[:1])
+    assert with_places_of(gone, recognizer).embed(shown).isnan().all()
+    assert with_places_of(shown, PixelRecognizer()) == PixelRecognizer()
