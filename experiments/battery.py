@@ -457,11 +457,12 @@ def learned(case: Case, *, pictures: int | None, people: int, steps: int) -> Ite
     )
     own = [experiment_key(10_000 + i) for i in range(len(ids))]
     one = OneStream(victims.keys[0])
-    # A picture that comes back badly is published all the same: the attacker has no use for the verified one.
+    # A picture that comes back badly is published all the same: another nonce would be no other stream, and the attacker's own
+    # pictures need not come back.
     quick = replace(method, floor=None) if isinstance(method, Exact) else method
     for rung, keys, files in (
         ("own keys", own, victims),
-        ("one key stream", [one] * len(ids), case.publish([one] * len(who.ids))),
+        ("one key stream", [one] * len(ids), case.publish([one] * len(who.ids), quick)),
     ):
         train = publish(quick, photographs, keys, ids, case.batch_size)
         network = deanonymizer(photographs, train.images, pixels(train.mask, train.images), steps)
