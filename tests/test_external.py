@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from experiments.preflight import missing_parts
+from experiments.tables import read_paper
 from keyanon import images as channel
 from keyanon.attacks import Jpeg, NearKey, WrongKey
 from keyanon.baselines.external import (
@@ -439,3 +440,21 @@ def test_folders_that_are_not_there_are_said_before_a_run(ready):
     )
     with pytest.raises(ValueError, match="does not say where a picture's {id} stands"):
         replace(ready, files="any")
+
+
+# What is reported of rivals
+
+
+def test_cells_that_other_files_of_reported_numbers_have_too_agree():
+    rivals = {reference.cell: reference for reference in read_paper(ROOT / "results" / "paper" / "rivals.yaml")}
+    others = {
+        reference.cell: reference
+        for name in ("wrong_keys", "diversity")
+        for reference in read_paper(ROOT / "results" / "paper" / f"{name}.yaml")
+        if reference.anonymizer != "signflip"
+    }
+    assert len(others) == 22
+    assert all(
+        rivals[cell].paper == other.paper and rivals[cell].tolerance == other.tolerance
+        for cell, other in others.items()
+    )
