@@ -428,7 +428,9 @@ def write_secret(path: Path, lines: Sequence[str]) -> None:
 
 
 def end_of(process: subprocess.Popen[bytes], timeout: float) -> int | None:
-    """The exit code, None for a program that had to be killed. Nothing that it started outlives it, however the waiting ends."""
+    """The exit code, None for a program that had to be killed. However the waiting ends, what the program started (but for sessions
+    of their own) ends with it.
+    """
     try:
         return process.wait(timeout)
     except subprocess.TimeoutExpired:
