@@ -1,0 +1,460 @@
+"""Methods of others: what their programs (here tests/stub_method.py) are given and may leave behind, and ready-made pictures."""
+
+import json
+import re
+import shutil
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.preflight import missing_parts
+from experiments.tables import read_paper
+from keyanon import images as channel
+from keyanon.attacks import Jpeg, NearKey, WrongKey
+from keyanon.baselines.external import (
+    BadMethod,
+    External,
+    Ready,
+    ReversibleExternal,
+    ReversibleReady,
+    Secret,
+    whole_number,
+    without,
+)
+from keyanon.headers import BadHeader, Header
+from keyanon.keys import MasterKey, OneForAll
+from keyanon.runner import RunFiles, generate
+from keyanon.types import About, Anonymizer, Image, Published, Reversible
+from tests.conftest import ROOT, CentreFace, smooth_picture
+
+KEY = MasterKey(bytes(range(32)))
+IDS = ["a b", "über/0001", "../x;rm -rf 日本"]
+ABOUT = About("keyed", "8-bit file", 128, 128, "-", "-", "nobody")
+OBTAIN = "Get it from example.org; weights: example.org/w."
+
+
+def noise(*size: int, seed: int = 0) -> Image:
+    levels = torch.randint(0, 256, size, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return channel.to_floats(levels)
+
+
+IMAGES = noise(3, 3, 8, 8)
+
+
+def command(what: str = "right") -> list[str]:
+    return [sys.executable, str(ROOT / "tests" / "stub_method.py"), what, "{images}", "{output}", "{key}"]
+
+
+@pytest.fixture
+def method(tmp_path, monkeypatch) -> ReversibleExternal:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    return ReversibleExternal(
+        name="stub",
+        about=ABOUT,
+        command=command(),
+        recovery=command(),
+        folder=str(tmp_path / "code"),
+        obtain=OBTAIN,
+        secret=Secret(128),
+        timeout=60,
+        logs=str(tmp_path / "logs"),
+    )
+
+
+def seen(method: External) -> dict:
+    return json.loads(Path(method.folder, "seen.json").read_text())
+
+
+def logs(method: External) -> list[str]:
+    return [path.read_text() for path in sorted(Path(method.logs).iterdir())]
+
+
+def sent(method: Anonymizer, images: Image = IMAGES, key: MasterKey = KEY, ids=IDS) -> Published:
+    return method.anonymize(images, [key] * len(ids), list(ids))
+
+
+def back(method: Reversible, published: Published, key: MasterKey = KEY) -> torch.Tensor:
+    keys = [key] * len(published.images)
+    return channel.to_bytes(method.recover(channel.to_floats(published.images), published.headers, keys))
+
+
+# The program's work
+
+
+def test_the_key_brings_every_bit_back_and_nothing_is_left(method, tmp_path):
+    published = sent(method)
+    original = channel.to_bytes(IMAGES)
+    assert (published.images != original).float().mean() > 0.9
+    assert torch.equal(back(method, published), original)
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert isinstance(method, Reversible)
+
+
+def test_another_key_or_the_nearest_gives_something_else(method):
+    published = sent(method)
+    original = channel.to_bytes(IMAGES)
+    for attack in (WrongKey(), NearKey()):
+        assert (channel.to_bytes(attack(published, [KEY] * 3, method)) != original).float().mean() > 0.9
+    with pytest.raises(BadHeader, match="not the picture's key"):
+        back(method, published, MasterKey(bytes(32)))
+
+
+def test_a_damaged_file_still_goes_through_the_program(method):
+    smooth = torch.stack([channel.from_pil(smooth_picture(seed, 8)) for seed in range(3)])
+    published = sent(method, smooth)
+    assert Jpeg(50)(published, [KEY] * 3, method).shape == smooth.shape
+
+
+def test_order_batch_and_repetition_do_not_matter(method):
+    together = sent(method)
+    assert torch.equal(together.images[2:], sent(method, IMAGES[2:], ids=IDS[2:]).images)
+    repeated = sent(method, IMAGES[[1, 0, 0]], ids=[IDS[1], IDS[0], IDS[0]])
+    assert torch.equal(repeated.images, together.images[[1, 0, 0]])
+    assert len(seen(method)["pictures"]) == 2
+    assert torch.equal(back(method, repeated), channel.to_bytes(IMAGES[[1, 0, 0]]))
+
+
+def test_names_are_whole_numbers_of_their_own(method):
+    sent(method)
+    names = seen(method)["pictures"]
+    assert sorted(f"{whole_number(id.encode())}.png" for id in IDS) == names
+    assert all(str(int(name.removesuffix(".png"))) + ".png" == name for name in names)
+    assert len({whole_number(b"%d" % i) for i in range(1000)}) == 1000
+
+
+def test_recovery_sees_none_of_the_names_of_the_originals(method):
+    published = sent(method)
+    before = seen(method)["pictures"]
+    back(method, published)
+    assert not set(before) & set(seen(method)["pictures"])
+
+
+def test_a_method_without_recovery_is_not_reversible_and_publishes_no_header(method):
+    fields = {name: value for name, value in vars(method).items() if name not in ("recovery", "authenticate")}
+    irreversible = External(**fields)
+    assert not isinstance(irreversible, Reversible)
+    published = sent(irreversible)
+    assert published.headers == (b"",) * 3
+    assert torch.equal(published.images, sent(method).images)
+
+
+def test_a_method_without_key_is_given_none_and_publishes_no_header(method):
+    copying = ["sh", "-c", 'cp "$1"/* "$2"', "sh", "{images}", "{output}"]
+    keyless = replace(method, secret=None, command=copying, recovery=copying)
+    published = sent(keyless)
+    assert published.headers == (b"",) * 3
+    assert torch.equal(published.images, channel.to_bytes(IMAGES))
+    assert torch.equal(back(keyless, published), channel.to_bytes(IMAGES))
+    assert torch.equal(back(keyless, published, MasterKey(bytes(32))), channel.to_bytes(IMAGES))
+
+
+def test_pictures_are_resized_to_what_the_program_reads(method):
+    images = torch.stack([channel.from_pil(smooth_picture(seed, 16)) for seed in range(3)])
+    published = sent(replace(method, size=32), images)
+    assert seen(method)["sizes"] == [[32, 32]]
+    assert published.images.shape == (3, 3, 16, 16)
+
+
+def test_pictures_of_other_formats_and_places_are_found(method):
+    elsewhere = replace(method, command=command("elsewhere"), outputs="anonymous/{name}_any")
+    assert torch.equal(sent(elsewhere).images, sent(method).images)
+
+
+def test_what_else_a_program_leaves_does_not_count(method):
+    assert torch.equal(sent(replace(method, command=command("extra"))).images, sent(method).images)
+
+
+# Keys
+
+
+def test_the_key_is_in_a_file_for_its_owner_alone_and_nowhere_else(method, monkeypatch):
+    monkeypatch.setenv("KEYANON_PASSWORD", "the master password")
+    published = sent(method)
+    found = seen(method)
+    nonces = [Header.unpack(header).nonce for header in published.headers]
+    secrets = [Secret(128).of(KEY, nonce, "stub") for nonce in nonces]
+    lines = sorted(f"{whole_number(id.encode())}.png {secret}" for id, secret in zip(IDS, secrets, strict=True))
+    assert sorted(found["key"].splitlines()) == lines
+    assert found["mode"] == "0o600"
+    assert not Path(found["arguments"][4]).exists()
+    back(method, published)
+    for shown in (*map(str, seen(method)["arguments"]), *found["environment"].values(), *logs(method)):
+        assert not any(secret in shown.lower() for secret in secrets)
+    assert not any(name.startswith("KEYANON_") for name in found["environment"])
+    assert len(logs(method)) == 2
+    for log in logs(method):
+        assert "THE KEY IS" in log.upper()
+        assert log.count("[key]") == 3
+        assert "read 3 pictures" in log
+        assert "exit code 0" in log
+
+
+def test_one_key_for_all_starts_the_program_once(method):
+    shared = replace(method, secret=Secret(64, "digits", per_picture=False), nonces=OneForAll())
+    published = sent(shared)
+    assert seen(shared)["starts"] == 1
+    assert int(seen(shared)["key"]) < 2**64
+    assert torch.equal(back(shared, published), channel.to_bytes(IMAGES))
+    assert seen(shared)["starts"] == 2
+
+
+def test_a_program_of_one_key_starts_once_for_each_key(method):
+    shared = replace(method, secret=Secret(64, per_picture=False))
+    published = sent(shared)
+    assert seen(shared)["starts"] == 3
+    assert torch.equal(back(shared, published), channel.to_bytes(IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("format", "bits", "alphabet", "length"),
+    [("hex", 256, "0123456789abcdef", 64), ("hex", 6, "0123456789abcdef", 2), ("bits", 16, "01", 16)],
+)
+def test_keys_have_their_length_and_alphabet(format, bits, alphabet, length):
+    texts = [Secret(bits, format).of(KEY, b"%d" % i, "m") for i in range(200)]
+    assert {len(text) for text in texts} == {length}
+    assert {letter for text in texts for letter in text} == set(alphabet)
+    assert all(int(text, 16 if format == "hex" else 2) < 2**bits for text in texts)
+    assert len(set(texts)) > (50 if bits == 6 else 190)
+
+
+def test_seeds_are_uniform_and_keys_of_two_methods_differ():
+    seeds = [int(Secret(10, "digits").of(KEY, b"%d" % i, "m")) for i in range(2000)]
+    assert max(seeds) <= 1023
+    assert sum(seeds) / len(seeds) == pytest.approx(511.5, abs=4 * 1024 / 12**0.5 / 2000**0.5)
+    assert Secret(64).of(KEY, b"", "one") != Secret(64).of(KEY, b"", "other")
+
+
+@pytest.mark.parametrize(("bits", "format"), [(0, "hex"), (8, "octal")])
+def test_impossible_keys_are_refused(bits, format):
+    with pytest.raises(ValueError, match="expected 1 bit or more as 'hex', 'digits' or 'bits'"):
+        Secret(bits, format)
+
+
+def test_the_longest_secret_is_taken_out_first():
+    assert without("ab12 AB1 b1", ["ab1", "ab12"]) == "[key] [key] b1"
+    assert without("all of it", []) == "all of it"
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (
+            "crash",
+            r"stub: its program to anonymize failed, exit code 1 after .* The end of .*\.log:(\n  .*)*no memory left",
+        ),
+        (
+            "missing",
+            r"stub, .*: expected one picture .* with a suffix of .*, found 0; there are: \d+\.png, \d+\.png\. Each",
+        ),
+        ("twice", r"stub, .*: expected one picture .*, found 2; there are: (\d+)\.bmp, \1\.png\."),
+        ("unreadable", r"stub, .*: .*/\d+\.png: not a readable picture .*; what it printed is in .*\.log"),
+        ("large", r"stub, .*: .*/\d+\.png has 16x16 pixels, expected 8x8; anonymizer\.size says"),
+    ],
+)
+def test_what_goes_wrong_is_said_and_nothing_is_left(method, tmp_path, what, message):
+    with pytest.raises(BadMethod, match=message) as error:
+        sent(replace(method, command=command(what)))
+    if what != "crash":  # whose picture it is
+        names = {whole_number(id.encode()): id for id in IDS}
+        assert f"stub, {names[max(names)]}: " in str(error.value)
+    (log,) = logs(method)
+    assert "read 3 pictures" in log
+    keys = [line.split()[1] for line in seen(method)["key"].splitlines()]
+    assert not any(key in (log + str(error.value)).lower() for key in keys)
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_what_goes_wrong_at_recovery_is_told_by_place(method):
+    published = sent(method)
+    with pytest.raises(BadMethod, match=r"stub, picture [123] of 3: expected one picture"):
+        back(replace(method, recovery=command("missing")), published)
+    assert "-recover-" in sorted(Path(method.logs).iterdir(), key=lambda path: path.stat().st_mtime_ns)[-1].name
+
+
+def is_running(pid: int) -> bool:
+    stat = Path("/proc", str(pid), "stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for the program's child in /proc")
+def test_a_program_that_hangs_is_killed_with_its_children(method, tmp_path):
+    script = "echo begun; sleep 600 & echo $! > child; wait"
+    hanging = ["sh", "-c", script, "sh", "{images}", "{output}", "{key}"]
+    with pytest.raises(
+        BadMethod, match=r"killed after 2 s; anonymizer\.timeout gives it longer. The end of .*log:\n  begun$"
+    ):
+        sent(replace(method, command=hanging, timeout=2))
+    assert not is_running(int(Path(method.folder, "child").read_text()))
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for the program's child in /proc")
+def test_what_a_program_leaves_running_ends_with_it(method):
+    sent(replace(method, command=command("child")))
+    assert not is_running(int(Path(method.folder, "child").read_text()))
+
+
+def test_a_run_that_was_stopped_by_a_crash_leaves_no_picture_of_the_batch(method, tmp_path):
+    class Three:
+        ids, gallery = ("1", "2", "3"), ()
+
+        def identity(self, id):
+            return None
+
+        def load(self, id):
+            return IMAGES[int(id) - 1]
+
+    crashing = replace(method, command=command("crash"))
+    run = tmp_path / "run"
+    with pytest.raises(BadMethod):
+        generate(run, Three(), Three.ids, crashing, KEY, {}, CentreFace(), 4)
+    assert RunFiles(run).ids("anonymized") == []
+    assert generate(run, Three(), Three.ids, method, KEY, {"wrong_key": WrongKey()}, CentreFace(), 4) == {}
+    assert torch.equal(RunFiles(run).read_all("recovered", Three.ids), channel.to_bytes(IMAGES))
+    assert not torch.equal(RunFiles(run).read_all("wrong_key", Three.ids), channel.to_bytes(IMAGES))
+
+
+def test_all_that_is_missing_is_said_before_a_run(method, tmp_path):
+    assert missing_parts(method) == []
+    (message,) = missing_parts(replace(method, folder=None))
+    assert message == f"stub: not here: official code (anonymizer.folder). {OBTAIN}"
+    gone = replace(method, needs=["test.py", "weights/G.pth"], recovery=["no-such-python", *method.recovery[1:]])
+    (message,) = missing_parts(gone)
+    assert f"file {tmp_path / 'code' / 'test.py'}, file {tmp_path / 'code' / 'weights/G.pth'}" in message
+    assert message.endswith(f"program no-such-python. {OBTAIN}")
+    (tmp_path / "code" / "test.py").touch()
+    assert "test.py" not in gone.missing()
+    with pytest.raises(BadMethod, match="stub: not here: file "):
+        sent(gone)
+
+
+def test_a_program_in_the_folder_of_the_code_is_found_and_one_that_cannot_start_is_named(method):
+    script = Path(method.folder, "run.sh")
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    own = replace(method, command=["./run.sh", *method.command[1:]])
+    with pytest.raises(BadMethod, match=r"stub: \./run\.sh cannot be started in .*Permission denied"):
+        sent(own)
+    script.chmod(0o700)
+    assert own.missing() is None
+    assert torch.equal(sent(own).images, sent(method).images)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"command": ["p", "{images}", "{output}"]}, "has the places images, output; expected images, key, output"),
+        ({"recovery": ["p", "{images}", "{out}", "{key}"]}, "has the places images, key, out; expected"),
+        ({"secret": None}, "has the places images, key, output; expected images, output, each"),
+        ({"outputs": "any"}, "outputs='any' does not say where a picture's {name} stands"),
+    ],
+)
+def test_commands_without_their_places_are_refused(method, changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        replace(method, **changes)
+
+
+def test_no_shell_reads_a_command(method):
+    words = [*command(), "; touch", "$(touch here)", "`touch here`", "*"]
+    sent(replace(method, command=words))
+    assert seen(method)["arguments"][5:] == words[6:]
+    assert not Path(method.folder, "here").exists()
+
+
+# Ready-made pictures
+
+
+@pytest.fixture
+def ready(tmp_path) -> ReversibleReady:
+    """Inverted pictures, and the originals as recovered ones."""
+    ids = ["a", "a.b", "sub/c"]
+    for folder, pixels in (("any", 255 - channel.to_bytes(IMAGES)), ("rec", channel.to_bytes(IMAGES))):
+        (tmp_path / folder / "sub").mkdir(parents=True)
+        for id, picture in zip(ids, pixels, strict=True):
+            channel.write_png(tmp_path / folder / f"{id}.png", picture)
+    about = replace(ABOUT, source="github.com/nobody/nothing")
+    return ReversibleReady(about=about, anonymized=str(tmp_path / "any"), recovered=str(tmp_path / "rec"))
+
+
+READY_IDS = ["a", "a.b", "sub/c"]
+
+
+def test_ready_made_pictures_are_found_by_id(ready):
+    published = sent(ready, ids=READY_IDS)
+    assert torch.equal(published.images, 255 - channel.to_bytes(IMAGES))
+    assert torch.equal(back(ready, published), channel.to_bytes(IMAGES))
+    irreversible = Ready(about=ABOUT, anonymized=ready.anonymized)
+    assert not isinstance(irreversible, Reversible)
+    assert torch.equal(sent(irreversible, ids=READY_IDS).images, published.images)
+    assert sent(irreversible, ids=READY_IDS).headers == (b"",) * 3
+
+
+def test_equal_published_pictures_keep_their_own_recoveries(ready):
+    for id in READY_IDS:
+        channel.write_png(Path(ready.anonymized, f"{id}.png"), torch.zeros(3, 8, 8, dtype=torch.uint8))
+    assert torch.equal(back(ready, sent(ready, ids=READY_IDS)), channel.to_bytes(IMAGES))
+
+
+@pytest.mark.parametrize("attack", [WrongKey(), NearKey(), Jpeg(50)])
+def test_attacks_on_ready_made_pictures_cannot_be_measured(ready, attack):
+    with pytest.raises(BadHeader, match=r"start with attacks=\[\]"):
+        attack(sent(ready, ids=READY_IDS), [KEY] * 3, ready)
+
+
+def test_ready_made_pictures_of_another_size_are_resized_if_asked(ready):
+    images = torch.stack([channel.from_pil(smooth_picture(seed, 4)) for seed in range(3)])
+    with pytest.raises(BadMethod, match=r"ready-made, a: .*a\.png has 8x8 pixels, expected 4x4; anonymizer\.size"):
+        sent(ready, images, ids=READY_IDS)
+    assert sent(replace(ready, size=8), images, ids=READY_IDS).images.shape == (3, 3, 4, 4)
+
+
+def test_missing_and_broken_ready_made_pictures_are_named(ready, tmp_path):
+    with pytest.raises(
+        BadMethod, match=r"ready-made, z: expected one picture .*any/z with .*, found 0; there are: .*png"
+    ):
+        sent(ready, IMAGES[:1], ids=["z"])
+    (tmp_path / "any" / "a.png").write_bytes(b"")
+    with pytest.raises(BadMethod, match=r"ready-made, a: .*a\.png: not a readable picture.*dataset\.list"):
+        sent(ready, IMAGES[:1], ids=["a"])
+    shutil.copy(tmp_path / "rec" / "a.png", tmp_path / "any" / "a.png")
+    (tmp_path / "rec" / "a.png").unlink()
+    published = sent(ready, IMAGES[:1], ids=["a"])
+    with pytest.raises(BadMethod, match=r"rec/a with a suffix"):
+        back(ready, published)
+
+
+def test_folders_that_are_not_there_are_said_before_a_run(ready):
+    assert missing_parts(ready) == []
+    (message,) = missing_parts(replace(ready, anonymized=None, recovered="nowhere"))
+    assert message.startswith(
+        "ready-made pictures: no folder anonymizer.anonymized=None, anonymizer.recovered=nowhere; make its pictures with the "
+        "authors' code (github.com/nobody/nothing)"
+    )
+    with pytest.raises(ValueError, match="does not say where a picture's {id} stands"):
+        replace(ready, files="any")
+
+
+# What is reported of rivals
+
+
+def test_cells_that_other_files_of_reported_numbers_have_too_agree():
+    rivals = {reference.cell: reference for reference in read_paper(ROOT / "results" / "paper" / "rivals.yaml")}
+    others = {
+        reference.cell: reference
+        for name in ("wrong_keys", "diversity")
+        for reference in read_paper(ROOT / "results" / "paper" / f"{name}.yaml")
+        if reference.anonymizer != "signflip"
+    }
+    assert len(others) == 22
+    assert all(
+        rivals[cell].paper == other.paper and rivals[cell].tolerance == other.tolerance
+        for cell, other in others.items()
+    )
