@@ -1,0 +1,1 @@
+"""Rival methods under the same Protocols, one file each."""
