@@ -47,7 +47,7 @@ def loss(
     b, _, height, width = originals.shape
     right, wrong = (torch.randint(0, 2, (2, b, 1, height, width), generator=generator) * 2.0 - 1).to(originals)
     protected = hide(net, covers, originals, right)
-    sent = protected + (to_floats(to_bytes(protected)) - protected).detach() if rounded else protected
+    sent = through_a_file(protected) if rounded else protected
     some = originals[: b // 2]
     seen = reveal(net, torch.cat([sent, sent[: b // 2]]), torch.cat([right, wrong[: b // 2]]))
     recovered, guessed = seen[:b], seen[b:]
@@ -60,10 +60,15 @@ def loss(
     return weight["looks"] * looks + weight["recovers"] * recovers + weight["refuses"] * refuses
 
 
+def through_a_file(images: Image) -> Image:
+    """Rounded to the levels of a file; gradients pass as if they were not."""
+    return images + (to_floats(to_bytes(images)) - images).detach()
+
+
 def unlike(a: Image, b: Image) -> Scores:
-    """1 - SSIM."""
-    similar: Tensor = structural_similarity_index_measure(a, b, data_range=2.0, reduction="none")  # type: ignore[assignment]
-    return 1 - similar
+    """1 - SSIM, which is defined for brightness from 0 up."""
+    similar = structural_similarity_index_measure((a + 1) / 2, (b + 1) / 2, data_range=1.0, reduction="none")
+    return 1 - torch.as_tensor(similar)
 
 
 def rms(a: Image, b: Image) -> Scores:
@@ -80,6 +85,10 @@ def cropped(pictures: Image, size: int, generator: torch.Generator) -> Image:
 
 @hydra.main(config_path="../conf/train", config_name="proface_s", version_base="1.3")
 def main(cfg: DictConfig) -> None:
+    train(cfg)
+
+
+def train(cfg: DictConfig) -> None:
     torch.manual_seed(cfg.seed)
     torch.set_num_threads(cfg.threads)
     device, out, export = torch.device(cfg.device), Path(cfg.out), Path(cfg.export)

@@ -126,7 +126,7 @@ class ProFaceS:
         """The key as it enters the network has one bit per pixel; both ways to draw it start from a master key of 256 bits."""
         return About(
             kind="keyed",
-            recovery_input="8-bit file + header" if self.kdf == "hkdf" or self.authenticate else "8-bit file",
+            recovery_input="8-bit file + header",
             key_bits=TRAINED**2,
             effective_key_bits=256,
             code_licence="none stated",
@@ -194,14 +194,16 @@ class DenseBlock(nn.Module):
         widths = [COLOUR + KEY + growth * i for i in range(5)]
         self.grow = nn.ModuleList([nn.Conv2d(width, growth, 3, padding=1) for width in widths[:-1]])
         self.last = nn.Conv2d(widths[-1], COLOUR, 3, padding=1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        with torch.no_grad():
+            for parameter in self.last.parameters():
+                parameter.zero_()
 
     def forward(self, x: Bands, k: Bands) -> Bands:
         x = torch.cat([x, k], 1)
         for conv in self.grow:
             x = torch.cat([x, leaky_relu(conv(x), 0.2)], 1)
-        return self.last(x)
+        out: Bands = self.last(x)
+        return out
 
 
 def gain(s: Bands) -> Bands:
@@ -224,7 +226,8 @@ def blur(images: Image) -> Image:
     """Gaussian blur: at 256 pixels 61 taps of sigma 15, at other sizes in proportion."""
     side = images.shape[-1]
     sigma = 15 * side / REFERENCE
-    return gaussian_blur(images, [odd(61 * side / REFERENCE)] * 2, [sigma, sigma])
+    blurred: Image = gaussian_blur(images, [odd(61 * side / REFERENCE)] * 2, [sigma, sigma])
+    return blurred
 
 
 def pixelate(images: Image) -> Image:
