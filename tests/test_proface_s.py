@@ -299,7 +299,7 @@ def test_distances():
     x = drawn(0, 2, 3, 32, 32)
     torch.testing.assert_close(unlike(x, x), torch.zeros(2), atol=1e-5, rtol=0)
     everywhere = torch.ones(2, 1, 32, 32, dtype=torch.bool)
-    torch.testing.assert_close(unlike(x, x.roll(1)), 1 - ssim(x, x.roll(1), everywhere), atol=0.01, rtol=0)
+    torch.testing.assert_close(unlike(x, x.roll(1)), 1 - ssim(x, x.roll(1), everywhere), atol=0.05, rtol=0)
     assert (unlike(x, -x) > 1).all()
     torch.testing.assert_close(rms(x, x + 0.5), torch.full((2,), 0.5), atol=1e-6, rtol=0)
 
