@@ -1,12 +1,14 @@
-"""Figures of pictures: the contact sheet that shows at a glance what a run did."""
+"""Figures: the contact sheet that shows at a glance what a run did, and the curve of the sweep of right signs."""
 
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pandas as pd
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from keyanon.images import write_whole
@@ -50,3 +52,38 @@ def contact_sheet(columns: Mapping[str, Sequence[Tensor]], path: Path) -> None:
     sheet.save(buffer, "PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, buffer.getvalue())
+
+
+def share_curve(statistics: pd.DataFrame, prefix: str, path: Path) -> bool:
+    """Write the cosine, and the share that is accepted, over the share in the views' names as PNG.
+
+    Args:
+        statistics: rows with view, scorer, statistic, value, low and high; counted are those of views as "right signs  98.0 %",
+            the statistic `mean` and those that begin with `tar@`.
+        prefix: of the views' names, as "right signs ".
+        path: the PNG; nothing is written, and False returned, if there is no such view.
+    """
+    share = statistics["view"].str.extract(rf"^{prefix}\s*([\d.]+) %$")[0].astype(float)
+    rows = statistics.assign(share=share).dropna(subset="share").sort_values("share")
+    panels = {
+        "cosine to a clean picture": rows["statistic"] == "mean",
+        "share accepted": rows["statistic"].str.startswith("tar@"),
+    }
+    if rows.empty:
+        return False
+    figure = Figure(figsize=(9, 3.5), dpi=100, layout="constrained")
+    for axes, (title, chosen) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for scorer, line in rows[chosen].groupby("scorer"):
+            axes.plot(line["share"], line["value"], marker="o", markersize=3, label=scorer)
+            axes.fill_between(line["share"], line["low"], line["high"], alpha=0.2)
+        names = rows.loc[chosen, "statistic"].unique()
+        axes.set(
+            xlabel=f"{prefix.strip()}, %", ylabel=title if names[:1] == ["mean"] else f"{title} ({', '.join(names)})"
+        )
+        axes.grid(alpha=0.3)
+        axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, buffer.getvalue())
+    return True

@@ -8,7 +8,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ def run(cfg: DictConfig, choices: dict[str, Any], swept: Sequence[str] = ()) -> 
         "anonymizer": anonymizer_name,
         "title_notes": title_notes(cfg, choices, len(ids)),
         "question": question,
+        "about": asdict(method.about),
         "seconds": {"generate": generated - started, "score": time.monotonic() - generated},
         "batch_size": cfg.batch_size,
         "device": cfg.device,
@@ -163,7 +165,10 @@ def what_it_ran_on(cfg: DictConfig, choices: dict[str, Any], folder: Path) -> st
     """One line: pictures, model, device, time."""
     about = json.loads((folder / "run.json").read_text("utf-8"))
     pictures = len(runner.RunFiles(folder).ids(runner.ANONYMIZED))
-    what = f"{pictures} pictures of {about['dataset']} by {about['anonymizer']} with the model {choices['backbone']}"
+    model = model_name(cfg, choices)
+    what = f"{pictures} pictures of {about['dataset']} by {about['anonymizer']}" + (
+        f" with the model {model}" if model else ""
+    )
     where = f"{cfg.device} ({about['processor']}, {about['threads']} threads), torch {about['packages']['torch']}"
     return f"ran on: {what}; {where}; {sum(about['seconds'].values()):.0f} s"
 
@@ -216,15 +221,24 @@ def same_attacks(folder: Path, attacks: Any) -> None:
     write_whole(path, json.dumps(known | attacks, indent=2).encode())
 
 
+def model_name(cfg: DictConfig, choices: Mapping[str, Any]) -> str | None:
+    """The diffusion model that the method runs on; None for methods without one."""
+    if "backbone" not in cfg.anonymizer:
+        return None
+    return str(choices["backbone"] if cfg.anonymizer.backbone == cfg.backbone else cfg.anonymizer.backbone.source)
+
+
 def title_notes(cfg: DictConfig, choices: dict[str, Any], pictures: int) -> list[str]:
     """What a reader of the table must know: stand-ins and reduced settings."""
     notes = [str(note) for note in cfg.notes]
-    if "backbone" in cfg.anonymizer:
-        notes += [f"backbone {choices['backbone']}", f"mask from {choices['parser']}"]
+    if model := model_name(cfg, choices):
+        notes += [f"backbone {model}", f"mask from {choices['parser']}"]
         if (precision := cfg.anonymizer.backbone.get("precision", "fp32")) != "fp32":
             notes.append(f"network in {precision}")
     if choices["key"] == "experiment":
         notes.append("published experiment key")
+    if choices["nonce"] != "per_image" and "nonces" in cfg.anonymizer:
+        notes.append(f"key streams shared: nonce={choices['nonce']}")
     return [*notes, f"{pictures} pictures"] if cfg.limit is not None else notes
 
 

@@ -29,8 +29,13 @@ RESULTS = Path("results")
 CELL = ["dataset", "anonymizer", "view", "scorer", "statistic"]
 STATISTICS = ["experiment", "dataset", "anonymizer", "notes", *CELL[2:], "n", "undefined", "value", "low", "high"]
 COSTS = ["dataset", "anonymizer", "view", "pictures", "seconds", "evaluations", "device", "processor", "threads"]
+METHODS = [
+    "dataset", "anonymizer", "kind", "recovery_input", "key_bits", "effective_key_bits", "code_licence",
+    "weights_licence", "source",
+]  # fmt: skip
 SCORES = ["dataset", "anonymizer", "id", "view", "scorer", "value"]
 TIDY = ["experiment", *CELL, "n", "undefined", "ours", "ci_low", "ci_high", "paper", "tolerance", "verdict"]
+BITS = {"key_bits": "Int64", "effective_key_bits": "Int64"}
 CERTAINTIES = ("seen-in-notebook", "read-off-figure", "second-hand", "unconfirmed")
 
 
@@ -170,6 +175,17 @@ def collect_costs(runs: Sequence[Path]) -> pd.DataFrame:
     return costs
 
 
+def collect_methods(runs: Sequence[Path]) -> pd.DataFrame:
+    """What each method needs and gives, with the columns METHODS; no row for runs that did not take it down."""
+    abouts = [read_about(run) for run in runs]
+    rows = [
+        about["about"] | {"dataset": about["dataset"], "anonymizer": about["anonymizer"]}
+        for about in abouts
+        if "about" in about
+    ]
+    return pd.DataFrame(rows, columns=METHODS).astype(BITS)
+
+
 def read_about(run: Path) -> dict[str, Any]:
     path = run / "run.json"
     if not path.is_file():
@@ -197,6 +213,7 @@ CLEAN, ANONYMIZED, RECOVERED, ATTACKED, INVERTED = (
     "Inverted noise",
 )
 RECOGNIZERS = ("facenet", "arcface", "adaface", "mobilefacenet", "dlib", "sface")
+KINDS = ("control", "irreversible", "keyed")  # keyanon.types.About
 STATISTIC_NAMES = {
     "std": "standard deviation",
     "set": "over the whole set",
@@ -218,9 +235,11 @@ class Grid:
     rows: list[list[str]]
 
 
-def grids(cells: pd.DataFrame, paper: Mapping[tuple[str, ...], Reference]) -> Iterator[Grid]:
-    """One dataset's rows of a table as grids: anonymizers and views down, scorers across."""
-    rows: list[Any] = list(cells.itertuples())
+def grids(cells: pd.DataFrame, paper: Mapping[tuple[str, ...], Reference], kinds: Mapping[str, str]) -> Iterator[Grid]:
+    """One dataset's rows of a table as grids: anonymizers and views down, scorers across. Where the kinds of anonymizers are
+    known, those of a kind stand together under its name.
+    """
+    rows: list[Any] = sorted(cells.itertuples(), key=lambda row: KINDS.index(kinds.get(row.anonymizer, KINDS[0])))
     means = {(row.anonymizer, row.view, row.scorer) for row in rows if row.statistic == "mean"}
     spreads = {(row.anonymizer, row.view, row.scorer): row.ours for row in rows if row.statistic == "std"}
     groups: dict[tuple[str, str, bool], dict[tuple[str, str], dict[str, Any]]] = defaultdict(lambda: defaultdict(dict))
@@ -233,8 +252,12 @@ def grids(cells: pd.DataFrame, paper: Mapping[tuple[str, ...], Reference]) -> It
     for (wanted, statistic, identity), lines in sorted(groups.items(), key=lambda item: order.index(item[0][0])):
         scorers = list(dict.fromkeys(scorer for line in lines.values() for scorer in line))
         columns = [f"{scorer} {arrow(wanted, scorer, statistic)}".rstrip() for scorer in scorers]
-        body = []
+        body: list[list[str]] = []
+        heading = ""
         for (anonymizer, view), line in lines.items():
+            if kinds.get(anonymizer, "") != heading:
+                heading = kinds[anonymizer]
+                body.append([f"*{heading}*", *[""] * (4 + len(scorers))])
             ran = [row for row in line.values() if row.verdict != "not-run"]
             ours, theirs = dict.fromkeys(scorers, ""), dict.fromkeys(scorers, "")
             for scorer, row in line.items():
@@ -339,12 +362,32 @@ def summary(rows: pd.DataFrame) -> str:
     return f"Of the paper's {printed} cells {within} within tolerance, {outside} outside, {absent} not run."
 
 
-def markdown(rows: pd.DataFrame, headings: Mapping[str, str], paper: Sequence[Reference]) -> str:
+def consumed(methods: pd.DataFrame, rows: pd.DataFrame) -> Grid:
+    """What each method needs and gives, with the header's bytes as they were measured, on each dataset."""
+    measured = rows[(rows.scorer == "header_bytes") & (rows.statistic == "mean")]
+    body: list[list[str]] = []
+    every = methods.drop_duplicates("anonymizer").to_dict("records")
+    for method in sorted(every, key=lambda row: (KINDS.index(row["kind"]), row["anonymizer"])):
+        sizes = measured[measured.anonymizer == method["anonymizer"]].ours
+        side = " / ".join(f"{size:.0f}" for size in sizes) or "-"
+        bits = ["-" if pd.isna(method[name]) else str(method[name]) for name in BITS]
+        text = [str(method[name]) for name in METHODS[1:] if name not in BITS]
+        body.append([*text[:3], side, *bits, *text[3:]])
+    side = f"side bytes ({' / '.join(dict.fromkeys(measured.dataset))})"
+    reads = ["recovery reads", side, "key bits", "effective"]
+    header = ["anonymizer", "kind", *reads, "code licence", "weights licence", "source"]
+    return Grid("What each method needs and gives", header, body)
+
+
+def markdown(rows: pd.DataFrame, headings: Mapping[str, str], paper: Sequence[Reference], methods: pd.DataFrame) -> str:
     experiment, by_cell = rows.experiment.iloc[0], {reference.cell: reference for reference in paper}
-    parts = [f"# {experiment}", summary(rows), LEGEND]
+    parts, kinds = [f"# {experiment}", summary(rows), LEGEND], dict(zip(methods.anonymizer, methods.kind, strict=True))
+    if kinds:
+        grid = consumed(methods, rows)
+        parts += [f"## {grid.title}", tabulate(grid.rows, grid.header, tablefmt="pipe", disable_numparse=True)]
     for dataset, heading in headings.items():
         parts.append(f"## {heading}")
-        for grid in grids(rows[rows.dataset == dataset], by_cell):
+        for grid in grids(rows[rows.dataset == dataset], by_cell, kinds):
             parts += [f"### {grid.title}", tabulate(grid.rows, grid.header, tablefmt="pipe", disable_numparse=True)]
     if paper:
         parts += ["## Where the paper's numbers are from", origins(paper)]
@@ -373,12 +416,13 @@ def origins(paper: Sequence[Reference]) -> str:
     return tabulate(lines, header, tablefmt="pipe", disable_numparse=True)
 
 
-def latex(rows: pd.DataFrame, headings: Mapping[str, str], paper: Sequence[Reference]) -> str:
+def latex(rows: pd.DataFrame, headings: Mapping[str, str], paper: Sequence[Reference], methods: pd.DataFrame) -> str:
     r"""The grids as floats to \input; needs the packages booktabs and graphicx."""
     experiment, by_cell = rows.experiment.iloc[0], {reference.cell: reference for reference in paper}
+    kinds = dict(zip(methods.anonymizer, methods.kind, strict=True))
     parts = ["% needs \\usepackage{booktabs,graphicx}"]
     for dataset, heading in headings.items():
-        for grid in grids(rows[rows.dataset == dataset], by_cell):
+        for grid in grids(rows[rows.dataset == dataset], by_cell, kinds):
             tabular = tabulate(grid.rows, grid.header, tablefmt="latex_booktabs", disable_numparse=True)
             caption = "".join(LATEX_ESCAPE_RULES.get(c, c) for c in f"{experiment}, {heading}. {grid.title}.")
             fitted = f"\\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{%\n{tabular}}}"
@@ -387,13 +431,15 @@ def latex(rows: pd.DataFrame, headings: Mapping[str, str], paper: Sequence[Refer
     return "\n\n".join(parts).translate(symbols) + "\n"
 
 
-def write(rows: pd.DataFrame, headings: Mapping[str, str], paper: Sequence[Reference], folder: Path) -> None:
+def write(
+    rows: pd.DataFrame, headings: Mapping[str, str], paper: Sequence[Reference], methods: pd.DataFrame, folder: Path
+) -> None:
     """Write <experiment>.md, .tex and .csv into `folder`; each appears whole."""
     folder.mkdir(parents=True, exist_ok=True)
     experiment = rows.experiment.iloc[0]
     texts = {
-        "md": markdown(rows, headings, paper),
-        "tex": latex(rows, headings, paper),
+        "md": markdown(rows, headings, paper, methods),
+        "tex": latex(rows, headings, paper, methods),
         "csv": rows.to_csv(index=False, float_format="%.6g", lineterminator="\n"),
     }
     for suffix, text in texts.items():
@@ -415,8 +461,12 @@ def build(experiment: str, runs: Sequence[Path] = (), results: Path = RESULTS) -
         )
     statistics = pd.read_parquet(scores) if scores.is_file() else pd.DataFrame(columns=STATISTICS)
     paper = read_paper(references) if references.is_file() else []
+    path = results / "scores" / f"{experiment}.methods.csv"
+    if runs and not (found := collect_methods(runs)).empty:
+        write_whole(path, found.to_csv(index=False).encode())
+    methods = pd.read_csv(path, dtype=BITS) if path.is_file() else pd.DataFrame(columns=METHODS)
     rows = table(statistics, paper, experiment)
-    write(rows, titles(rows, statistics), paper, results / "tables")
+    write(rows, titles(rows, statistics), paper, methods, results / "tables")
     if runs and not (costs := collect_costs(runs)).empty:
         write_costs(experiment, costs, results)
     return rows

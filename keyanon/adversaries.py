@@ -8,9 +8,11 @@ What an attack finds is an area under the ROC curve (0.5: nothing, 1: certainty)
 key bits (0.5: nothing), a cosine to be set beside that of strangers, or a time.
 """
 
+import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
@@ -18,18 +20,20 @@ import torch
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from jaxtyping import Bool, Int8
 from numpy.typing import ArrayLike, NDArray
+from scipy.linalg import orthogonal_procrustes
 from scipy.spatial.distance import cdist
 from scipy.stats import ks_2samp
 from torch import Tensor
 
+from keyanon import images as channel
 from keyanon.anonymizers import SignFlip
 from keyanon.biometrics import RESAMPLES, Floats, Statistic, d_sys
 from keyanon.exact import Exact, masks
-from keyanon.headers import Header
+from keyanon.headers import BadHeader, Header, unseal
 from keyanon.keys import NONCE_BYTES
 from keyanon.solvers import Known
-from keyanon.transforms import SignFlipping
-from keyanon.types import Image, Key, Latent, Mask
+from keyanon.transforms import SignFlipping, coded, decoded
+from keyanon.types import Bytes, Image, Key, Latent, Mask
 
 Method = SignFlip | Exact
 Rows = NDArray[np.intp]
@@ -227,6 +231,29 @@ def share_right(found: Tensor, truth: Tensor, inside: Bool[Tensor, "u v"]) -> fl
     return float(((1 + agreement) / 2).mean())
 
 
+def rotated_back(
+    originals: Latent, published: Latent, sent: Sequence[bytes], turned: Latent, turned_sent: Sequence[bytes]
+) -> Latent:
+    """The faces (t c d) of `turned`, rotated back and with their norms, as m known pairs (m c d) of one key stream show them.
+
+    Q_c by the orthogonal Procrustes problem, min_Q |Q z_c - z'_c|^2 (Schoenemann, Psychometrika 31, 1966); with fewer pairs than
+    cells it is free on what they do not span, and any rotation will do there. Norms are sent XORed with bytes of the same
+    stream, so a known norm gives these bytes; each is taken from the pair where most others agree.
+    """
+    out = np.empty(tuple(turned.shape))
+    a, b, c = (z.double().cpu().numpy() for z in (originals, published, turned))
+    for i in range(a.shape[1]):
+        turn, _ = orthogonal_procrustes(b[:, i], a[:, i])
+        out[:, i] = c[:, i] @ turn
+    known = [coded(face.square().mean(1).sqrt()) for face in originals.double().cpu()]
+    streams = [
+        bytes(p ^ q for p, q in zip(code, cipher, strict=True)) for code, cipher in zip(known, sent, strict=True)
+    ]
+    stream = [Counter(column).most_common(1)[0][0] for column in zip(*streams, strict=True)]
+    norms = torch.stack([decoded(bytes(p ^ q for p, q in zip(stream, code, strict=True))) for code in turned_sent])
+    return (torch.from_numpy(out) * norms[:, :, None]).to(turned)
+
+
 # The authors' keys: 32 bits
 
 
@@ -328,6 +355,37 @@ def blanked(images: Image, face: Mask) -> Image:
     rest = (~face).to(images)
     mean = (images * rest).sum((2, 3), keepdim=True) / rest.sum((2, 3), keepdim=True).clamp(min=1)
     return torch.where(face, mean, images)
+
+
+# Changed files
+
+
+def one_bit_off(images: Image, headers: Sequence[bytes]) -> Image:
+    """Pictures with the lowest bit of one byte changed, somewhere else in each."""
+    pixels = channel.to_bytes(images)
+    for picture, header in zip(pixels, headers, strict=True):
+        place = int.from_bytes(hashlib.sha256(header).digest()[:8], "big") % picture.numel()
+        picture.view(-1)[place] ^= 1
+    return channel.to_floats(pixels)
+
+
+def neighbours(header: bytes) -> list[bytes]:
+    """All headers that differ from this one in one bit."""
+    number, size = int.from_bytes(header, "big"), len(header)
+    return [(number ^ (1 << bit)).to_bytes(size, "big") for bit in range(8 * size)]
+
+
+def without_tag(header: bytes) -> bytes:
+    return replace(Header.unpack(header), tag=b"").pack()
+
+
+def is_refused(header: bytes, picture: Bytes, key: Key) -> bool:
+    """Whether the owner of the key, who looks at tags, is told that something is wrong."""
+    try:
+        unseal([header], picture[None], [key], authenticate=True)
+    except BadHeader:
+        return True
+    return False
 
 
 # Passwords

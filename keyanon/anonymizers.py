@@ -21,7 +21,7 @@ from keyanon.headers import BadHeader, Header, seal, unseal
 from keyanon.keys import Nonces, nonce_for
 from keyanon.solvers import Known, Solver
 from keyanon.transforms import SignFlipping
-from keyanon.types import FaceParser, Image, Key, Mask, Published
+from keyanon.types import About, FaceParser, Image, Key, Mask, Published
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,12 @@ class SignFlip:
     quantize: bool = True
     nonces: Nonces = nonce_for
     authenticate: bool = True
+
+    @property
+    def about(self) -> About:
+        return About(
+            "keyed", "8-bit file + header", 256, 256, "no licence given", self.backbone.licence, "arXiv 2510.01031"
+        )
 
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Published pictures of `images` under one key each."""

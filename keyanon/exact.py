@@ -37,7 +37,7 @@ from keyanon.scorers import psnr_face
 from keyanon.seams import Seam
 from keyanon.solvers import Known, Solver
 from keyanon.transforms import Transform
-from keyanon.types import FaceParser, Image, Key, Latent, Mask, Published
+from keyanon.types import About, FaceParser, Image, Key, Latent, Mask, Published
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,12 @@ class Exact:
     attempts: int = 3
     nonces: Nonces = nonce_for
     authenticate: bool = True
+
+    @property
+    def about(self) -> About:
+        return About(
+            "keyed", "8-bit file + header", 256, 256, "-", self.backbone.licence, "arXiv 2510.01031, and this project"
+        )
 
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Published pictures of `images`, which count as their nearest bytes.

@@ -35,6 +35,7 @@ START = len(MAGIC) + 2
 FIXED = START + NONCE_BYTES
 TAG_BYTES = 32
 MAX_BYTES = 2**16  # of a header; those of real pictures have some hundreds
+MAX_PARTS = MAX_BYTES - 9 * 2**10  # of what it carries besides the mask, which with the rest is less than 9 KiB
 
 
 class BadHeader(Exception):
@@ -58,7 +59,7 @@ class Header:
 
     def pack(self) -> bytes:
         parts = {HAS_SENT: self.sent, HAS_SEAM: self.seam, HAS_RESIDUAL: self.residual}
-        if (size := sum(map(len, parts.values()))) > MAX_BYTES // 2:  # the rest is less than 9 KiB
+        if (size := sum(map(len, parts.values()))) > MAX_PARTS:
             raise BadHeader(f"no room in a header for {size} bytes from transform, seam and residual")
         there = {HAS_MASK: self.mask is not None, HAS_RECIPE: self.recipe is not None, HAS_TAG: self.tag} | parts
         packed = MAGIC + bytes([VERSION, sum(flag for flag, has in there.items() if has)]) + self.nonce

@@ -98,6 +98,9 @@ class FaceParser(Protocol):
 
 @runtime_checkable
 class Anonymizer(Protocol):
+    @property
+    def about(self) -> About: ...
+
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published: ...
 
 

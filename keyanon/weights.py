@@ -398,6 +398,27 @@ CARDS: dict[str, Card] = {
             trained_on="ImageNet",
             preprocessing="299 px, RGB bytes",
         ),
+        Card(
+            name="ip_adapter_faceid_sd15",
+            filename="ip-adapter-faceid_sd15.bin",
+            origin=Hub("h94/IP-Adapter-FaceID", "main", ("ip-adapter-faceid_sd15.bin",)),
+            sha256="201344e22e6f55849cf07ca7a6e53d8c3b001327c66cb9710d69fd5da48a8da7",  # as several public repositories pin it
+            licence="non-commercial research (built on InsightFace embeddings)",
+            trained_on="not stated",
+            preprocessing="unit embedding of InsightFace buffalo_l's recognizer",
+        ),
+        Card(
+            name="farl_b16_ep64",
+            filename="FaRL-Base-Patch16-LAIONFace20M-ep64.pth",
+            origin=Release(
+                "https://github.com/FacePerceiver/FaRL/releases/download/pretrained_weights/"
+                "FaRL-Base-Patch16-LAIONFace20M-ep64.pth"
+            ),
+            sha256=None,  # none is known
+            licence="MIT (FacePerceiver/FaRL); LAION-Face is for research",
+            trained_on="LAION-Face 20M, 64 epochs",
+            preprocessing="224 px bilinear; CLIP's mean and standard deviation, which Salar et al. leave out",
+        ),
     )
 }
 

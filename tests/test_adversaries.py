@@ -22,10 +22,14 @@ from keyanon.adversaries import (
     channel_norms,
     drawn,
     feature_likeness,
+    is_refused,
     layout_likeness,
     linkage_statistics,
+    neighbours,
     noise,
+    one_bit_off,
     received,
+    rotated_back,
     same_law,
     seed_search,
     share_needed,
@@ -33,11 +37,13 @@ from keyanon.adversaries import (
     sorted_magnitudes,
     unlocked,
     voted_signs,
+    without_tag,
 )
 from keyanon.anonymizers import SignFlip
 from keyanon.datasets import embedded_faces
 from keyanon.diffusion import LatentDiffusion
 from keyanon.exact import Exact
+from keyanon.headers import Header, seal
 from keyanon.keys import NONCE_BYTES, experiment_key, signs
 from keyanon.refinement import Refinement, ToneCurve
 from keyanon.seams import Seam
@@ -316,3 +322,41 @@ def test_the_papers_magnitudes_are_there_for_all_to_see(pictures):
         atol=1e-4,
         rtol=0,
     )
+
+
+def test_known_pairs_show_a_rotation_that_is_used_again():
+    """d pairs give Q_c and the norms' key bytes; fewer give the part of a face that they span; a nonce for each gives nothing."""
+    d, channels, m = 12, 3, 12
+    z = torch.randn(m + 1, channels, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = torch.ones(m + 1, 1, 4, 3, dtype=torch.bool)
+    one, nonces = [experiment_key(3)] * (m + 1), [bytes([i]) * 24 for i in range(m + 1)]
+
+    def rotated(with_nonces: list[bytes], known: int) -> torch.Tensor:
+        turned, sent = BandRotation().apply(z, mask, one, with_nonces)
+        a, b = z.flatten(2), turned.flatten(2)
+        return rotated_back(a[:known], b[:known], sent[:known], b[m:], sent[m:])
+
+    truth = z[m:].flatten(2)
+    torch.testing.assert_close(rotated([bytes(24)] * (m + 1), d), truth)
+    part = torch.cosine_similarity(rotated([bytes(24)] * (m + 1), d // 2).flatten(), truth.flatten(), dim=0)
+    assert 0.3 < part < 0.95
+    assert (
+        torch.cosine_similarity(rotated(nonces, d).flatten(), truth.flatten(), dim=0).abs() < 0.45
+    )  # 2.7 deviations of 36
+
+
+def test_changes_are_small_and_refused():
+    key, other = experiment_key(0), experiment_key(1)
+    picture = torch.full((1, 3, 8, 8), 128, dtype=torch.uint8)
+    (header,) = seal([Header(bytes(24))], picture, [key], authenticate=True)
+    changed = channel.to_bytes(one_bit_off(channel.to_floats(picture), [header]))
+    assert (changed != picture).sum() == 1
+    assert (changed.int() - picture.int()).abs().max() == 1
+    near = neighbours(header)
+    assert len(set(near)) == 8 * len(header)
+    assert {len(one) for one in near} == {len(header)}
+    assert not is_refused(header, picture[0], key)
+    assert is_refused(header, picture[0], other)
+    assert is_refused(header, changed[0], key)
+    assert is_refused(without_tag(header), picture[0], key)
+    assert all(is_refused(one, picture[0], key) for one in near)

@@ -13,12 +13,13 @@ from tests.conftest import ROOT
 CONF = ROOT / "conf"
 LEAVES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
 TREE = [leaf for leaf in LEAVES if "/" in leaf and not leaf.startswith(("train/", "hydra/"))]
-MERGED = {"attacks", "recognizers", "scorers"}
+MERGED = {"attacks", "battery", "recognizers", "scorers"}
+OF_SECURITY = {"battery", "dictionary"}  # groups of conf/security.yaml; the others are those of conf/config.yaml
 
 
-def composed(*overrides: str):
+def composed(*overrides: str, config: str = "config"):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=list(overrides), return_hydra_config=False)
+        return compose(config, overrides=list(overrides), return_hydra_config=False)
 
 
 @pytest.mark.parametrize("leaf", TREE)
@@ -31,7 +32,7 @@ def test_leaf_composes_and_instantiates(leaf: str, tmp_path: Path, monkeypatch):
         overrides.append(f"key.path={tmp_path / 'key'}")
     if group == "dataset" and "root:" in (CONF / f"{leaf}.yaml").read_text():
         overrides.append(f"dataset.root={tmp_path}")
-    cfg = composed(*overrides)
+    cfg = composed(*overrides, config="security" if group in OF_SECURITY else "config")
     OmegaConf.resolve(cfg)
     node = cfg.anonymizer if group == "rung" else cfg.get(group, cfg)
     if group in MERGED:

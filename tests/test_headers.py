@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from benchmarks.fuzz_headers import KEY, PIXELS, fuzz, specimen
-from keyanon.headers import FIXED, MAX_BYTES, TAG_BYTES, BadHeader, Header, seal, unseal
+from keyanon.headers import FIXED, MAX_BYTES, MAX_PARTS, TAG_BYTES, BadHeader, Header, seal, unseal
 from keyanon.keys import FlippedSigns, MasterKey, Recipe, experiment_key
 
 NONCES = st.binary(min_size=24, max_size=24)
@@ -46,9 +46,9 @@ def test_masks_of_every_size_travel(size):
 
 def test_what_would_not_be_read_back_is_not_packed():
     noise = torch.rand(1, 256, 256) > 0.5
-    assert len(Header(bytes(24), noise, bytes(MAX_BYTES // 2), b"", Recipe(bytes(16)), bytes(32)).pack()) <= MAX_BYTES
+    assert len(Header(bytes(24), noise, bytes(MAX_PARTS), b"", Recipe(bytes(16)), bytes(32)).pack()) <= MAX_BYTES
     with pytest.raises(BadHeader, match="no room"):
-        Header(bytes(24), None, b"", bytes(MAX_BYTES // 2 + 1)).pack()
+        Header(bytes(24), None, b"", bytes(MAX_PARTS + 1)).pack()
 
 
 @given(st.binary(max_size=200), st.integers(0, 255))

@@ -1,9 +1,10 @@
 import numpy as np
+import pandas as pd
 import PIL.Image
 import pytest
 import torch
 
-from experiments.plots import contact_sheet
+from experiments.plots import contact_sheet, share_curve
 
 
 def flat(value: int, size: int = 32) -> torch.Tensor:
@@ -49,3 +50,29 @@ def test_uneven_or_empty_columns_are_refused(tmp_path, columns):
     with pytest.raises(ValueError, match="same pictures of every view"):
         contact_sheet(columns, tmp_path / "sheet.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_curve_shows_the_shares_and_nothing_else(tmp_path):
+    def row(view: str, statistic: str, value: float) -> dict[str, object]:
+        return {
+            "view": view,
+            "scorer": "pixel",
+            "statistic": statistic,
+            "value": value,
+            "low": value - 0.1,
+            "high": value + 0.1,
+        }
+
+    others = [row("wrong key", "mean", 0.1), row("right signs needed", "median share to pass at far=0.001", 0.9)]
+    swept = [
+        row(f"right signs {share:5.1f} %", name, share / 100)
+        for share in (50, 98, 100)
+        for name in ("mean", "tar@far=0.001")
+    ]
+    assert not share_curve(pd.DataFrame(others), "right signs ", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    paths = [tmp_path / "new" / f"{i}.png" for i in range(3)]
+    assert share_curve(pd.DataFrame(others + swept), "right signs ", paths[0])
+    assert share_curve(pd.DataFrame(swept), "right signs ", paths[1])
+    assert share_curve(pd.DataFrame(swept[:-2]), "right signs ", paths[2])
+    assert paths[0].read_bytes() == paths[1].read_bytes() != paths[2].read_bytes()

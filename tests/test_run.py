@@ -25,6 +25,7 @@ CHOICES = {
     "backbone": "ldm_ffhq",
     "parser": "ellipse",
     "key": "experiment",
+    "nonce": "per_image",
 }
 
 

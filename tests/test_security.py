@@ -8,17 +8,20 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from experiments import tables
-from experiments.security import ATTACKS, best_of, in_batches, run
+from experiments import battery, tables
+from experiments.battery import best_of, in_batches
+from experiments.security import run
 from tests.conftest import ROOT
 
 CONF = str(ROOT / "conf")
 TINY = [
-    "parser=ellipse", "solvers.ddim.steps=8", "solvers.karras_exact.steps=2", "solvers.karras_exact.tolerance=null",
+    "parser=ellipse", "solver.steps=8", "methods.exact.solver.steps=2", "methods.exact.solver.tolerance=null",
     "methods.exact.floor=null", "methods.exact.refinement=null", "recognizers=[]",
     "+recognizers.pixel._target_=tests.conftest.PixelRecognizer", "+thresholds.pixel=0.9", "limit=3", "batch_size=3",
-    "files=2", "pairs=[1,2,20]", "shares=[0.5,1]", "seeds={tried: 300, pictures: 1}", "search={guesses: 2, pictures: 2}",
-    "wrong_keys=2", "passwords=[{iterations: 1, memory: 1, lanes: 1}]", "password_guesses=2", "name=tiny",
+    "battery.known_plaintext.pairs=[1,2,20]", "battery.reused_rotations={pairs: [1, 2], targets: 1, axes: [0.15, 0.15]}",
+    "battery.right_signs.shares=[0.5,1]", "battery.seed_search={tried: 300, pictures: 1}", "battery.learned={people: 10, steps: 2}",
+    "battery.key_search={guesses: 2, pictures: 2}", "battery.noise_oracle.wrong_keys=2", "battery.tampering.pictures=2",
+    "dictionary={settings: [{iterations: 1, memory: 1, lanes: 1}], guesses: 2}", "name=tiny",
 ]  # fmt: skip
 
 
@@ -45,8 +48,14 @@ def test_every_attack_is_in_the_table(made):
         assert {
             "linkage of two files", "file and its photograph", "wrong key", "key off by one bit", "nonce off by one bit",
             "fresh face", "face blanked", "anonymized", "recovered", "strangers", "right key told by z_T",
-            "best of 2 wrong keys for another suspect", "known plaintext, nonces,  2 pairs",
+            "best of 2 wrong keys for another suspect", "known plaintext, nonces,  2 pairs", "password off by one bit",
+            "learned: ignorant", "learned: own keys, 10 others, parrot", "learned: own keys, 10 others, from the mask alone",
+             "learned: one key stream, 10 others, de-anonymizer",
+            "tampering: one bit of the header",
         } <= views  # fmt: skip
+        assert any(view.startswith("reused rotations, one key stream,   2 pairs") for view in views) == (
+            method == "exact"
+        )
         assert ("32-bit seed search" in views) == ("right signs  50.0 %" in views) == (method == "signflip")
         assert "known plaintext, nonces, 20 pairs" not in views  # more than there are pictures
     assert table.loc["Argon2id", "password dictionary", "t=1, 1 MiB, p=1", "seconds per guess"].n == 2
@@ -65,6 +74,11 @@ def test_the_flip_falls_and_the_rotation_does_not(made):
     assert found["signflip", "known plaintext, nonces,  2 pairs", "key signs", "mean"] == pytest.approx(0.5, abs=0.05)
     assert ("exact", "known plaintext, nonces,  2 pairs", "key signs", "mean") not in found.index
     assert found["signflip", "32-bit seed search", "right seed of 300", "mean"] == 1
+    for method in ("signflip", "exact"):
+        refused = {view.partition(": ")[2]: value for view, value in found[method, :, "refused", "rate"].items()}
+        assert refused.pop("nothing changed") == 0
+        assert len(refused) == 5
+        assert set(refused.values()) == {1}
     all_right = found["signflip", "right signs 100.0 %", "pixel", "mean"]
     assert all_right == pytest.approx(found["signflip", "recovered", "pixel", "mean"], abs=1e-6)
     assert all_right > found["signflip", "right signs  50.0 %", "pixel", "mean"]
@@ -86,10 +100,28 @@ def test_the_table_is_made_from_committed_files(made, monkeypatch):
     assert scores.groupby(["anonymizer", "view", "scorer"]).id.nunique().max() == 3
 
 
-def test_unknown_attacks_and_lonely_people_are_refused(tmp_path, monkeypatch):
+def test_methods_stand_side_by_side(made):
+    table, folder = made
+    lines = (folder / "results" / "tables" / "tiny.beside.md").read_text().splitlines()
+    assert lines[4].replace("|", "").split() == ["attack", "by", "statistic", "signflip", "exact", "Argon2id"]
+    (line,) = [
+        one for one in lines if one.startswith("| linkage of two files ") and "layout of" in one and "| auc " in one
+    ]
+    assert " 1.000 [1.000, 1.000]; 3 " in line
+    assert len(lines) == 6 + len(table.reset_index().drop_duplicates(["view", "scorer", "statistic"]))
+
+
+def test_a_second_run_takes_what_the_first_has_kept(made, monkeypatch):
+    table, folder = made
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(battery, "publish", None)
+    again = in_process().set_index(["anonymizer", "view", "scorer", "statistic"]).sort_index()
+    kept = table.drop(index="Argon2id", level="anonymizer")
+    pd.testing.assert_frame_equal(again.drop(index="Argon2id", level="anonymizer"), kept)
+
+
+def test_lonely_people_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="battery: there is no telepathy; there are linkage, "):
-        in_process("battery=[linkage,telepathy]")
     with pytest.raises(ValueError, match="1 person on 1 readable pictures"):
         in_process("limit=1")
 
@@ -105,7 +137,7 @@ def test_default_composes_with_a_solver_for_each_method():
     with initialize_config_dir(CONF, version_base="1.3"):
         cfg = compose("security")
     assert (cfg.methods.signflip.solver.steps, cfg.methods.exact.solver.spacing) == (50, "karras")
-    assert set(cfg.battery) == {*ATTACKS, "passwords"}
+    assert set(cfg.battery) == {path.stem for path in (ROOT / "conf" / "battery").glob("*.yaml")}
 
 
 def test_batches_are_put_together_again():

@@ -1,6 +1,7 @@
 import json
 import shutil
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from experiments.tables import (
     read_paper,
     table,
 )
+from keyanon.types import About
 
 ROOT = Path(__file__).parents[1]
 CLEAN, ANONYMIZED, RECOVERED = "Clean pictures", "Anonymized", "Recovered with the right key"
@@ -207,6 +209,43 @@ def test_tables_rebuild_byte_for_byte_from_committed_scores_without_the_runs(tmp
     assert scores[["dataset", "anonymizer", "id"]].to_numpy().tolist()[0] == ["faces128", "signflip", "face0"]
     assert np.isnan(scores.value[1])
     assert known_experiments(results) == ["quick"]
+
+
+def test_methods_of_a_kind_stand_together_with_what_they_need(tmp_path):
+    abouts = {
+        "signflip": About("keyed", "8-bit file + header", 256, 32, "MIT", "-", "arXiv 2510.01031"),
+        "blur": About("irreversible", "-", None, None, "-", "-", "deface"),
+        "again": About("keyed", "8-bit file", 16, 16, "-", "-", "-"),
+        "identity": About("control", "-", None, None, "-", "-", "-"),
+    }
+    runs = []
+    for name, about in abouts.items():
+        runs.append(run := run_folder(tmp_path / name, anonymizer=name))
+        record = json.loads((run / "run.json").read_text()) | {"about": asdict(about)}
+        (run / "run.json").write_text(json.dumps(record))
+        row = ("anonymized", "header_bytes", "mean", 2, 0, 99.6, NAN, NAN)
+        statistics = pd.read_parquet(run / "statistics.parquet")
+        if name == "signflip":
+            statistics.loc[1] = row
+            statistics.to_parquet(run / "statistics.parquet")
+    build("rivals", runs, tmp_path / "results")
+    markdown = (tmp_path / "results" / "tables" / "rivals.md").read_text()
+    lines = [
+        [text.strip() for text in line.split("|")[1:-1]] for line in markdown.splitlines() if line.startswith("| ")
+    ]
+    needs = next(i for i, line in enumerate(lines) if line[0] == "anonymizer")
+    assert lines[needs + 1 : needs + 5] == [
+        ["identity", "control", "-", "-", "-", "-", "-", "-", "-"],
+        ["blur", "irreversible", "-", "-", "-", "-", "-", "-", "deface"],
+        ["again", "keyed", "8-bit file", "-", "16", "16", "-", "-", "-"],
+        ["signflip", "keyed", "8-bit file + header", "100", "256", "32", "MIT", "-", "arXiv 2510.01031"],
+    ]
+    start = next(i for i, line in enumerate(lines) if line[1:2] == ["recovered"]) - 1
+    grid = [line[0] for line in lines[start : start + 7]]
+    assert grid == ["*control*", "identity", "*irreversible*", "blur", "*keyed*", "again", "signflip"]
+    shutil.rmtree(tmp_path / "results" / "tables")
+    build("rivals", results=tmp_path / "results")
+    assert (tmp_path / "results" / "tables" / "rivals.md").read_text() == markdown
 
 
 def test_csv_prints_six_significant_digits(tmp_path):

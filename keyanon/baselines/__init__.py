@@ -1,1 +1,1 @@
-"""Rival methods under the same Protocols, one file each."""
+"""Rival methods, one file each, under the Protocols of keyanon/types.py; `ls conf/anonymizer` shows what there is."""
