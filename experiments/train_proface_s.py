@@ -94,7 +94,7 @@ def train(cfg: DictConfig) -> None:
     device, out, export = torch.device(cfg.device), Path(cfg.out), Path(cfg.export)
     pictures, _ = load_pictures(cfg.data.root, cfg.data.size, cfg.data.heldout)
     log.info("%d training pictures", len(pictures))
-    obfuscators = list(hydra.utils.instantiate(cfg.obfuscators))
+    obfuscators = hydra.utils.instantiate(cfg.obfuscators, _convert_="all")
     weight = {str(name): float(value) for name, value in cfg.weight.items()}
     net = hydra.utils.instantiate(cfg.network)
     if cfg.begin_with is not None:
@@ -135,7 +135,8 @@ def train(cfg: DictConfig) -> None:
         indices = torch.randint(0, len(pictures), (cfg.batch_size,), generator=generator)
         images = augment(to_floats(pictures[indices].to(device)), tuple(cfg.data.scale), cfg.data.shift, generator)
         obfuscate = obfuscators[int(torch.randint(0, len(obfuscators), (), generator=generator))]
-        both = cropped(torch.cat([images, obfuscate(images)], 1), cfg.data.crop, generator)
+        covers = obfuscate(images, torch.ones_like(images[:, :1], dtype=torch.bool))
+        both = cropped(torch.cat([images, covers], 1), cfg.data.crop, generator)
         for group in optimizer.param_groups:
             group["lr"] = cfg.learning_rate * min(1.0, (training.step + 1) / cfg.warmup_steps)
         value = loss(net, both[:, :3], both[:, 3:], generator, cfg.rounded, weight)

@@ -18,7 +18,7 @@ length of training and the perceptual loss, which is 1 - SSIM, where theirs is a
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,12 +28,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int8
 from safetensors.torch import load_file
-from skimage.filters import rank
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate, leaky_relu, pixel_shuffle, pixel_unshuffle
-from torchvision.transforms.v2.functional import gaussian_blur
+from torch.nn.functional import leaky_relu, pixel_shuffle, pixel_unshuffle
 
 from keyanon import images as channel
+from keyanon.baselines.classical import Filter
 from keyanon.diffusion import in_chunks
 from keyanon.headers import Header, seal, unseal
 from keyanon.keys import Nonces, nonce_for, signs
@@ -44,7 +43,6 @@ from keyanon.weights import Card, Package, named, resolve
 Bands = Float[Tensor, "b c u v"]  # Haar bands of a picture, four for each channel, half its height and width
 Signs = Float[Tensor, "b 1 h w"]  # -1 or +1
 
-REFERENCE = 256  # pixels a side, to which the authors' sizes of obfuscation belong
 TRAINED = 128  # pixels a side, of the pictures ours were trained on
 COLOUR, KEY = 12, 4  # bands of a picture, of a key
 AUTHORS_SALT, AUTHORS_ITERATIONS = b"\x01", 10
@@ -57,7 +55,7 @@ class ProFaceS:
     """The method with a classical obfuscation; every picture needs an even height and width.
 
     Args:
-        obfuscator: what the published picture shall look like; the receiver needs nothing of it.
+        obfuscator: what the published picture shall look like; it gets the whole picture, and the receiver needs nothing of it.
         card: the network, one of WEIGHTS or a Card of your own. `weights` is a path to the card's file.
         kdf: "hkdf" draws each picture's signs from the key and a public nonce (keyanon/keys.py). "authors" is their setting:
             PBKDF2-HMAC-SHA512, 10 iterations, the same constant salt for all, and so the same signs for all pictures of a key.
@@ -67,7 +65,7 @@ class ProFaceS:
         authenticate: publish with a tag, and refuse to recover without a good one.
     """
 
-    obfuscator: Callable[[Image], Image]
+    obfuscator: Filter
     card: str | Card = "proface_s"
     weights: str | None = None
     kdf: Literal["hkdf", "authors"] = "hkdf"
@@ -79,12 +77,12 @@ class ProFaceS:
         """Published pictures of `images` under one key each; `measured` is how like the mere obfuscation they are."""
         _check_even(images)
         nonces = [self.nonces(key, id, picture) for key, id, picture in zip(keys, ids, images, strict=True)]
-        covers = self.obfuscator(images)
+        everywhere = torch.ones_like(images[:, :1], dtype=torch.bool)
+        covers = self.obfuscator(images, everywhere)
         floats = in_chunks(self._hide, torch.cat([covers, images, self.signs(keys, nonces, images)], 1).to(self.device))
         floats, published = floats.cpu(), channel.to_bytes(floats).cpu()
         headers = seal([Header(nonce) for nonce in nonces], published, keys, self.authenticate)
-        view, everywhere = channel.to_floats(published), torch.ones_like(images[:, :1], dtype=torch.bool)
-        covers = covers.cpu()
+        view, covers, everywhere = channel.to_floats(published), covers.cpu(), everywhere.cpu()
         measured = {
             "obfuscated_psnr": psnr(view, covers, everywhere),
             "obfuscated_ssim": ssim(view, covers, everywhere),
@@ -220,35 +218,6 @@ def haar(images: Float[Tensor, "b c h w"]) -> Bands:
 def unhaar(bands: Bands) -> Float[Tensor, "b c h w"]:
     cells = bands.unflatten(1, (-1, 4))
     return pixel_shuffle(torch.einsum("ij,bcjuv->bciuv", HAAR.to(cells), cells).flatten(1, 2), 2)
-
-
-def blur(images: Image) -> Image:
-    """Gaussian blur: at 256 pixels 61 taps of sigma 15, at other sizes in proportion."""
-    side = images.shape[-1]
-    sigma = 15 * side / REFERENCE
-    blurred: Image = gaussian_blur(images, [odd(61 * side / REFERENCE)] * 2, [sigma, sigma])
-    return blurred
-
-
-def pixelate(images: Image) -> Image:
-    """Means of squares: at 256 pixels 20 a side, at other sizes in proportion."""
-    height, width = images.shape[-2:]
-    side = max(1, round(20 * width / REFERENCE))
-    means = avg_pool2d(images, side, ceil_mode=True)
-    return interpolate(means, scale_factor=side, mode="nearest")[..., :height, :width]
-
-
-def median(images: Image) -> Image:
-    """Medians of squares around each pixel, in 8 bits: at 256 pixels 23 a side, at other sizes in proportion."""
-    side = odd(23 * images.shape[-1] / REFERENCE)
-    planes = channel.to_bytes(images).flatten(0, 1).cpu().numpy()
-    filtered = np.stack([rank.median(plane, np.ones((side, side))) for plane in planes])
-    return channel.to_floats(torch.from_numpy(filtered).view(images.shape)).to(images)
-
-
-def odd(number: float) -> int:
-    """The nearest odd number, at least 1."""
-    return 2 * math.floor(max(number, 1) / 2) + 1
 
 
 def authors_signs(key: Key, nonce: bytes, shape: tuple[int, ...]) -> Int8[Tensor, "..."]:
