@@ -257,7 +257,15 @@ def _card(name: str, sha256: str, trained: str) -> Card:
 WEIGHTS = {
     card.name: card
     for card in (
-        _card("proface_s", "", "as the authors did: recovery from unrounded floats"),
-        _card("proface_s_rounded", "", "recovery from pictures rounded to 8 bits"),
+        _card(
+            "proface_s",
+            "2b91c44eba89318c31a35da125bbc84359f6ece8a4ab0036f73ae18079dab8d7",
+            "as the authors did: recovery from unrounded floats",
+        ),
+        _card(
+            "proface_s_rounded",
+            "2bdd87cf1df17e0087dfa164681a75379e2e54c12688d6e05c273919fa9ca85d",
+            "recovery from pictures rounded to 8 bits",
+        ),
     )
 }
