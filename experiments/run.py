@@ -109,7 +109,7 @@ def run(cfg: DictConfig, choices: dict[str, Any], swept: Sequence[str] = ()) -> 
         "anonymizer": OmegaConf.to_container(cfg.anonymizer, resolve=True),
         "parser": OmegaConf.to_container(cfg.parser, resolve=True),
         "key": key.fingerprint,
-        "weights": [model.sha256 for model in models],
+        "weights": [model.sha256 for model in models] + own_weights(method),
     }
     dataset_name, anonymizer_name = choices["dataset"], ",".join([choices["anonymizer"], *swept])
     signature = provenance.signature(question)
@@ -219,6 +219,11 @@ def same_attacks(folder: Path, attacks: Any) -> None:
                 f"{folder / view} holds pictures of this attack with other settings; rename the attack or delete it"
             )
     write_whole(path, json.dumps(known | attacks, indent=2).encode())
+
+
+def own_weights(method: Any) -> list[str | None]:
+    """SHA-256 of the weights that a method brings besides a diffusion model."""
+    return [card.sha256 for card in method.cards()] if hasattr(method, "cards") else []
 
 
 def model_name(cfg: DictConfig, choices: Mapping[str, Any]) -> str | None:
