@@ -60,6 +60,9 @@ from keyanon.types import Attack, Image, Key, Latent, Mask, Published, Recognize
 
 SEEDS = 2**32
 DICTIONARY = 2**30
+WRONG_KEYS = ("wrong key", "key off by one bit", "password off by one bit", "nonce off by one bit")
+JUDGED = ("anonymized", *WRONG_KEYS, "face blanked, its place known")
+CONTROLS = ("strangers", "fresh face")
 PASSWORD = "everyone may know this password"
 HOUR, YEAR = 3600, 365.25 * 86400  # seconds
 MIB = 1024  # KiB
@@ -372,11 +375,9 @@ def seed_search(case: Case, *, pictures: int, tried: int) -> Iterator[Found]:
 def identities(case: Case, *, pictures: int | None) -> Iterator[Found]:
     """The attacker has a recognizer and a clean picture of everyone: whom does he see, with no key or a wrong one?
 
-    Mean, 90th percentile and maximum of the cosine to the right person, TAR, rank 1. Is its law that of strangers? Not even a face
-    of fresh noise has that law, if the background tells; so wrong keys are set beside fresh faces as well: alike, they tell no more
-    than the background does. These two-sample tests take one picture of each person. A mean
-    colour in the face's place leaves background, hair and outline, which most often is no face to
-    a detector (undefined).
+    Mean, 90th percentile and maximum of the cosine to the right person, TAR, rank 1. `laws` then asks whether wrong keys look like
+    strangers. A mean colour in the face's place leaves background, hair and outline, which most often is no face to a detector
+    (undefined; `background_only` goes on there).
     """
     case = case.first(pictures)
     files, people = case.files[0], case.people
@@ -414,10 +415,38 @@ def identities(case: Case, *, pictures: int | None) -> Iterator[Found]:
             most = float(defined.max()) if defined.size else np.nan
             yield Found(view, name, Statistic("max", defined.size, own.size - defined.size, most, np.nan, np.nan))
             yield from matched(case, view, name, probes, calibration)
-            for control, values in (("strangers", strangers), ("fresh faces", people.own(name, rows["fresh face"]))):
-                if view not in ("original", "recovered", "fresh face"):
-                    for statistic in adversaries.same_law(own[people.firsts], values[people.firsts]):
-                        yield Found(view, f"{name} beside {control}", statistic)
+
+
+def laws(case: Case, found: Sequence[Found]) -> Iterator[Found]:
+    """Do cosines to the right person follow the law of strangers? Two-sample tests, one picture of each person, of what was found.
+
+    Strangers: each clean picture beside one of somebody else, as many and as independent. Impostors: each beside everybody else's,
+    which depend on each other and are so many that their law is as good as known. Fresh faces: of other noise in the same
+    background, alike to wrong keys where these tell no more than the background does; a generated face may well be less like
+    everyone than people are. `wrong keys, all four` takes the four kinds together, four faces a person.
+    """
+    people, places = case.people, case.people.firsts
+    means = {(one.view, one.scorer): one.values for one in found if one.statistic.statistic == "mean"}
+    for name in people.recognizers:
+        cosines = {
+            view: firsts(people, own)
+            for (view, by), own in means.items()
+            if by == name and view in (*JUDGED, *CONTROLS)
+        }
+        strange = np.not_equal.outer([people.names[i] for i in places], people.gallery_names)
+        controls = {"impostors": cosine(people.clean[name][places], people.gallery[name])[strange]}
+        controls |= {view: cosines.pop(view) for view in CONTROLS if view in cosines}
+        if cosines.keys() >= set(WRONG_KEYS):
+            cosines["wrong keys, all four"] = np.concatenate([cosines[view] for view in WRONG_KEYS])
+        for view, own in cosines.items():
+            for control, others in controls.items():
+                for statistic in adversaries.same_law(own, others):
+                    yield Found(view, f"{name} beside {control}", statistic)
+
+
+def firsts(people: People, values: Mapping[str, float]) -> Floats:
+    """Of values by picture those of each person's first one, NaN where a picture has none."""
+    return np.array([values.get(people.ids[i], np.nan) for i in people.firsts])
 
 
 def background_only(case: Case, *, pictures: int | None) -> Iterator[Found]:
@@ -432,10 +461,8 @@ def background_only(case: Case, *, pictures: int | None) -> Iterator[Found]:
     rows = {name: embedded(with_places_of(people.pictures, one), hidden) for name, one in people.recognizers.items()}
     yield from recognized(case, "face blanked, its place known", rows)
     for name, probes in rows.items():
-        own, strangers = people.own(name, probes), (people.clean[name] * people.suspects[name][people.others]).sum(1)
-        yield Found("face blanked, its place known", name, quantile_statistic(own, people.names, 0.9, "p90"))
-        for statistic in adversaries.same_law(own[people.firsts], strangers[people.firsts]):
-            yield Found("face blanked, its place known", f"{name} beside strangers", statistic)
+        statistic = quantile_statistic(people.own(name, probes), people.names, 0.9, "p90")
+        yield Found("face blanked, its place known", name, statistic)
 
 
 def learned(case: Case, *, pictures: int | None, people: int, steps: int) -> Iterator[Found]:

@@ -26,7 +26,7 @@ from safetensors.torch import save
 from tabulate import tabulate
 
 from experiments import preflight, provenance, tables
-from experiments.battery import Case, Files, Found, People, embedded, in_batches, publish, published_key
+from experiments.battery import Case, Files, Found, People, embedded, in_batches, laws, publish, published_key
 from experiments.plots import share_curve
 from experiments.run import shown
 from keyanon import adversaries, runner
@@ -77,10 +77,12 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
         folder = Path(cfg.runs) / cfg.name / f"{choices['dataset']}-{name}-{signature(cfg, name, method, people)}"
         files = [kept_files(folder, i, method, people, key, cfg.batch_size) for i, key in enumerate(keys(cfg.files))]
         case = Case(method, people, files, public, cfg.batch_size, cfg.far)
+        ours: list[Found] = []
         for attack, settings in cfg.battery.items():
             path = folder / f"{attack}-{provenance.signature(asked | plain(settings))}.json"
             log.info("%s: %s", name, attack)
-            found += [(name, one) for one in kept_findings(path, battery[attack], case)]
+            ours += kept_findings(path, battery[attack], case)
+        found += [(name, one) for one in [*ours, *laws(case, ours)]]
     if dictionary:
         found += [("Argon2id", one) for one in dictionary()]
 

@@ -51,7 +51,7 @@ def test_every_attack_is_in_the_table(made):
             "best of 2 wrong keys for another suspect", "known plaintext, nonces,  2 pairs", "password off by one bit",
             "learned: ignorant", "learned: own keys, 10 others, parrot", "learned: own keys, 10 others, from the mask alone",
              "learned: one key stream, 10 others, de-anonymizer",
-            "tampering: one bit of the header", "face blanked, its place known",
+            "tampering: one bit of the header", "face blanked, its place known", "wrong keys, all four",
         } <= views  # fmt: skip
         assert any(view.startswith("reused rotations, one key stream,   2 pairs") for view in views) == (
             method == "exact"
@@ -98,6 +98,16 @@ def test_the_table_is_made_from_committed_files(made, monkeypatch):
     scores = pd.read_parquet("results/scores/tiny.scores.parquet")
     assert list(scores.columns) == tables.SCORES
     assert scores.groupby(["anonymizer", "view", "scorer"]).id.nunique().max() == 3
+
+
+def test_wrong_keys_are_set_beside_people_and_fresh_faces(made):
+    table, _ = made
+    for control, others in (("strangers", 3), ("impostors", 6), ("fresh face", 3)):
+        rows = table.loc["exact", "wrong keys, all four", f"pixel beside {control}"]
+        assert set(rows.index) == {"ks_d", "ks_p"}
+        assert set(rows.n) == {4 * 3 + others}
+        assert table.loc["exact", "wrong key", f"pixel beside {control}", "ks_p"].n == 3 + others
+        assert 0 < rows.ours["ks_p"] <= 1
 
 
 def test_methods_stand_side_by_side(made):
