@@ -60,8 +60,6 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
 
     skipped: dict[str, str] = {}
     people = gathered(dataset, parser, recognizers, cfg, skipped)
-    for id, reason in skipped.items():
-        log.warning("skipped %s: %s", id, reason)
 
     def public(count: int) -> tuple[list[str], Image]:
         rest = [id for id in dataset.ids[cfg.limit :] if (dataset.identity(id) or id) not in people.names]
@@ -83,6 +81,8 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
             log.info("%s: %s", name, attack)
             ours += kept_findings(path, battery[attack], case)
         found += [(name, one) for one in [*ours, *laws(case, ours)]]
+    for id, reason in skipped.items():
+        log.warning("skipped %s: %s", id, reason)
     if dictionary:
         found += [("Argon2id", one) for one in dictionary()]
 
