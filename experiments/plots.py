@@ -8,6 +8,7 @@ import pandas as pd
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -55,13 +56,13 @@ def contact_sheet(columns: Mapping[str, Sequence[Tensor]], path: Path) -> None:
 
 
 def share_curve(statistics: pd.DataFrame, prefix: str, path: Path) -> bool:
-    """Write the cosine, and the share that is accepted, over the share in the views' names as PNG.
+    """Write the cosine, and the share that is accepted, over the share in the views' names as SVG.
 
     Args:
         statistics: rows with view, scorer, statistic, value, low and high; counted are those of views as "right signs  98.0 %",
             the statistic `mean` and those that begin with `tar@`.
         prefix: of the views' names, as "right signs ".
-        path: the PNG; nothing is written, and False returned, if there is no such view.
+        path: the SVG; nothing is written, and False returned, if there is no such view.
     """
     share = statistics["view"].str.extract(rf"^{prefix}\s*([\d.]+) %$")[0].astype(float)
     rows = statistics.assign(share=share).dropna(subset="share").sort_values("share")
@@ -83,7 +84,8 @@ def share_curve(statistics: pd.DataFrame, prefix: str, path: Path) -> bool:
         axes.grid(alpha=0.3)
         axes.legend()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    with rc_context({"svg.hashsalt": "keyanon"}):  # equal numbers give equal files
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, buffer.getvalue())
     return True

@@ -108,7 +108,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
     tables.commit(cfg.name, statistics, scores)
     rows = tables.build(cfg.name)
     write_whole(Path("results/tables") / f"{cfg.name}.beside.md", beside(rows, [*methods, "Argon2id"]).encode())
-    share_curve(statistics, "right signs ", Path("results/plots") / f"{cfg.name}.png")
+    share_curve(statistics, "right signs ", Path("results/plots") / f"{cfg.name}.svg")
     return rows
 
 

@@ -69,9 +69,9 @@ def test_curve_shows_the_shares_and_nothing_else(tmp_path):
         for share in (50, 98, 100)
         for name in ("mean", "tar@far=0.001")
     ]
-    assert not share_curve(pd.DataFrame(others), "right signs ", tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
-    paths = [tmp_path / "new" / f"{i}.png" for i in range(3)]
+    assert not share_curve(pd.DataFrame(others), "right signs ", tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
+    paths = [tmp_path / "new" / f"{i}.svg" for i in range(3)]
     assert share_curve(pd.DataFrame(others + swept), "right signs ", paths[0])
     assert share_curve(pd.DataFrame(swept), "right signs ", paths[1])
     assert share_curve(pd.DataFrame(swept[:-2]), "right signs ", paths[2])
