@@ -381,8 +381,6 @@ def identities(case: Case, *, pictures: int | None) -> Iterator[Found]:
     """
     case = case.first(pictures)
     files, people = case.files[0], case.people
-    u, v = files.zT.shape[-2:]
-    mask = case.batches("mask", lambda x: case.method.parser.mask(x, (u, v)), people.pictures)
     fresh = torch.stack(
         [
             normals(experiment_key(1), Header.unpack(header).nonce, "fresh face", tuple(files.zT.shape[1:]))
@@ -399,14 +397,12 @@ def identities(case: Case, *, pictures: int | None) -> Iterator[Found]:
         "password off by one bit": case.recovered("password", files, [published_key(off=True)] * len(files.headers)),
         "nonce off by one bit": case.recovered("nonce", files, [NonceOff(key) for key in files.keys]),
         "fresh face": case.drawn("fresh", files, fresh),
-        "face blanked": adversaries.blanked(people.pictures, pixels(mask, people.pictures)),
+        "face blanked": without_faces(case),
     }
     for name, recognizer in people.recognizers.items():
-        clean, suspects = people.clean[name], people.suspects[name]
-        strangers = (clean * suspects[people.others]).sum(1)
+        strangers = (people.clean[name] * people.suspects[name][people.others]).sum(1)
         yield averaged(case, "strangers", name, strangers)
         rows = {view: embedded(recognizer, images) for view, images in seen.items()}
-        calibration = clean if people.enrolled else people.thresholds[name]
         for view, probes in rows.items():
             own = people.own(name, probes)
             yield averaged(case, view, name, own)
@@ -414,7 +410,14 @@ def identities(case: Case, *, pictures: int | None) -> Iterator[Found]:
             defined = own[~np.isnan(own)]
             most = float(defined.max()) if defined.size else np.nan
             yield Found(view, name, Statistic("max", defined.size, own.size - defined.size, most, np.nan, np.nan))
-            yield from matched(case, view, name, probes, calibration)
+            yield from matched(case, view, name, probes)
+
+
+def without_faces(case: Case) -> Image:
+    """The photographs with the mean colour of the rest where the parser sees the face."""
+    pictures, (u, v) = case.people.pictures, case.files[0].zT.shape[-2:]
+    mask = case.batches("mask", lambda x: case.method.parser.mask(x, (u, v)), pictures)
+    return adversaries.blanked(pictures, pixels(mask, pictures))
 
 
 def laws(case: Case, found: Sequence[Found]) -> Iterator[Found]:
@@ -455,9 +458,7 @@ def background_only(case: Case, *, pictures: int | None) -> Iterator[Found]:
     Recognizers are shown where the original's face was, as they find none. This is the part of recognition that no key takes away.
     """
     case = case.first(pictures)
-    people, (u, v) = case.people, case.files[0].zT.shape[-2:]
-    mask = case.batches("mask", lambda x: case.method.parser.mask(x, (u, v)), people.pictures)
-    hidden = adversaries.blanked(people.pictures, pixels(mask, people.pictures))
+    people, hidden = case.people, without_faces(case)
     rows = {name: embedded(with_places_of(people.pictures, one), hidden) for name, one in people.recognizers.items()}
     yield from recognized(case, "face blanked, its place known", rows)
     for name, probes in rows.items():
@@ -533,13 +534,13 @@ def recognized(case: Case, view: str, rows: Mapping[str, Floats]) -> Iterator[Fo
         own, other = people.own(name, probes), (probes * people.suspects[name][people.others]).sum(1)
         yield averaged(case, view, name, own)
         yield Found(view, name, adversaries.auc_statistic(own[:, None], other[:, None]))
-        calibration = people.clean[name] if people.enrolled else people.thresholds[name]
-        yield from matched(case, view, name, probes, calibration)
+        yield from matched(case, view, name, probes)
 
 
-def matched(case: Case, view: str, name: str, probes: Floats, calibration: Floats | float) -> Iterator[Found]:
+def matched(case: Case, view: str, name: str, probes: Floats) -> Iterator[Found]:
     """TAR and rank 1 among the gallery."""
     people = case.people
+    calibration = people.clean[name] if people.enrolled else people.thresholds[name]
     for statistic in verification_statistics(
         probes, people.gallery[name], people.names, people.gallery_names, calibration, case.far
     ):

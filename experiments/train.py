@@ -243,16 +243,9 @@ def halved(net: Any) -> Any:
     return half.to(torch.float16)
 
 
-@hydra.main(config_path="../conf/train", config_name=None, version_base="1.3")
-def main(cfg: DictConfig) -> None:
-    torch.manual_seed(cfg.seed)
-    torch.set_num_threads(cfg.threads)
-    device, out = torch.device(cfg.device), Path(cfg.out)
-    pictures, _ = load_pictures(cfg.data.root, cfg.data.size, cfg.data.heldout)
-    log.info("%d training pictures", len(pictures))
-    task = autoencoder(cfg, pictures) if "vae" in cfg else diffusion(cfg, pictures)
-    parameters = task.net.parameters
-    optimizer = torch.optim.AdamW(parameters(), lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+def fit(cfg: DictConfig, task: Task, optimizer: torch.optim.Optimizer, pictures: Bytes) -> None:
+    """Train until `minutes`, or `steps` where there are any, are over or somebody stops it; goes on from the state in `out`."""
+    device, out, parameters = torch.device(cfg.device), Path(cfg.out), task.net.parameters
     ema = EMAModel(parameters(), decay=cfg.ema_decay, use_ema_warmup=True, power=0.75)
     training = Training(task.net, ema, optimizer)
     if (out / "state").exists():
@@ -278,7 +271,7 @@ def main(cfg: DictConfig) -> None:
 
     begin = saved = window = time.monotonic()
     losses: list[float] = []
-    while not stop and time.monotonic() - begin < cfg.minutes * 60:
+    while not stop and time.monotonic() - begin < cfg.minutes * 60 and training.step < cfg.get("steps", math.inf):
         # The generator hangs on the step, so that a resumed run draws what an uninterrupted one would.
         generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + training.step)
         indices = torch.randint(0, len(pictures), (cfg.batch_size,), generator=generator)
@@ -296,12 +289,23 @@ def main(cfg: DictConfig) -> None:
         if training.step % LOG_STEPS == 0:
             now = time.monotonic()
             rate = LOG_STEPS * cfg.batch_size / (now - window)
-            log.info("step %d  loss %.4f  %.0f pictures/s", training.step, np.mean(losses[-LOG_STEPS:]), rate)
+            log.info("step %d  loss %.4f  %.1f pictures/s", training.step, np.mean(losses[-LOG_STEPS:]), rate)
             losses, window = losses[-LOG_STEPS:], now
         if time.monotonic() - saved > cfg.save_every_minutes * 60:
             save()
             saved = time.monotonic()
     save()
+
+
+@hydra.main(config_path="../conf/train", config_name=None, version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    torch.manual_seed(cfg.seed)
+    torch.set_num_threads(cfg.threads)
+    pictures, _ = load_pictures(cfg.data.root, cfg.data.size, cfg.data.heldout)
+    log.info("%d training pictures", len(pictures))
+    task = autoencoder(cfg, pictures) if "vae" in cfg else diffusion(cfg, pictures)
+    optimizer = torch.optim.AdamW(task.net.parameters(), lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    fit(cfg, task, optimizer, pictures)
 
 
 if __name__ == "__main__":

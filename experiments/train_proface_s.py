@@ -12,22 +12,17 @@ moving average, in half precision.
 """
 
 import logging
-import signal
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import hydra
-import numpy as np
 import torch
-from diffusers.training_utils import EMAModel
 from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from experiments.train import LOG_STEPS, Training, augment, load_pictures
+from experiments.train import Task, fit, load_pictures
 from keyanon.baselines.proface_s import HidingNetwork, hide, reveal
 from keyanon.images import to_bytes, to_floats
 from keyanon.types import Image, Scores
@@ -91,7 +86,7 @@ def main(cfg: DictConfig) -> None:
 def train(cfg: DictConfig) -> None:
     torch.manual_seed(cfg.seed)
     torch.set_num_threads(cfg.threads)
-    device, out, export = torch.device(cfg.device), Path(cfg.out), Path(cfg.export)
+    export = Path(cfg.export)
     pictures, _ = load_pictures(cfg.data.root, cfg.data.size, cfg.data.heldout)
     log.info("%d training pictures", len(pictures))
     obfuscators = hydra.utils.instantiate(cfg.obfuscators, _convert_="all")
@@ -99,63 +94,22 @@ def train(cfg: DictConfig) -> None:
     net = hydra.utils.instantiate(cfg.network)
     if cfg.begin_with is not None:
         net.load_state_dict(load_file(cfg.begin_with))
-    net.to(device)
-    # eps and decay as the authors'
-    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.learning_rate, eps=1e-6, weight_decay=1e-5)
-    ema = EMAModel(net.parameters(), decay=cfg.ema_decay, use_ema_warmup=True, power=0.75)
-    training = Training(net, ema, optimizer)
-    if (out / "state").exists():
-        training.resume(out / "state")
-        log.info("resumed at step %d", training.step)
+    net.to(torch.device(cfg.device))
 
-    stop = False
-
-    def request_stop(*_: Any) -> None:
-        nonlocal stop
-        stop = True
-
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, request_stop)
-
-    def save() -> None:
-        training.save(out / "state")
-        ema.store(net.parameters())
-        ema.copy_to(net.parameters())
-        export.mkdir(parents=True, exist_ok=True)
-        half = {name: value.half().cpu().contiguous() for name, value in net.state_dict().items()}
-        save_file(half, export / "model.safetensors")
-        ema.restore(net.parameters())
-        log.info("saved at step %d", training.step)
-
-    begin = saved = window = time.monotonic()
-    losses: list[float] = []
-    while not stop and time.monotonic() - begin < cfg.minutes * 60 and training.step < cfg.steps:
-        # The generator hangs on the step, so that a resumed run draws what an uninterrupted one would.
-        generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + training.step)
-        indices = torch.randint(0, len(pictures), (cfg.batch_size,), generator=generator)
-        images = augment(to_floats(pictures[indices].to(device)), tuple(cfg.data.scale), cfg.data.shift, generator)
+    def hiding(images: Image, generator: torch.Generator) -> Tensor:
         obfuscate = obfuscators[int(torch.randint(0, len(obfuscators), (), generator=generator))]
         covers = obfuscate(images, torch.ones_like(images[:, :1], dtype=torch.bool))
         both = cropped(torch.cat([images, covers], 1), cfg.data.crop, generator)
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.learning_rate * min(1.0, (training.step + 1) / cfg.warmup_steps)
-        value = loss(net, both[:, :3], both[:, 3:], generator, cfg.rounded, weight)
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        ema.step(net.parameters())
-        training.step += 1
-        losses.append(value.item())
-        if training.step % LOG_STEPS == 0:
-            now = time.monotonic()
-            rate = LOG_STEPS * cfg.batch_size / (now - window)
-            log.info("step %d  loss %.4f  %.1f crops/s", training.step, np.mean(losses[-LOG_STEPS:]), rate)
-            losses, window = losses[-LOG_STEPS:], now
-        if time.monotonic() - saved > cfg.save_every_minutes * 60:
-            save()
-            saved = time.monotonic()
-    save()
+        return loss(net, both[:, :3], both[:, 3:], generator, cfg.rounded, weight)
+
+    def write() -> None:
+        export.mkdir(parents=True, exist_ok=True)
+        half = {name: value.half().cpu().contiguous() for name, value in net.state_dict().items()}
+        save_file(half, export / "model.safetensors")
+
+    # eps and decay as the authors'
+    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.learning_rate, eps=1e-6, weight_decay=1e-5)
+    fit(cfg, Task(net, hiding, write), optimizer, pictures)
 
 
 if __name__ == "__main__":

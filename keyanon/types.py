@@ -60,6 +60,11 @@ class About:
     weights_licence: str
     source: str
 
+    @staticmethod
+    def irreversible(code_licence: str, weights_licence: str, source: str) -> "About":
+        """Of a method without a key, whose pictures nobody recovers."""
+        return About("irreversible", "-", None, None, code_licence, weights_licence, source)
+
 
 @runtime_checkable
 class Key(Protocol):

@@ -74,11 +74,7 @@ class Ldfa:
 
     @property
     def about(self) -> About:
-        return About(
-            kind="irreversible",
-            recovery_input="-",
-            key_bits=None,
-            effective_key_bits=None,
+        return About.irreversible(
             code_licence="MIT",
             weights_licence=self.backbone.licence,
             source="Klemp et al. 2023, arXiv 2302.08931; KIT-MRT/latent_diffusion_face_anonymization",

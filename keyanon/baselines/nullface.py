@@ -152,11 +152,7 @@ class NullFace:
 
     @property
     def about(self) -> About:
-        return About(
-            kind="irreversible",
-            recovery_input="-",
-            key_bits=None,
-            effective_key_bits=None,
+        return About.irreversible(
             code_licence="AGPL-3.0",
             weights_licence=f"{self.backbone.licence}; {named(self.adapter.card).licence}",
             source="Kung et al., FG 2026, arXiv 2503.08478; hanweikung/nullface",
@@ -238,11 +234,7 @@ class NullFaceCore:
 
     @property
     def about(self) -> About:
-        return About(
-            kind="irreversible",
-            recovery_input="-",
-            key_bits=None,
-            effective_key_bits=None,
+        return About.irreversible(
             code_licence="AGPL-3.0",
             weights_licence=self.backbone.licence,
             source="inversion and masking of arXiv 2503.08478; fresh noise for its identity guidance",

@@ -116,11 +116,7 @@ class Salar:
 
     @property
     def about(self) -> About:
-        return About(
-            kind="irreversible",
-            recovery_input="-",
-            key_bits=None,
-            effective_key_bits=None,
+        return About.irreversible(
             code_licence="none",
             weights_licence=f"{self.backbone.licence}; {named(self.farl.card).licence}",
             source="Salar et al., ICASSP 2026, arXiv 2509.14866; parham1998/Face-Anonymization",
