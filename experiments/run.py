@@ -29,7 +29,7 @@ from keyanon.diffusion import BadModel, LatentDiffusion
 from keyanon.headers import BadHeader
 from keyanon.images import write_whole
 from keyanon.keys import BadKey, MasterKey
-from keyanon.types import BadPicture
+from keyanon.types import BadPicture, Dataset, Recognizer
 from keyanon.weights import MissingWeights, WrongWeights
 
 log = logging.getLogger(__name__)
@@ -98,8 +98,7 @@ def run(cfg: DictConfig, choices: dict[str, Any], swept: Sequence[str] = ()) -> 
     dataset = preflight.open_dataset(cfg.dataset, choices["dataset"], problems)
     if dataset is not None:
         ids = sharded(dataset.ids[: cfg.limit], cfg.shard)
-        pictures, views = len(ids) + len(dataset.gallery), 4 + len(attacks)
-        problems += preflight.missing_disk(Path(cfg.runs), pictures, views, cfg.dataset.size)
+        problems += preflight.missing_disk(Path(cfg.runs), len(ids), 4 + len(attacks), cfg.dataset.size)
     preflight.stop_if(problems)
     assert dataset is not None
 
@@ -126,10 +125,13 @@ def run(cfg: DictConfig, choices: dict[str, Any], swept: Sequence[str] = ()) -> 
         raise ValueError(f"none of the {len(ids)} pictures could be used; the first, {ids[0]}: {skipped[ids[0]]}")
     generated = time.monotonic()
     runner.score(folder, ids, scorers, recognizers, cfg.batch_size)
-    statistics = write_statistics(folder, dataset, cfg.far)
+    galleries, unenrolled = enrolled(cfg, dataset_name, dataset, recognizers)
+    statistics = write_statistics(folder, galleries, dataset, cfg.far)
     for id, reason in list(skipped.items())[:SHOWN_SKIPPED]:
         log.warning("skipped %s: %s", id, reason)
     log.info("%d of %d pictures skipped, all listed in %s", len(skipped), len(ids), folder / "skipped.csv")
+    for id, reason in list(unenrolled.items())[:SHOWN_SKIPPED]:
+        log.warning("not in the gallery: %s: %s", id, reason)
 
     record = {
         "experiment": cfg.name,
@@ -149,6 +151,24 @@ def run(cfg: DictConfig, choices: dict[str, Any], swept: Sequence[str] = ()) -> 
     rows = tables.build(cfg.name, latest_cells(folder))
     log.info("%s.md: %s", Path("results/tables") / cfg.name, tables.summary(rows))
     return folder
+
+
+def enrolled(
+    cfg: DictConfig, dataset_name: str, dataset: Dataset, recognizers: Mapping[str, Recognizer]
+) -> tuple[list[Path], dict[str, str]]:
+    """Folders with the gallery's embeddings, one a recognizer, shared by all runs; and the pictures that could not be used."""
+    if not dataset.gallery:
+        return [], {}
+    folders: list[Path] = []
+    skipped: dict[str, str] = {}
+    for name, recognizer in recognizers.items():
+        question = {
+            "dataset": OmegaConf.to_container(cfg.dataset, resolve=True),
+            "recognizer": OmegaConf.to_container(cfg.recognizers[name], resolve=True),
+        }
+        folders += [Path(cfg.runs) / "galleries" / f"{dataset_name}-{name}-{provenance.signature(question)}"]
+        skipped |= runner.enrol(folders[-1], dataset, name, recognizer, cfg.batch_size)
+    return folders, skipped
 
 
 def telling(overrides: Sequence[str]) -> list[str]:

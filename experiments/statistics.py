@@ -1,7 +1,7 @@
 """From one number per picture to the numbers of a table: means and rates with 95 % intervals over identities."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,10 +17,10 @@ from keyanon.types import Dataset
 COLUMNS = ["view", "scorer", "statistic", "n", "undefined", "value", "low", "high"]
 
 
-def write_statistics(folder: Path, dataset: Dataset, far: float) -> pd.DataFrame:
-    """scores.parquet and statistics.parquet of a run folder, from all its parts; returns the statistics."""
+def write_statistics(folder: Path, galleries: Sequence[Path], dataset: Dataset, far: float) -> pd.DataFrame:
+    """scores.parquet and statistics.parquet of a run folder, from its parts and those of `galleries`; returns the statistics."""
     scores = read_parts(folder / "scores").to_pandas()
-    embeddings = read_parts(folder / "embeddings").to_pandas()
+    embeddings = pd.concat([read_parts(place / "embeddings").to_pandas() for place in (folder, *galleries)])
     rows = [
         {"view": view, "scorer": scorer, **asdict(statistic)}
         for view, scorer, statistic in [*averages(scores, dataset), *verification(embeddings, dataset, far)]

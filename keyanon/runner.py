@@ -1,8 +1,9 @@
-"""Make, then measure: generate() writes pictures, score() reads them. Both resume where they were killed.
+"""Make, then measure: generate() writes pictures, score() reads them, enrol() embeds the gallery. Killed, each goes on as it was.
 
-A run folder holds one sub-folder of PNG files for each view (original, mask, anonymized, recovered, one per attack; gallery). A
-file that exists is done: files appear whole. Batches are padded to one size, so a picture's numbers do not depend on which pictures
-are left to do, and every secret and nonce hangs on the picture's id.
+A run folder holds one sub-folder of PNG files for each view (original, mask, anonymized, recovered, one per attack). A file that
+exists is done: files appear whole. Batches are padded to one size, so a picture's numbers do not depend on which pictures are left
+to do, and every secret and nonce hangs on the picture's id. The gallery is the same for all methods: its embeddings have folders
+of their own, which runs share.
 """
 
 import csv
@@ -32,6 +33,7 @@ from keyanon.types import (
     BadPicture,
     Bytes,
     Dataset,
+    Embeddings,
     FaceParser,
     Image,
     Key,
@@ -70,7 +72,7 @@ def generate(
     batch_size: int,
     evaluations: Callable[[], int] = lambda: 0,
 ) -> dict[str, str]:
-    """Write every view of the pictures `ids` and the whole gallery; returns why pictures were skipped, by id.
+    """Write every view of the pictures `ids`; returns why pictures were skipped, by id.
 
     A picture is skipped when it cannot be read or shows no face to `parser`. `evaluations` counts the pictures that the
     method's networks have seen so far; what each batch cost of these and of time is kept in the folder's `costs`.
@@ -80,14 +82,11 @@ def generate(
         views += [RECOVERED, *attacks]
     if isinstance(method, Reconstructs):
         views += [RECONSTRUCTED]
-    for view in [*views, *([GALLERY] if dataset.gallery else [])]:
+    for view in views:
         (folder / view).mkdir(parents=True, exist_ok=True)
     files = RunFiles(folder)
     skipped = files.skipped()
 
-    for batch in batches([id for id in dataset.gallery if not files.has(GALLERY, id)], batch_size, GALLERY):
-        good, pictures = load(dataset, batch, skipped)
-        files.write_all(GALLERY, good, [channel.to_bytes(picture) for picture in pictures])
     pending = [id for id in ids if id not in skipped and not all(files.has(view, id) for view in views)]
     for batch in batches(pending, batch_size, "anonymize and recover"):
         good, pictures = load(dataset, batch, skipped)
@@ -128,7 +127,7 @@ def generate(
             if view in todo:
                 files.write_all(view, good, channel.to_bytes(attack(on_file, keys, method)))
     files.write_skipped(skipped)
-    return {id: reason for id, reason in skipped.items() if id in set(ids) | set(dataset.gallery)}
+    return {id: reason for id, reason in skipped.items() if id in set(ids)}
 
 
 def score(
@@ -148,14 +147,16 @@ def score(
     wanted = [*scorers, *recognizers]
     skipped = files.skipped()
 
-    def is_pending(id: str) -> bool:
-        there = [view for view in views if files.has(view, id)]
-        return id not in skipped and any((id, view, scorer) not in done for view in there for scorer in wanted)
+    def pending(batch: Sequence[str], view: str) -> list[str]:
+        """The scorers that some picture of the batch lacks on this view."""
+        there = [id for id in batch if id not in skipped and files.has(view, id)]
+        return [name for name in wanted if any((id, view, name) not in done for id in there)]
 
-    for batch in batches([id for id in ids if is_pending(id)], batch_size, "score"):
+    for batch in batches([id for id in ids if any(pending([id], view) for view in views)], batch_size, "score"):
         rows: list[dict[str, object]] = []
         vectors: list[dict[str, object]] = []
         names = filled(batch, batch_size)
+        todo = {view: pending(batch, view) for view in views if all(files.has(view, id) for id in batch)}
         original = channel.to_floats(files.read_all(ORIGINAL, names))
         face = files.read_all(MASK, names)[:, :1] > 127
         references: dict[str, Image] = {}  # what each scorer compares with, where there is such a view
@@ -164,10 +165,12 @@ def score(
                 references[name] = original
             elif all(files.has(scorer.view, id) for id in batch):
                 references[name] = channel.to_floats(files.read_all(scorer.view, names))
-        embedded = {name: recognizer.embed(original) for name, recognizer in recognizers.items()}
-        for view in views:
-            if not all(files.has(view, id) for id in batch):
-                continue  # an attack that an earlier, larger run did not finish
+        embedded = {
+            name: recognizer.embed(original)
+            for name, recognizer in recognizers.items()
+            if any(name in missing for missing in todo.values())
+        }
+        for view, missing in todo.items():
             on_file = files.read_files(view, names)
             pictures = channel.to_floats(on_file.images)
             values = {
@@ -175,16 +178,15 @@ def score(
                 if name in references
                 else torch.full((len(names),), torch.nan)
                 for name, scorer in scorers.items()
+                if name in missing
             }
             if view == ANONYMIZED:
                 values[HEADER_BYTES] = torch.tensor([float(len(header)) for header in on_file.headers])
-            for name, recognizer in recognizers.items():
-                embedding = embedded[name] if view == ORIGINAL else recognizer.embed(pictures)
-                values[name] = (embedding * embedded[name]).sum(1)
-                vectors += [
-                    {"id": id, "view": view, "scorer": name, "embedding": row.tolist()}
-                    for id, row in zip(batch, embedding, strict=False)
-                ]
+            for name, clean in embedded.items():
+                if name in missing:
+                    embedding = clean if view == ORIGINAL else recognizers[name].embed(pictures)
+                    values[name] = (embedding * clean).sum(1)
+                    vectors += embedding_rows(batch, view, name, embedding)
             rows += [
                 {"id": id, "view": view, "scorer": name, "value": float(value)}
                 for name, column in values.items()
@@ -195,17 +197,31 @@ def score(
         write_part(folder / "embeddings", pa.Table.from_pylist(vectors, EMBEDDING_SCHEMA))
         write_part(folder / "scores", pa.Table.from_pylist(rows, SCORE_SCHEMA))
 
-    gallery = files.ids(GALLERY)
-    known = {(row["id"], row["scorer"]) for row in read_parts(folder / "embeddings", GALLERY).to_pylist()}
-    for name, recognizer in recognizers.items():
-        for batch in batches([id for id in gallery if (id, name) not in known], batch_size, f"{name}: gallery"):
-            names = filled(batch, batch_size)
-            embedding = recognizer.embed(channel.to_floats(files.read_all(GALLERY, names)))
-            vectors = [
-                {"id": id, "view": GALLERY, "scorer": name, "embedding": row.tolist()}
-                for id, row in zip(batch, embedding, strict=False)
-            ]
+
+def enrol(folder: Path, dataset: Dataset, name: str, recognizer: Recognizer, batch_size: int) -> dict[str, str]:
+    """Embed the dataset's gallery with one recognizer, called `name`, into `folder`; returns why pictures were skipped, by id.
+
+    The pictures are rounded to 8 bits first, as those that are compared with them are.
+    """
+    files = RunFiles(folder)
+    known, skipped = set(read_parts(folder / "embeddings")["id"].to_pylist()), files.skipped()
+    pending = [id for id in dataset.gallery if id not in known and id not in skipped]
+    for batch in batches(pending, batch_size, f"{name}: gallery"):
+        good, pictures = load(dataset, batch, skipped)
+        if good:
+            images = channel.to_floats(channel.to_bytes(padded(torch.stack(pictures), batch_size)))
+            vectors = embedding_rows(good, GALLERY, name, recognizer.embed(images))
             write_part(folder / "embeddings", pa.Table.from_pylist(vectors, EMBEDDING_SCHEMA))
+    files.write_skipped(skipped)
+    return {id: reason for id, reason in skipped.items() if id in set(dataset.gallery)}
+
+
+def embedding_rows(ids: Sequence[str], view: str, name: str, embeddings: Embeddings) -> list[dict[str, object]]:
+    """Rows of EMBEDDING_SCHEMA; `embeddings` may be filled up beyond the ids."""
+    return [
+        {"id": id, "view": view, "scorer": name, "embedding": row.tolist()}
+        for id, row in zip(ids, embeddings, strict=False)
+    ]
 
 
 @dataclass(frozen=True)
@@ -226,7 +242,7 @@ class RunFiles:
     def views(self) -> list[str]:
         """The views to score, original first."""
         found = {path.name for path in self.folder.iterdir() if path.is_dir() and any(path.glob("*.png"))}
-        rest = found - {ORIGINAL, MASK, ANONYMIZED, RECOVERED, GALLERY}
+        rest = found - {ORIGINAL, MASK, ANONYMIZED, RECOVERED}
         return [*(view for view in (ORIGINAL, ANONYMIZED, RECOVERED) if view in found), *sorted(rest)]
 
     def write(self, view: str, id: str, pixels: Tensor, header: bytes = b"") -> None:

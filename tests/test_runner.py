@@ -2,21 +2,23 @@
 
 import math
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from keyanon.anonymizers import SignFlip
 from keyanon.attacks import FloatChannel, WrongKey
 from keyanon.diffusion import LatentDiffusion
-from keyanon.images import from_pil, open_rgb, read_png
+from keyanon.images import from_pil, open_rgb, read_png, to_bytes, to_floats
 from keyanon.keys import experiment_key
-from keyanon.runner import RunFiles, generate, read_parts, score
+from keyanon.runner import RunFiles, enrol, generate, read_parts, score
 from keyanon.scorers import Against
 from keyanon.solvers import DDIM
-from keyanon.types import Picture
+from keyanon.types import Embeddings, Image, Picture
 from tests.conftest import LDM_NOISE, CentreFace, PixelRecognizer, smooth_picture
 
 ATTACKS = {"recovered_float": FloatChannel(), "wrong_key": WrongKey()}
@@ -29,14 +31,15 @@ class Pictures:
     """Eight pictures, one black and one corrupt, and a gallery of two."""
 
     root: Path
+    enrolled: Sequence[str] = ("g0", "g1")
 
     @property
     def ids(self) -> list[str]:
         return [f"p{i}" for i in range(8)]
 
     @property
-    def gallery(self) -> list[str]:
-        return ["g0", "g1"]
+    def gallery(self) -> Sequence[str]:
+        return self.enrolled
 
     def identity(self, id: str) -> str | None:
         return None
@@ -101,8 +104,46 @@ def test_all_views_and_scores_are_there(whole, dataset):
     assert {scores(whole)[id, "anonymized", "header_bytes"] for id in good} == {28 + 32}
     assert all(scores(whole)[id, "original", "mae"] == 0 for id in good)
     assert all(scores(whole)[id, "original", "pixels"] == pytest.approx(1) for id in good)
-    embedded = {(row["view"], row["id"]) for row in read_parts(whole / "embeddings").to_pylist()}
-    assert {("gallery", "g0"), ("gallery", "g1")} < embedded
+
+
+@dataclass
+class Counting:
+    """A recognizer, or a scorer, that counts the batches it has seen."""
+
+    inner: Callable[..., Tensor]
+    batches: int = 0
+
+    def embed(self, images: Image) -> Embeddings:
+        return self(images)
+
+    def __call__(self, *pictures: Tensor) -> Tensor:
+        self.batches += 1
+        return self.inner(*pictures)
+
+
+def test_the_gallery_is_embedded_once_as_8_bit_pictures(tmp_path, dataset):
+    recognizer = Counting(PixelRecognizer().embed)
+    with_broken = replace(dataset, enrolled=["g0", BROKEN, "g1"])
+    assert set(enrol(tmp_path, with_broken, "pixels", recognizer, 2)) == {BROKEN}
+    assert recognizer.batches == 2
+    assert set(enrol(tmp_path, with_broken, "pixels", recognizer, 2)) == {BROKEN}
+    assert recognizer.batches == 2
+    rows = read_parts(tmp_path / "embeddings").to_pylist()
+    assert [(row["view"], row["scorer"], row["id"]) for row in rows] == [
+        ("gallery", "pixels", id) for id in ("g0", "g1")
+    ]
+    rounded = to_floats(to_bytes(dataset.load("g1")[None]))
+    torch.testing.assert_close(torch.tensor(rows[1]["embedding"]), PixelRecognizer().embed(rounded)[0])
+
+
+def test_only_what_is_pending_is_scored(whole, tmp_path, dataset):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    old, new, recognizer = Counting(mae), Counting(mae), Counting(PixelRecognizer().embed)
+    score(folder, dataset.ids, {"mae": old, "more": new}, {"pixels": recognizer}, batch_size=3)
+    assert (old.batches, recognizer.batches) == (0, 0)
+    assert new.batches == 2 * (len(VIEWS) - 1)  # six pictures; the mask is no view to score
+    assert {name: value for name, value in scores(folder).items() if name[2] != "more"} == scores(whole)
 
 
 def test_skipped_pictures_are_recorded_with_a_reason(whole):
