@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from experiments.tables import (
+    COSTS,
+    METHODS,
     STATISTICS,
     TIDY,
     Reference,
@@ -246,6 +248,52 @@ def test_methods_of_a_kind_stand_together_with_what_they_need(tmp_path):
     shutil.rmtree(tmp_path / "results" / "tables")
     build("rivals", results=tmp_path / "results")
     assert (tmp_path / "results" / "tables" / "rivals.md").read_text() == markdown
+
+
+def test_methods_side_by_side_with_their_costs(tmp_path):
+    results = tmp_path / "results"
+    (results / "scores").mkdir(parents=True)
+    measured(
+        cell(scorer="detected", value=1.0),
+        cell(scorer="dlib", value=0.25),
+        cell(scorer="dlib", statistic="tar@far=0.001", value=0.125),
+        cell(scorer="header_bytes", value=15172.4),
+        cell(scorer="psnr_face", view="recovered", value=22.5),
+        cell(scorer="dlib", view="wrong_key", value=0.5, low=NAN, high=NAN),
+        cell(scorer="detected", anonymizer="blur", value=0.75),
+        *(cell(scorer="psnr", view="original", anonymizer=name, value=58.92) for name in ("signflip", "blur")),
+    ).to_parquet(results / "scores" / "rivals.parquet")
+    (results / "scores" / "rivals.methods.csv").write_text(
+        f"{','.join(METHODS)}\ncelebahq,signflip,keyed,-,256,256,-,-,-\ncelebahq,blur,irreversible,-,,,-,-,-\n"
+    )
+    (results / "scores" / "rivals.costs.csv").write_text(
+        f"{','.join(COSTS)}\ncelebahq,signflip,anonymized,8,1.2345,100,cpu,x,1\nother,signflip,recovered,8,9,9,cpu,x,1\n"
+    )
+    build("rivals", results=results)
+    markdown = (results / "tables" / "rivals.md").read_text()
+    assert lines_of(markdown, "### Methods side by side") == [
+        [
+            "anonymizer", "detected ↑", "dlib cosine ↓", "dlib TAR at FAR 0.001 ↓", "psnr_face",
+            "dlib cosine, wrong key ↓", "side bytes", "seconds to anonymize", "to recover",
+        ],
+        ["*irreversible*", *[""] * 8],
+        ["blur", "0.7500 [0.7400, 0.7600]", "-", "-", "-", "-", "-", "-", "-"],
+        ["*keyed*", *[""] * 8],
+        [
+            "signflip", "1.000 [0.9900, 1.010]", "0.2500 [0.2400, 0.2600]", "0.1250 [0.1150, 0.1350]",
+            "22.50 [22.49, 22.51]", "0.5000", "15172", "1.23", "-",
+        ],
+    ]  # fmt: skip
+    clean = lines_of(markdown, "### Clean pictures")  # the same for both: said once
+    assert clean[1:] == [["all methods", "original", "ours", "100", "0", "58.92 [58.91, 58.93]"]]
+
+
+def test_originals_that_differ_are_all_shown(shown):
+    cells = [
+        cell(scorer="psnr", view="original", anonymizer=name, n=n) for name, n in (("signflip", 100), ("blur", 99))
+    ]
+    markdown, _ = shown(cells)
+    assert [line[0] for line in lines_of(markdown, "### Clean pictures")[1:]] == ["blur", "signflip"]
 
 
 def test_csv_prints_six_significant_digits(tmp_path):
