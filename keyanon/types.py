@@ -117,6 +117,13 @@ class Reversible(Anonymizer, Protocol):
 
 
 @runtime_checkable
+class Keyless(Protocol):
+    """A reversible method that gives something also to one who runs the receiver without any key, and says what."""
+
+    def without_key(self, images: Image, headers: Sequence[bytes]) -> Image: ...
+
+
+@runtime_checkable
 class Reconstructs(Protocol):
     """A method that sends pictures through an autoencoder, and can show what that alone does to them."""
 

@@ -14,7 +14,7 @@ import torch
 from experiments.preflight import missing_parts
 from experiments.tables import read_paper
 from keyanon import images as channel
-from keyanon.attacks import Jpeg, NearKey, WrongKey
+from keyanon.attacks import Jpeg, NearKey, NoKey, WrongKey
 from keyanon.baselines.external import (
     BadMethod,
     External,
@@ -26,7 +26,7 @@ from keyanon.baselines.external import (
     without,
 )
 from keyanon.headers import BadHeader, Header
-from keyanon.keys import MasterKey, OneForAll
+from keyanon.keys import MasterKey, Nobody, OneForAll
 from keyanon.runner import RunFiles, generate
 from keyanon.types import About, Anonymizer, Image, Published, Reversible
 from tests.conftest import ROOT, CentreFace, smooth_picture
@@ -43,6 +43,11 @@ def noise(*size: int, seed: int = 0) -> Image:
 
 
 IMAGES = noise(3, 3, 8, 8)
+INVERT = """
+import pathlib, sys, PIL.Image, PIL.ImageOps
+for path in pathlib.Path(sys.argv[1]).iterdir():
+    PIL.ImageOps.invert(PIL.Image.open(path)).save(pathlib.Path(sys.argv[2], path.name))
+"""
 
 
 def command(what: str = "right") -> list[str]:
@@ -152,6 +157,18 @@ def test_a_method_without_key_is_given_none_and_publishes_no_header(method):
     assert torch.equal(published.images, channel.to_bytes(IMAGES))
     assert torch.equal(back(keyless, published), channel.to_bytes(IMAGES))
     assert torch.equal(back(keyless, published, MasterKey(bytes(32))), channel.to_bytes(IMAGES))
+
+
+def test_without_a_key_a_method_that_has_none_recovers_and_others_show_what_is_published(method):
+    inverting = [sys.executable, "-c", INVERT, "{images}", "{output}"]
+    keyless = replace(method, secret=None, command=inverting, recovery=inverting)
+    published, nobody = sent(keyless), [Nobody()] * 3
+    assert torch.equal(published.images, 255 - channel.to_bytes(IMAGES))
+    assert torch.equal(channel.to_bytes(NoKey()(published, nobody, keyless)), channel.to_bytes(IMAGES))
+    published = sent(method)
+    starts = seen(method)["starts"]
+    assert torch.equal(channel.to_bytes(NoKey()(published, nobody, method)), published.images)
+    assert seen(method)["starts"] == starts
 
 
 def test_pictures_are_resized_to_what_the_program_reads(method):
@@ -401,6 +418,11 @@ def test_equal_published_pictures_keep_their_own_recoveries(ready):
     for id in READY_IDS:
         channel.write_png(Path(ready.anonymized, f"{id}.png"), torch.zeros(3, 8, 8, dtype=torch.uint8))
     assert torch.equal(back(ready, sent(ready, ids=READY_IDS)), channel.to_bytes(IMAGES))
+
+
+def test_without_a_key_ready_made_pictures_are_as_published(ready):
+    published = sent(ready, ids=READY_IDS)
+    assert torch.equal(channel.to_bytes(NoKey()(published, [Nobody()] * 3, ready)), published.images)
 
 
 @pytest.mark.parametrize("attack", [WrongKey(), NearKey(), Jpeg(50)])
