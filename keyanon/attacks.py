@@ -14,7 +14,7 @@ import torch
 from keyanon import images as channel
 from keyanon.headers import FIXED
 from keyanon.keys import FlippedSigns, MasterKey
-from keyanon.types import Image, Key, Keyless, Published, Reversible
+from keyanon.types import Image, Key, Published, Reversible, RunsWithoutKey
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class NoKey:
 
     def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
         images = channel.to_floats(published.images)
-        return method.without_key(images, published.headers) if isinstance(method, Keyless) else images
+        return method.without_key(images, published.headers) if isinstance(method, RunsWithoutKey) else images
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from keyanon.headers import BadHeader, Header
 from keyanon.keys import BadKey, Nobody, OneForAll, Recipe, experiment_key
 from keyanon.solvers import DDIM, Known
 from keyanon.transforms import NoiseFlipping, Permutation
-from keyanon.types import Keyless, Published, Reversible
+from keyanon.types import Published, Reversible, RunsWithoutKey
 from tests.conftest import LDM_NOISE, CentreFace, smooth_picture
 
 IDS = ["a", "b", "c"]
@@ -165,7 +165,7 @@ def test_without_a_key_the_picture_is_inverted_and_denoised_as_it_is(method, pub
     path = solver.invert(backbone.eps, backbone.schedule, backbone.encode(floats))
     mask = method.parser.mask(floats, backbone.latent_size(floats))
     plain = solver.sample(backbone.eps, backbone.schedule, path[-1], Known(mask, path))
-    assert isinstance(method, Keyless)
+    assert isinstance(method, RunsWithoutKey)
     seen = NoKey()(published, [Nobody()] * 3, method)
     torch.testing.assert_close(seen, backbone.decode(plain))
     assert not torch.equal(seen, method.recover(floats, published.headers, [experiment_key()] * 3))

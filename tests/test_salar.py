@@ -203,7 +203,9 @@ def test_missing_weights_are_named(monkeypatch, tmp_path):
     for name in (
         "sd2-community/stable-diffusion-2-inpainting",
         Path(CARDS["farl_b16_ep64"].filename).name,
+        Path(CARDS["bisenet"].filename).name,
         "anonymizer.target",
     ):
         assert name in text
     assert method.about.code_licence == "none"
+    assert (method.keep.region, method.dilation) == ("glasses", 7)
