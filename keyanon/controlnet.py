@@ -79,10 +79,10 @@ class MaskControl:
         if backbone.missing() is not None or (backbone.folder / FILE).is_file():
             return None
         return (
-            f"control network: no file {backbone.folder / FILE}. Make it from a checkpoint of the authors "
-            "(hf download PolLabarbarie/diffusion-signflip-anon-face, segmentation_masks/controlnet_epoch_15.pth) in a copy of the "
-            "backbone's folder: python -c \"from keyanon.controlnet import convert; convert('CHECKPOINT', 'FOLDER')\", then set "
-            "backbone.source=FOLDER backbone.subfolder=''"
+            f"control network: no file {backbone.folder / FILE}. Make it from the authors' checkpoint for segmentation masks "
+            "(controlnet_epoch_15.pth, of PolLabarbarie/diffusion-signflip-anon-face on the hub) in a copy of the backbone's folder: "
+            "python -c \"from keyanon.controlnet import convert; convert('CHECKPOINT', 'FOLDER')\", then set backbone.source=FOLDER "
+            "backbone.subfolder=''"
         )
 
 
