@@ -53,6 +53,10 @@ class MaskControl:
         """
         control = self.network(backbone)
         hint = in_chunks(control.features, mask.to(backbone.device).float().expand(-1, 3, -1, -1))
+        if (size := tuple(hint.shape[-2:])) != backbone.latent_size(mask):
+            raise BadModel(
+                f"{backbone.folder / FILE}: brings masks to {size}, latents are {backbone.latent_size(mask)}"
+            )
 
         def eps(z: Latent, t: int) -> Latent:
             if len(z) != len(hint):
@@ -80,9 +84,9 @@ class MaskControl:
             return None
         return (
             f"control network: no file {backbone.folder / FILE}. Make it from the authors' checkpoint for segmentation masks "
-            "(controlnet_epoch_15.pth, of PolLabarbarie/diffusion-signflip-anon-face on the hub) in a copy of the backbone's folder: "
-            "python -c \"from keyanon.controlnet import convert; convert('CHECKPOINT', 'FOLDER')\", then set backbone.source=FOLDER "
-            "backbone.subfolder=''"
+            "(controlnet_epoch_15.pth, of PolLabarbarie/diffusion-signflip-anon-face on the hub) in a copy of the backbone's "
+            "folder: python -c \"from keyanon.controlnet import convert; convert('CHECKPOINT', 'FOLDER')\", then set "
+            "backbone.source=FOLDER backbone.subfolder=''"
         )
 
 

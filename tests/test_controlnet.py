@@ -183,6 +183,12 @@ def test_another_file_is_refused(model, tmp_path):
     assert not Path(model.source, FILE).exists()
 
 
+def test_a_network_for_another_autoencoder_is_refused(model, pictures):
+    with_weights(model, ControlNetwork(model.unet.config, 3))
+    with pytest.raises(BadModel, match=r"model\.safetensors: brings masks to \(8, 8\), latents are \(16, 16\)"):
+        MaskControl().denoisers(model, faces(pictures))
+
+
 @pytest.mark.parametrize(
     "other", [{"num_class_embeds": 3}, {"time_embedding_type": "fourier"}, {"center_input_sample": True}]
 )
