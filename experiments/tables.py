@@ -213,7 +213,7 @@ CLEAN, ANONYMIZED, RECOVERED, ATTACKED, INVERTED = (
     "Inverted noise",
 )
 RECOGNIZERS = ("facenet", "arcface", "adaface", "mobilefacenet", "dlib", "sface")
-KINDS = ("control", "irreversible", "keyed")  # keyanon.types.About
+KINDS = ("control", "irreversible", "keyless", "keyed")  # keyanon.types.About
 STATISTIC_NAMES = {
     "std": "standard deviation",
     "set": "over the whole set",
@@ -403,7 +403,7 @@ def summary(rows: pd.DataFrame) -> str:
     printed = within + outside + absent
     if printed == 0:
         return f"The paper has no number for any of the {len(rows)} cells."
-    return f"Of the paper's {printed} cells {within} within tolerance, {outside} outside, {absent} not run."
+    return f"Of {printed} published numbers {within} within tolerance, {outside} outside, {absent} not run."
 
 
 def consumed(methods: pd.DataFrame, rows: pd.DataFrame) -> Grid:
@@ -457,7 +457,7 @@ def markdown(
         for grid in shown:
             parts += [f"### {grid.title}", tabulate(grid.rows, grid.header, tablefmt="pipe", disable_numparse=True)]
     if paper:
-        parts += ["## Where the paper's numbers are from", origins(paper)]
+        parts += ["## Where the published numbers are from", origins(paper)]
     return "\n\n".join(parts) + "\n"
 
 

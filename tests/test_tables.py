@@ -217,6 +217,7 @@ def test_methods_of_a_kind_stand_together_with_what_they_need(tmp_path):
     abouts = {
         "signflip": About("keyed", "8-bit file + header", 256, 32, "MIT", "-", "arXiv 2510.01031"),
         "blur": About("irreversible", "-", None, None, "-", "-", "deface"),
+        "g2face": About("keyless", "8-bit file", None, None, "MIT", "-", "-"),
         "again": About("keyed", "8-bit file", 16, 16, "-", "-", "-"),
         "identity": About("control", "-", None, None, "-", "-", "-"),
     }
@@ -236,15 +237,26 @@ def test_methods_of_a_kind_stand_together_with_what_they_need(tmp_path):
         [text.strip() for text in line.split("|")[1:-1]] for line in markdown.splitlines() if line.startswith("| ")
     ]
     needs = next(i for i, line in enumerate(lines) if line[0] == "anonymizer")
-    assert lines[needs + 1 : needs + 5] == [
+    assert lines[needs + 1 : needs + 6] == [
         ["identity", "control", "-", "-", "-", "-", "-", "-", "-"],
         ["blur", "irreversible", "-", "-", "-", "-", "-", "-", "deface"],
+        ["g2face", "keyless", "8-bit file", "-", "-", "-", "MIT", "-", "-"],
         ["again", "keyed", "8-bit file", "-", "16", "16", "-", "-", "-"],
         ["signflip", "keyed", "8-bit file + header", "100", "256", "32", "MIT", "-", "arXiv 2510.01031"],
     ]
     start = next(i for i, line in enumerate(lines) if line[1:2] == ["recovered"]) - 1
-    grid = [line[0] for line in lines[start : start + 7]]
-    assert grid == ["*control*", "identity", "*irreversible*", "blur", "*keyed*", "again", "signflip"]
+    grid = [line[0] for line in lines[start : start + 9]]
+    assert grid == [
+        "*control*",
+        "identity",
+        "*irreversible*",
+        "blur",
+        "*keyless*",
+        "g2face",
+        "*keyed*",
+        "again",
+        "signflip",
+    ]
     shutil.rmtree(tmp_path / "results" / "tables")
     build("rivals", results=tmp_path / "results")
     assert (tmp_path / "results" / "tables" / "rivals.md").read_text() == markdown
@@ -376,10 +388,10 @@ def test_markdown_reads_like_a_papers_table(shown):
         ["", "", "paper", "", "", "0.0755 ± 0.161 (within)", "0.0755 (outside)", "0.05"],
         ["blur", "anonymized", "ours", "100", "0", "0.4000 [0.3900, 0.4100]", "", ""],
     ]  # fmt: skip
-    assert "Of the paper's 3 cells 1 within tolerance, 1 outside, 1 not run." in markdown
+    assert "Of 3 published numbers 1 within tolerance, 1 outside, 1 not run." in markdown
     assert "standard deviation\n\n|" in markdown
     assert markdown.count("### ") == 1  # the standard deviation stands behind the mean, not in a grid of its own
-    assert "unconfirmed" in markdown.split("## Where the paper's numbers are from")[1]
+    assert "unconfirmed" in markdown.split("## Where the published numbers are from")[1]
 
 
 def test_every_cell_is_shown_in_some_grid(shown):
