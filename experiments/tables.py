@@ -12,6 +12,7 @@ below.
 import argparse
 import json
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -275,20 +276,27 @@ def grids(cells: pd.DataFrame, paper: Mapping[tuple[str, ...], Reference], kinds
 
 
 def side_by_side(cells: pd.DataFrame, kinds: Mapping[str, str], costs: pd.DataFrame) -> Grid:
-    """One dataset's methods, one a row: what published pictures show, what comes back of the file, and what it takes."""
+    """One dataset's methods, one a row: what published pictures show, what comes back of the file, and what it takes.
+
+    Columns that name no view are of the anonymized pictures.
+    """
     measured = {(row.anonymizer, row.view, row.scorer, row.statistic): row for row in cells.itertuples()}
     seconds: dict[Any, float] = costs.set_index(["anonymizer", "view"])["seconds"].to_dict()
     recognizers = [scorer for scorer in cells.scorer.unique() if is_recognizer(scorer)]
-    rates = [statistic for statistic in cells.statistic.unique() if statistic.startswith("tar@")]
+    rates = [statistic for statistic in cells.statistic.unique() if re.fullmatch(r"tar@far=[\d.e-]+", statistic)]
     columns = {
         "detected": ("anonymized", "detected", "mean"),
         **{f"{name} cosine": ("anonymized", name, "mean") for name in recognizers},
         **{
             f"{name} {statistic_name(rate, True)}": ("anonymized", name, rate) for rate in rates for name in recognizers
         },
-        **{name: ("recovered", name, "mean") for name in ("psnr_face", "ssim_face")},
+        **{f"{name}, recovered": ("recovered", name, "mean") for name in ("psnr_face", "ssim_face")},
         **{f"{name} cosine, recovered": ("recovered", name, "mean") for name in recognizers},
-        **{f"{name} cosine, wrong key": ("wrong_key", name, "mean") for name in recognizers},
+        **{
+            f"{name} cosine, {view.replace('_', ' ')}": (view, name, "mean")
+            for view in ("wrong_key", "no_key")
+            for name in recognizers
+        },
     }
     columns = {name: place for name, place in columns.items() if any(cell[1:] == place for cell in measured)}
     body: list[list[str]] = []
