@@ -32,7 +32,7 @@ from keyanon.exact import Exact, masks
 from keyanon.headers import BadHeader, Header, unseal
 from keyanon.keys import NONCE_BYTES
 from keyanon.solvers import Known
-from keyanon.transforms import SignFlipping, coded, decoded
+from keyanon.transforms import coded, decoded
 from keyanon.types import Bytes, Image, Key, Latent, Mask
 
 Method = SignFlip | Exact
@@ -66,16 +66,17 @@ def drawn(method: Method, images: Image, headers: Sequence[bytes], zT: Latent) -
     """The pictures that the sampler makes of `zT` inside the face of `received` pictures."""
     known, backbone = known_path(method, images, headers), method.backbone
     if isinstance(method, SignFlip):
-        path = known if method.reinject else None
-        return backbone.decode(method.solver.sample(backbone.eps, backbone.schedule, zT, path), method.quantize)
+        path, (_, down) = known if method.reinject else None, method.denoisers(images)
+        return backbone.decode(method.solver.sample(down, backbone.schedule, zT, path), method.quantize)
     return method.face(method.solver.sample(backbone.eps, backbone.schedule, zT, known), images, known.mask)
 
 
 def unlocked(method: Method, zT: Latent, mask: Mask, headers: Sequence[bytes], keys: Sequence[Key]) -> Latent:
     """z_T, if these are the right keys of z'_T."""
     opened = [Header.unpack(header) for header in headers]
-    transform = SignFlipping() if isinstance(method, SignFlip) else method.transform
-    return transform.undo(zT, mask, keys, [header.nonce for header in opened], [header.sent for header in opened])
+    return method.transform.undo(
+        zT, mask, keys, [header.nonce for header in opened], [header.sent for header in opened]
+    )
 
 
 def known_path(method: Method, images: Image, headers: Sequence[bytes]) -> Known:
@@ -83,10 +84,9 @@ def known_path(method: Method, images: Image, headers: Sequence[bytes]) -> Known
     opened = [Header.unpack(header) for header in headers]
     if isinstance(method, Exact):
         return method.known(images, masks(opened, images), [header.nonce for header in opened])
-    mask = method.parser.mask(images, method.backbone.latent_size(images)).to(images.device)
-    return Known(
-        mask, method.solver.invert(method.backbone.eps, method.backbone.schedule, method.backbone.encode(images))
-    )
+    backbone, (up, _) = method.backbone, method.denoisers(images)
+    mask = method.parser.mask(images, backbone.latent_size(images)).to(images.device)
+    return Known(mask, method.solver.invert(up, backbone.schedule, backbone.encode(images)))
 
 
 # Linkage: do two files show one photograph? Does a file show this photograph?

@@ -45,7 +45,10 @@ class NearKey:
 
 @dataclass(frozen=True)
 class PartialKey:
-    """Recovery by one who holds the right signs but for a fraction of them, which are wrong (1.0: every sign)."""
+    """Recovery by one who holds the right signs but for a fraction of them, which are wrong (1.0: every sign).
+
+    A method that draws no signs from its key (rotation, permutation, noise flip) is recovered as with the right key.
+    """
 
     wrong: float
 
