@@ -9,6 +9,7 @@ eps = a v + s z_t (arXiv 2202.00512, appendix D).
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from keyanon.block_dct import BLOCK, BlockDCT
 from keyanon.solvers import NoiseSchedule
 from keyanon.types import Image, Latent
 from keyanon.weights import MissingWeights, offline
+
+log = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "tf32", "bf16"]
 CHUNK = 4
@@ -47,6 +50,8 @@ class LatentDiffusion:
             diffusers' DDIMScheduler.
         precision: of the denoising network's arithmetic. Latents, the solver and the autoencoder stay in fp32.
         licence: of the weights, for the message when they are missing.
+        compile: the denoising network by torch.compile, at its first use: minutes, and a C++ compiler on a CPU. Results differ
+            from the uncompiled network's by rounding: sender and receiver should do the same. Gains: docs/performance.md.
     """
 
     source: str
@@ -56,15 +61,18 @@ class LatentDiffusion:
     device: str = "cpu"
     licence: str = "see the model's page"
     revision: str | None = None
+    compile: bool = False
     evaluations: Counter[int] = field(default_factory=Counter, init=False, repr=False, compare=False)
     """How many pictures the network has seen at each timestep."""
+    fits: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """How many pictures can be encoded, decoded, ... at once, where it turned out that there are too many for the memory."""
 
     def encode(self, images: Image) -> Latent:
         """z0 = E(x): the mean where the encoder gives a distribution, unquantized where it has a codebook.
 
         Gradients reach pictures that ask for them; the weights ask for none.
         """
-        return in_chunks(self._encode, images.to(self.device))
+        return in_chunks(self._encode, images.to(self.device), fits=self.fits)
 
     def _encode(self, images: Image) -> Latent:
         autoencoder = self.autoencoder
@@ -80,7 +88,7 @@ class LatentDiffusion:
     def decode(self, latents: Latent, quantize: bool = True) -> Image:
         """x = D(z0), unclipped; `quantize` snaps to the codebook first, where there is one, as diffusers does by default."""
         with torch.no_grad():
-            return in_chunks(lambda part: self._decode(part, quantize), latents)
+            return in_chunks(lambda part: self._decode(part, quantize), latents, fits=self.fits)
 
     def _decode(self, latents: Latent, quantize: bool) -> Image:
         autoencoder = self.autoencoder
@@ -102,7 +110,7 @@ class LatentDiffusion:
     def eps(self, z: Latent, t: int) -> Latent:
         """The network's estimate of the noise in z at the timestep t, in fp32."""
         self.evaluations[t] += len(z)
-        out = in_chunks(lambda part: self._network(part, t), z)
+        out = in_chunks(lambda part: self._network(part, t), z, fits=self.fits, few_sizes=self.compile)
         if self._predicts_v:
             abar = self.schedule.abar[t]
             out = abar**0.5 * out + (1 - abar) ** 0.5 * z
@@ -113,7 +121,7 @@ class LatentDiffusion:
             steps = torch.full((z.shape[0],), t, device=z.device)
             prompt = () if self.condition is None else (self.condition.expand(z.shape[0], -1, -1),)
             out: Latent = self.unet(z.to(self._dtype), steps, *prompt).sample.float()
-        return out
+        return out.clone() if self.compile else out  # a CUDA graph overwrites what it gave at the next call
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
@@ -126,7 +134,8 @@ class LatentDiffusion:
                 kind = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}.get(self._class_of(name), kind)
                 if kind is BlockDCT:
                     return BlockDCT.from_config(BlockDCT.load_config(self.folder / name))
-                return kind.from_pretrained(self.folder / name).to(self.device).eval().requires_grad_(False)
+                net = kind.from_pretrained(self.folder / name)
+                return net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
         raise BadModel(f"{self.folder}: no autoencoder (expected one of the folders latent, vqvae, vae)")
 
     @cached_property
@@ -139,7 +148,8 @@ class LatentDiffusion:
         if self.precision == "tf32":
             torch.set_float32_matmul_precision("high")
         net = kind.from_pretrained(self.folder / "unet", torch_dtype=self._dtype)
-        return net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        net = net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        return compiled(net) if self.compile else net
 
     @cached_property
     def condition(self) -> Tensor | None:
@@ -243,13 +253,51 @@ class LatentDiffusion:
         return kind == "v_prediction"
 
 
-def in_chunks(f: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-    """f(batch). On a CPU f always sees CHUNK pictures at a time, the last ones filled up with copies: its kernels are chosen by
-    the batch's size and round differently, and the loop amplifies that to visible pixels.
+def compiled(net: torch.nn.Module) -> Any:
+    """`net` through torch.compile, for few sizes of the batch and never in part: on a CPU with the convolutions' weights laid out
+    once and for all, elsewhere as CUDA graphs, which launch all kernels at once.
     """
-    if batch.device.type != "cpu":
-        return f(batch)
-    return torch.cat([f(padded(chunk, CHUNK)) for chunk in batch.split(CHUNK)])[: len(batch)]
+    on_cpu = next(net.parameters()).device.type == "cpu"
+    how: dict[str, Any] = {"options": {"freezing": True}} if on_cpu else {"mode": "reduce-overhead"}
+    return torch.compile(net, dynamic=False, fullgraph=True, **how)
+
+
+def in_chunks(
+    f: Callable[..., Tensor], *batch: Tensor, fits: dict[str, int] | None = None, few_sizes: bool = False
+) -> Tensor:
+    """f(*batch), by parts of the batch.
+
+    On a CPU f always sees CHUNK pictures at a time, the last ones filled up with copies: its kernels are chosen by the batch's size
+    and round differently, and the loop amplifies that to visible pixels. Elsewhere it sees the whole batch, or where this is too
+    much for the memory half of it, a quarter, ...
+
+    `fits` remembers by f's name how many were not too many, for the next time; `few_sizes` fills up to a power of two, where f
+    costs much at the first batch of a size.
+
+    Raises:
+        torch.OutOfMemoryError: not even one fits; or gradients are wanted of the outcome, where smaller parts do not help and
+            whoever asks for the gradients can take fewer pictures.
+    """
+    on_cpu, count, name = batch[0].device.type == "cpu", len(batch[0]), f.__qualname__
+    size = CHUNK if on_cpu else 1 << (count - 1).bit_length() if few_sizes else count
+    if fits is not None:
+        size = min(size, fits.get(name, size))
+    while True:
+        try:
+            parts = zip(*(cut(tensor, size, on_cpu or few_sizes) for tensor in batch), strict=True)
+            return torch.cat([f(*part) for part in parts])[:count]
+        except torch.OutOfMemoryError:
+            if size == 1 or any(tensor.requires_grad for tensor in batch):
+                raise
+        size //= 2  # here, where the error no longer holds the tensors of f
+        log.warning("%s: %d pictures at once do not fit the memory, going on with %d", name, 2 * size, size)
+        if fits is not None:
+            fits[name] = size
+
+
+def cut(batch: Tensor, size: int, fill: bool) -> list[Tensor]:
+    """Parts of `size`, the last one smaller or filled up."""
+    return [padded(part, size) if fill else part for part in batch.split(size)]
 
 
 def padded(batch: Tensor, size: int) -> Tensor:
