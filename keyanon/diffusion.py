@@ -11,7 +11,8 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
@@ -76,7 +77,8 @@ class LatentDiffusion:
 
     def _encode(self, images: Image) -> Latent:
         autoencoder = self.autoencoder
-        encoded = autoencoder.encode(images)
+        with arithmetic("fp32"):
+            encoded = autoencoder.encode(images)
         if isinstance(autoencoder, BlockDCT):
             z0: Latent = encoded
         elif isinstance(autoencoder, VQModel):
@@ -87,7 +89,7 @@ class LatentDiffusion:
 
     def decode(self, latents: Latent, quantize: bool = True) -> Image:
         """x = D(z0), unclipped; `quantize` snaps to the codebook first, where there is one, as diffusers does by default."""
-        with torch.no_grad():
+        with torch.no_grad(), arithmetic("fp32"):
             return in_chunks(lambda part: self._decode(part, quantize), latents, fits=self.fits)
 
     def _decode(self, latents: Latent, quantize: bool) -> Image:
@@ -117,7 +119,7 @@ class LatentDiffusion:
         return out
 
     def _network(self, z: Latent, t: int) -> Latent:
-        with torch.no_grad():
+        with torch.no_grad(), arithmetic(self.precision):
             steps = torch.full((z.shape[0],), t, device=z.device)
             prompt = () if self.condition is None else (self.condition.expand(z.shape[0], -1, -1),)
             out: Latent = self.unet(z.to(self._dtype), steps, *prompt).sample.float()
@@ -145,8 +147,6 @@ class LatentDiffusion:
         kind = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}.get(self._class_of("unet"))
         if kind is None:
             raise BadModel(f"{self.folder}/unet: {self._class_of('unet')} is no network this project runs")
-        if self.precision == "tf32":
-            torch.set_float32_matmul_precision("high")
         net = kind.from_pretrained(self.folder / "unet", torch_dtype=self._dtype)
         net = net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
         return compiled(net) if self.compile else net
@@ -251,6 +251,19 @@ class LatentDiffusion:
         if kind not in {"epsilon", "v_prediction"}:
             raise BadModel(f"{self.folder}: prediction_type {kind}; this project runs epsilon and v_prediction")
         return kind == "v_prediction"
+
+
+@contextmanager
+def arithmetic(precision: Precision) -> Iterator[None]:
+    """Products of fp32 numbers in TF32 for "tf32" and in fp32 otherwise, where PyTorch's own default is TF32 for convolutions."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def compiled(net: torch.nn.Module) -> Any:
