@@ -15,7 +15,8 @@ Each network is measured with each method, precision and batch size, compiled an
 The largest batch is also measured with a compiled network. All cells of a network take turns, so that what else the machine does
 hits all of them. Pictures are the package's synthetic faces, the face is an ellipse. A row has the median over the repeats and the
 slowest and fastest; `ratio` is evaluations of the network a second over the authors' in the same direction, which is the ratio of
-pictures a second where the methods evaluate equally often.
+pictures a second where the methods evaluate equally often. `cpu_s_per_picture` is the time of all cores, and `cpu_ratio` the same
+ratio by it: with one thread, on a machine that others use as well, this is the number to trust.
 `tflops` are multiply-adds of the network counted twice, `share` is their part of what a large matrix product reaches here in the
 same precision. `peak_mb`: on a GPU what PyTorch had allocated at most for weights and work; on a CPU the resident memory of a
 process that does nothing else, of 2 steps. `load`: processes that wanted to run when the row was measured.
@@ -87,12 +88,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 COLUMNS = [
     "device", "torch", "threads", "load", "network", "method", "precision", "compiled", "batch", "steps", "direction",
-    "repeats", "pictures_per_s", "slowest", "fastest", "evaluations_per_picture", "evaluations_per_s", "ratio", "tflops",
-    "share", "first_s", "peak_mb",
+    "repeats", "pictures_per_s", "slowest", "fastest", "evaluations_per_picture", "evaluations_per_s", "ratio",
+    "cpu_s_per_picture", "cpu_ratio", "tflops", "share", "first_s", "peak_mb",
 ]  # fmt: skip
 SHOWN = [
     "network", "method", "precision", "compiled", "batch", "direction", "pictures_per_s", "evaluations_per_s", "ratio",
-    "share", "peak_mb",
+    "cpu_ratio", "share", "peak_mb",
 ]  # fmt: skip
 
 
@@ -202,20 +203,22 @@ def measured(chosen: Sequence[Cell], args: argparse.Namespace) -> list[dict[str,
             peak[cell] = memory_of(cell, args)
         print(f"ready: {cell}, {first[cell]:.0f} s", file=sys.stderr)
     seconds: dict[tuple[Cell, str], list[float]] = {(c, d): [] for c in chosen for d in ("anonymize", "recover")}
+    busy: dict[tuple[Cell, str], list[float]] = {key: [] for key in seconds}
     evaluated: dict[tuple[Cell, str], float] = {}
     for _ in range(args.repeats):
         for cell, direction in seconds:
-            before, start = jobs[cell].evaluations, time.perf_counter()
+            before, cpu, start = jobs[cell].evaluations, time.process_time(), time.perf_counter()
             getattr(jobs[cell], direction)()
             seconds[cell, direction].append(time.perf_counter() - start)
+            busy[cell, direction].append(time.process_time() - cpu)
             evaluated[cell, direction] = (jobs[cell].evaluations - before) / cell.batch
-    theirs = {
-        direction: evaluated[cell, direction] * cell.batch / statistics.median(seconds[cell, direction])
-        for cell, direction in seconds
-        if cell.method == AUTHORS
-    }
+    by_wall, by_cpu = (
+        {key: evaluated[key] * key[0].batch / statistics.median(times) for key, times in clock.items()}
+        for clock in (seconds, busy)
+    )
     rows = []
     for (cell, direction), times in seconds.items():
+        theirs = (chosen[0], direction) if chosen[0].method == AUTHORS else None
         rate = cell.batch / statistics.median(times)
         flops = rate * evaluated[cell, direction] * flops_of(cell.network, args.scratch)
         rows.append(
@@ -227,8 +230,10 @@ def measured(chosen: Sequence[Cell], args: argparse.Namespace) -> list[dict[str,
                 "repeats": args.repeats,
                 **rates(cell.batch, times),
                 "evaluations_per_picture": f"{evaluated[cell, direction]:.4g}",
-                "evaluations_per_s": f"{rate * evaluated[cell, direction]:.4g}",
-                "ratio": f"{rate * evaluated[cell, direction] / theirs[direction]:.2f}" if theirs else "",
+                "evaluations_per_s": f"{by_wall[cell, direction]:.4g}",
+                "ratio": f"{by_wall[cell, direction] / by_wall[theirs]:.2f}" if theirs else "",
+                "cpu_s_per_picture": f"{statistics.median(busy[cell, direction]) / cell.batch:.3g}",
+                "cpu_ratio": f"{by_cpu[cell, direction] / by_cpu[theirs]:.2f}" if theirs else "",
                 "tflops": f"{flops / 1e12:.3g}",
                 "share": f"{flops / matmul_rate(args.device, cell.precision, torch.get_num_threads()):.3f}",
                 "first_s": f"{first[cell]:.1f}",
