@@ -32,7 +32,7 @@ from keyanon.weights import MissingWeights, offline
 log = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "tf32", "bf16"]
-CHUNK = 4
+CHUNK = 8  # on faces128 a picture costs a sixth less than by 4, and less again by 16, which small batches would pay for
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
