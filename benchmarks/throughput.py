@@ -62,10 +62,10 @@ from keyanon.scorers import psnr, ssim
 from keyanon.seams import Seam
 from keyanon.solvers import DDIM
 from keyanon.transforms import BandRotation
-from keyanon.types import Image
+from keyanon.types import Image, Latent
 
 METHODS = AUTHORS, SIGNFLIP, EXACT = "authors", "signflip", "exact"
-SCORE = "score"
+EVALUATE, ANONYMIZE, RECOVER, SCORE = "evaluate", "anonymize", "recover", "score"
 AUTHORS_BATCH = 5
 SIZES = {"faces128": 128, "faces128_kl": 128, "ldm256": 256}  # pixels
 PRESETS: dict[str, dict[str, Any]] = {
@@ -75,7 +75,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "compiled": ["fp32", "bf16"],
         "batches": [8],
         "steps": 10,
-        "slow_steps": 1,
+        "slow_steps": 0,
     },
     "gpu": {
         "networks": ["faces128", "ldm256"],
@@ -108,9 +108,18 @@ class Cell:
     steps: int
     compiled: bool
 
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """`evaluate` is one call of the network."""
+        if self.steps == 0:
+            return (EVALUATE,)
+        return (ANONYMIZE, RECOVER) if self.method == EXACT else (EVALUATE, ANONYMIZE, RECOVER)
+
 
 class Job(Protocol):
-    """The work of a cell. Both end when the device is done; `evaluations` counts what the network has seen so far."""
+    """The work of a cell. It ends when the device is done; `evaluations` counts what the network has seen so far."""
+
+    def evaluate(self) -> None: ...
 
     def anonymize(self) -> None: ...
 
@@ -126,8 +135,8 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     if args.only is not None:
         work = job(Cell(**json.loads(args.only)), args.device, args.scratch)
-        work.anonymize()
-        work.recover()
+        for direction in Cell(**json.loads(args.only)).directions:
+            getattr(work, direction)()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
         return
     rows: list[dict[str, Any]] = []
@@ -194,15 +203,15 @@ def measured(chosen: Sequence[Cell], args: argparse.Namespace) -> list[dict[str,
         start = time.perf_counter()
         if not on_cpu:
             torch.accelerator.reset_peak_memory_stats(args.device)
-        jobs[cell].anonymize()
-        jobs[cell].recover()
+        for direction in cell.directions:
+            getattr(jobs[cell], direction)()
         first[cell] = time.perf_counter() - start
         if not on_cpu:
             peak[cell] = torch.accelerator.max_memory_allocated(args.device) - before
         elif not args.no_memory:
             peak[cell] = memory_of(cell, args)
         print(f"ready: {cell}, {first[cell]:.0f} s", file=sys.stderr)
-    seconds: dict[tuple[Cell, str], list[float]] = {(c, d): [] for c in chosen for d in ("anonymize", "recover")}
+    seconds: dict[tuple[Cell, str], list[float]] = {(c, d): [] for c in chosen for d in c.directions}
     busy: dict[tuple[Cell, str], list[float]] = {key: [] for key in seconds}
     evaluated: dict[tuple[Cell, str], float] = {}
     for _ in range(args.repeats):
@@ -292,9 +301,9 @@ def job(cell: Cell, device: str, scratch: Path) -> Job:
     images = faces(cell.batch, SIZES[cell.network])
     backbone = backbone_of(cell.network, scratch, cell.precision, device, cell.compiled)
     if cell.method == AUTHORS:
-        return Theirs(AuthorsLoop(backbone.folder, device, cell.steps), images, backbone.latent_size(images))
+        return Theirs(AuthorsLoop(backbone.folder, device, cell.steps), images, noise(backbone, images))
     if cell.method == SIGNFLIP:
-        return Ours(SignFlip(backbone, DDIM(cell.steps), EllipseParser(), mask_at_recovery="header"), images)
+        return Ours(SignFlip(backbone, DDIM(max(cell.steps, 1)), EllipseParser(), mask_at_recovery="header"), images)
     solver, refinement = DDIM(10, "karras", 5e-7), Refinement(ToneCurve(0.95, 1.5))
     return Ours(
         Exact(backbone, solver, EllipseParser(), BandRotation(), refinement, Seam(), None, "noised", attempts=1), images
@@ -304,7 +313,11 @@ def job(cell: Cell, device: str, scratch: Path) -> Job:
 class Ours:
     def __init__(self, method: SignFlip | Exact, images: Image) -> None:
         self.method, self.images = method, images
+        self.z = noise(method.backbone, images)
         self.keys, self.ids = [experiment_key()] * len(images), [str(i) for i in range(len(images))]
+
+    def evaluate(self) -> None:
+        self.method.backbone.eps(self.z, 500).cpu()
 
     def anonymize(self) -> None:
         self.published = self.method.anonymize(self.images, self.keys, self.ids)
@@ -318,9 +331,14 @@ class Ours:
 
 
 class Theirs:
-    def __init__(self, loop: AuthorsLoop, images: Image, size: tuple[int, int]) -> None:
-        self.loop, self.images, self.mask = loop, images, EllipseParser().mask(images, size)
-        self.signs = torch.randint(2, (1, 1, *size), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    def __init__(self, loop: AuthorsLoop, images: Image, z: Latent) -> None:
+        self.loop, self.images, self.z = loop, images, z
+        self.mask = EllipseParser().mask(images, (z.shape[2], z.shape[3]))
+        self.signs = torch.randint(2, z[:1].shape, generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        self.loop.noise(self.z, torch.tensor(500)).cpu()
 
     def anonymize(self) -> None:
         self.published = self.loop.flip(self.images, self.mask, self.signs).cpu()
@@ -338,6 +356,11 @@ def backbone_of(
 ) -> LatentDiffusion:
     source = str(ldm256.saved(scratch / "ldm256")) if network == "ldm256" else f"embedded:{network}"
     return LatentDiffusion(source, precision=precision, device=device, compile=compiled)
+
+
+def noise(backbone: LatentDiffusion, images: Image) -> Latent:
+    shape = (len(images), backbone.unet.config.in_channels, *backbone.latent_size(images))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(backbone.device)
 
 
 @cache
@@ -359,7 +382,7 @@ def memory_of(cell: Cell, args: argparse.Namespace) -> int:
 def flops_of(network: str, scratch: Path) -> float:
     """Floating-point operations of one evaluation for one picture: two for each multiply-add of convolutions and products."""
     backbone = backbone_of(network, scratch)
-    z = torch.zeros(1, backbone.unet.config.in_channels, *backbone.latent_size(faces(1, SIZES[network])))
+    z = noise(backbone, faces(1, SIZES[network]))
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         backbone.unet(z, torch.zeros(1, dtype=torch.long))
     return float(counter.get_total_flops())
@@ -391,8 +414,8 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Evaluations of the network a second over the authors', as bars: what anonymizing gains in each cell, with its spread."""
-    shown = [row for row in rows if row["ratio"] and row["direction"] == "anonymize"]
+    """Evaluations of the network a second over the authors', while anonymizing if that was measured, as bars with their spread."""
+    shown = [row for row in rows if row["ratio"] and row["direction"] == (ANONYMIZE if row["steps"] else EVALUATE)]
     networks = list(dict.fromkeys(row["network"] for row in shown))
     if not networks:
         return

@@ -60,11 +60,11 @@ def test_rows_and_plot_of_a_small_run(tmp_path, monkeypatch, capsys):
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["method"], row["direction"]) for row in rows] == [
-        ("authors", "anonymize"), ("authors", "recover"), ("signflip", "anonymize"), ("signflip", "recover"),
-        ("score: psnr, ssim", "score"),
+        ("authors", "evaluate"), ("authors", "anonymize"), ("authors", "recover"),
+        ("signflip", "evaluate"), ("signflip", "anonymize"), ("signflip", "recover"), ("score: psnr, ssim", "score"),
     ]  # fmt: skip
-    assert {row["evaluations_per_picture"] for row in rows[:4]} == {"4"}
-    assert [row["ratio"] for row in rows[:2]] == ["1.00", "1.00"]
+    assert [row["evaluations_per_picture"] for row in rows[:6]] == ["1", "4", "4"] * 2
+    assert [row["ratio"] for row in rows[:3]] == ["1.00"] * 3
     assert all(float(row["pictures_per_s"]) > 0 for row in rows)
     svg = plot.read_text()
     assert "<svg" in svg
@@ -91,3 +91,14 @@ def test_the_256_px_network_has_the_size_of_the_authors():
             for kind, config in ((UNet2DModel, UNET), (VQModel, VQVAE))
         ]
     assert [round(size / 1e6, 1) for size in sizes] == [274.1, 55.3]
+
+
+def test_operations_are_counted_as_by_hand():
+    """A 3x3 convolution of 4 to 8 channels on 5x5 pixels, padded, reads 4 and writes 8 channels."""
+    from benchmarks.counts import counted, parts
+
+    with torch.device("meta"):
+        net = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, padding=1, bias=False))
+    net.forward = lambda z, t: torch.nn.Sequential.forward(net, z)
+    assert counted(net, (1, 4, 5, 5), "forward") == (2 * 9 * 4 * 8 * 25, 4 * (4 + 8) * 25)
+    assert {name for name, *_ in parts()} == {"faces128", "faces128_kl", "ldm256"}
