@@ -23,7 +23,7 @@ from keyanon.transforms import SignFlipping
 
 COLUMNS = ["device", "torch", "network", "method", "batch", "steps", "peak_mb", "list_mb"]
 METHODS = ("signflip", "exact")
-TOLERANCE = 1e-2  # as good as any here: memory does not depend on it, time does
+TOLERANCE = 0.1  # of the inversion, and coarse: time depends on it, memory does not
 
 
 def main() -> None:
