@@ -71,6 +71,7 @@ class SignFlip:
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Published pictures of `images` under one key each."""
         nonces = [self.nonces(key, id, picture) for key, id, picture in zip(keys, ids, images, strict=True)]
+        images = images.to(self.backbone.device)
         mask = self.parser.mask(images, self.backbone.latent_size(images))
         out = self.flip(images, mask, keys, nonces)
         kept = [m.cpu() if self.mask_at_recovery == "header" else None for m in mask]
@@ -87,7 +88,7 @@ class SignFlip:
                 raise BadHeader("the header carries no face mask, and anonymizer.mask_at_recovery=header needs one")
             mask = torch.stack([m for m in masks if m is not None])
         else:
-            mask = self.parser.mask(images, self.backbone.latent_size(images))
+            mask = self.parser.mask(images.to(self.backbone.device), self.backbone.latent_size(images))
         return self.flip(images, mask, keys, [header.nonce for header in opened]).cpu()
 
     def without_key(self, images: Image, headers: Sequence[bytes]) -> Image:

@@ -27,7 +27,7 @@ from diffusers import UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from keyanon.diffusion import BadModel, LatentDiffusion, in_chunks
+from keyanon.diffusion import BadModel, LatentDiffusion, arithmetic, in_chunks
 from keyanon.types import Denoiser, Latent, Mask
 from keyanon.weights import MissingWeights, WrongWeights
 
@@ -64,11 +64,10 @@ class MaskControl:
                     "anonymizer.control needs a solver that keeps its batch whole; set solver.tolerance=null"
                 )
             backbone.evaluations[t] += len(z)
-            channels = z.shape[1]
-            out = in_chunks(
-                lambda part: controlled(backbone.unet, control, part[:, :channels], part[:, channels:], t),
-                torch.cat([z, hint], 1),
-            )
+            with arithmetic(backbone.precision):
+                out = in_chunks(
+                    lambda part, seen: controlled(backbone.unet, control, part, seen, t), z, hint, fits=backbone.fits
+                )
             return backbone.as_noise(out, z, t)
 
         return (eps if self.inversion else backbone.eps), eps

@@ -9,8 +9,10 @@ eps = a v + s z_t (arXiv 2202.00512, appendix D).
 
 import hashlib
 import json
+import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
@@ -27,8 +29,10 @@ from keyanon.solvers import NoiseSchedule
 from keyanon.types import Image, Latent
 from keyanon.weights import MissingWeights, offline
 
+log = logging.getLogger(__name__)
+
 Precision = Literal["fp32", "tf32", "bf16"]
-CHUNK = 4
+CHUNK = 8  # on faces128 a picture costs a sixth less than by 4, and less again by 16, which small batches would pay for
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
@@ -47,6 +51,8 @@ class LatentDiffusion:
             diffusers' DDIMScheduler.
         precision: of the denoising network's arithmetic. Latents, the solver and the autoencoder stay in fp32.
         licence: of the weights, for the message when they are missing.
+        compile: the denoising network by torch.compile, at its first use: minutes, and a C++ compiler on a CPU. Results differ
+            from the uncompiled network's by rounding: sender and receiver should do the same. Gains: docs/performance.md.
     """
 
     source: str
@@ -56,19 +62,23 @@ class LatentDiffusion:
     device: str = "cpu"
     licence: str = "see the model's page"
     revision: str | None = None
+    compile: bool = False
     evaluations: Counter[int] = field(default_factory=Counter, init=False, repr=False, compare=False)
     """How many pictures the network has seen at each timestep."""
+    fits: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """How many pictures can be encoded, decoded, ... at once, where it turned out that there are too many for the memory."""
 
     def encode(self, images: Image) -> Latent:
         """z0 = E(x): the mean where the encoder gives a distribution, unquantized where it has a codebook.
 
         Gradients reach pictures that ask for them; the weights ask for none.
         """
-        return in_chunks(self._encode, images.to(self.device))
+        return in_chunks(self._encode, images.to(self.device), fits=self.fits)
 
     def _encode(self, images: Image) -> Latent:
         autoencoder = self.autoencoder
-        encoded = autoencoder.encode(images)
+        with arithmetic("fp32"):
+            encoded = autoencoder.encode(images)
         if isinstance(autoencoder, BlockDCT):
             z0: Latent = encoded
         elif isinstance(autoencoder, VQModel):
@@ -79,8 +89,8 @@ class LatentDiffusion:
 
     def decode(self, latents: Latent, quantize: bool = True) -> Image:
         """x = D(z0), unclipped; `quantize` snaps to the codebook first, where there is one, as diffusers does by default."""
-        with torch.no_grad():
-            return in_chunks(lambda part: self._decode(part, quantize), latents)
+        with torch.no_grad(), arithmetic("fp32"):
+            return in_chunks(lambda part: self._decode(part, quantize), latents, fits=self.fits)
 
     def _decode(self, latents: Latent, quantize: bool) -> Image:
         autoencoder = self.autoencoder
@@ -102,7 +112,8 @@ class LatentDiffusion:
     def eps(self, z: Latent, t: int) -> Latent:
         """The network's estimate of the noise in z at the timestep t, in fp32."""
         self.evaluations[t] += len(z)
-        return self.as_noise(in_chunks(lambda part: self._network(part, t), z), z, t)
+        out = in_chunks(lambda part: self._network(part, t), z, fits=self.fits, few_sizes=self.compile)
+        return self.as_noise(out, z, t)
 
     def as_noise(self, out: Latent, z: Latent, t: int) -> Latent:
         """The noise in z, of what a network that predicts what this one does says of it."""
@@ -112,11 +123,11 @@ class LatentDiffusion:
         return out
 
     def _network(self, z: Latent, t: int) -> Latent:
-        with torch.no_grad():
+        with torch.no_grad(), arithmetic(self.precision):
             steps = torch.full((z.shape[0],), t, device=z.device)
             prompt = () if self.condition is None else (self.condition.expand(z.shape[0], -1, -1),)
             out: Latent = self.unet(z.to(self._dtype), steps, *prompt).sample.float()
-        return out
+        return out.clone() if self.compile else out  # a CUDA graph overwrites what it gave at the next call
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
@@ -129,7 +140,8 @@ class LatentDiffusion:
                 kind = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}.get(self._class_of(name), kind)
                 if kind is BlockDCT:
                     return BlockDCT.from_config(BlockDCT.load_config(self.folder / name))
-                return kind.from_pretrained(self.folder / name).to(self.device).eval().requires_grad_(False)
+                net = kind.from_pretrained(self.folder / name)
+                return net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
         raise BadModel(f"{self.folder}: no autoencoder (expected one of the folders latent, vqvae, vae)")
 
     @cached_property
@@ -139,10 +151,9 @@ class LatentDiffusion:
         kind = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}.get(self._class_of("unet"))
         if kind is None:
             raise BadModel(f"{self.folder}/unet: {self._class_of('unet')} is no network this project runs")
-        if self.precision == "tf32":
-            torch.set_float32_matmul_precision("high")
         net = kind.from_pretrained(self.folder / "unet", torch_dtype=self._dtype)
-        return net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        net = net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        return compiled(net) if self.compile else net
 
     @cached_property
     def condition(self) -> Tensor | None:
@@ -246,13 +257,64 @@ class LatentDiffusion:
         return kind == "v_prediction"
 
 
-def in_chunks(f: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-    """f(batch). On a CPU f always sees CHUNK pictures at a time, the last ones filled up with copies: its kernels are chosen by
-    the batch's size and round differently, and the loop amplifies that to visible pixels.
+@contextmanager
+def arithmetic(precision: Precision) -> Iterator[None]:
+    """Products of fp32 numbers in TF32 for "tf32" and in fp32 otherwise, where PyTorch's own default is TF32 for convolutions."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def compiled(net: torch.nn.Module) -> Any:
+    """`net` through torch.compile, for few sizes of the batch and never in part: on a CPU with the convolutions' weights laid out
+    once and for all, elsewhere as CUDA graphs, which launch all kernels at once.
     """
-    if batch.device.type != "cpu":
-        return f(batch)
-    return torch.cat([f(padded(chunk, CHUNK)) for chunk in batch.split(CHUNK)])[: len(batch)]
+    on_cpu = next(net.parameters()).device.type == "cpu"
+    how: dict[str, Any] = {"options": {"freezing": True}} if on_cpu else {"mode": "reduce-overhead"}
+    return torch.compile(net, dynamic=False, fullgraph=True, **how)
+
+
+def in_chunks(
+    f: Callable[..., Tensor], *batch: Tensor, fits: dict[str, int] | None = None, few_sizes: bool = False
+) -> Tensor:
+    """f(*batch), by parts of the batch.
+
+    On a CPU f always sees CHUNK pictures at a time, the last ones filled up with copies: its kernels are chosen by the batch's size
+    and round differently, and the loop amplifies that to visible pixels. Elsewhere it sees the whole batch, or where this is too
+    much for the memory half of it, a quarter, ...
+
+    `fits` remembers by f's name how many were not too many, for the next time; `few_sizes` fills up to a power of two, where f
+    costs much at the first batch of a size.
+
+    Raises:
+        torch.OutOfMemoryError: not even one fits; or gradients are wanted of the outcome, where smaller parts do not help and
+            whoever asks for the gradients can take fewer pictures.
+    """
+    on_cpu, count, name = batch[0].device.type == "cpu", len(batch[0]), f.__qualname__
+    size = CHUNK if on_cpu else 1 << (count - 1).bit_length() if few_sizes else count
+    if fits is not None:
+        size = min(size, fits.get(name, size))
+    while True:
+        try:
+            parts = zip(*(cut(tensor, size, on_cpu or few_sizes) for tensor in batch), strict=True)
+            return torch.cat([f(*part) for part in parts])[:count]
+        except torch.OutOfMemoryError:
+            if size == 1 or any(tensor.requires_grad for tensor in batch):
+                raise
+        size //= 2  # here, where the error no longer holds the tensors of f
+        log.warning("%s: %d pictures at once do not fit the memory, going on with %d", name, 2 * size, size)
+        if fits is not None:
+            fits[name] = size
+
+
+def cut(batch: Tensor, size: int, fill: bool) -> list[Tensor]:
+    """Parts of `size`, the last one smaller or filled up."""
+    return [padded(part, size) if fill else part for part in batch.split(size)]
 
 
 def padded(batch: Tensor, size: int) -> Tensor:

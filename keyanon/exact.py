@@ -221,9 +221,9 @@ class Exact:
         z = self.backbone.encode(filled(images, pixels(mask, images)))
         levels = self.solver.levels(self.backbone.schedule)
         if self.background == "scaled":
-            return Known(mask, [a * z for a, _ in levels])
+            return Known(mask, Forward(z, None, levels))
         noise = torch.stack([public_noise(nonce, tuple(z.shape[1:])) for nonce in nonces]).to(z)
-        return Known(mask, [a * z + s * noise for a, s in levels])
+        return Known(mask, Forward(z, noise, levels))
 
     def face(self, z0: Latent, images: Image, mask: Mask) -> Image:
         """D(z_0) on the face's pixels, `images` elsewhere.
@@ -238,6 +238,22 @@ class Exact:
             return torch.where(free, self.backbone.decode(z, quantize=False), images)
 
         return decoded_in(decoded_in(filled(images, free)))
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The path w_i = a_i z + s_i n, or a_i z without noise: each level is made when it is asked for, none is kept."""
+
+    z: Latent
+    noise: Latent | None
+    levels: list[tuple[float, float]]
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+    def __getitem__(self, level: int) -> Latent:
+        a, s = self.levels[level]
+        return a * self.z if self.noise is None else a * self.z + s * self.noise
 
 
 def masks(headers: Sequence[Header], images: Image) -> Mask:

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d, pixel_shuffle, pixel_unshuffle
 
 from keyanon.block_dct import BLOCK, BlockDCT
-from keyanon.diffusion import CHUNK, LatentDiffusion, padded
+from keyanon.diffusion import LatentDiffusion, in_chunks
 from keyanon.images import jpeg, to_bytes, to_floats
 from keyanon.solvers import expand
 from keyanon.types import Bytes, Image, Latent, Mask, Scores
@@ -151,9 +151,11 @@ class Refinement:
         if isinstance(backbone.autoencoder, BlockDCT):
             latent, weights = backbone.autoencoder, weights.double()
             return refine_blocks(latent, target, start, added * free, free, cells, weights, levels, self.pull)
-        size = CHUNK if start.device.type == "cpu" else len(start)  # as in LatentDiffusion.eps
-        parts = zip(*(tensor.split(size) for tensor in (target, start, added * free, free, cells)), strict=True)
-        return torch.cat([self._refine_pixels(backbone, weights, levels, *part) for part in parts])
+
+        def refine_pixels(*part: Tensor) -> Bytes:
+            return self._refine_pixels(backbone, weights, levels, *part)
+
+        return in_chunks(refine_pixels, target, start, added * free, free, cells, fits=backbone.fits)
 
     def _refine_pixels(
         self,
@@ -166,9 +168,6 @@ class Refinement:
         free: Mask,
         cells: Mask,
     ) -> Bytes:
-        count, size = len(start), CHUNK if start.device.type == "cpu" else len(start)
-        target, start, added, free, cells = (padded(tensor, size) for tensor in (target, start, added, free, cells))
-
         def misfit(x: Image) -> tuple[Scores, Image]:
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
@@ -181,7 +180,7 @@ class Refinement:
         low, high = (torch.where(free, end, start) for end in (levels[0], levels[-1]))
         x = descend(misfit, start, low, high, self.pull, self.descent)
         chosen = round_pixels(misfit, x, free, levels, self.rounding)
-        return torch.where(free, chosen, to_bytes(start))[:count]
+        return torch.where(free, chosen, to_bytes(start))
 
 
 def channel_weights(backbone: LatentDiffusion, like: Latent) -> Float[Tensor, " c"]:

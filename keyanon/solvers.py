@@ -18,10 +18,14 @@ to a tolerance.
 
 A region of the latent that is known at every level (the background) can be written back after each step down (eq. 7). Where both
 directions know the same path, the exact inverse undoes the sampler on the rest.
+
+A path of N + 1 latents is kept off the device, so that memory does not grow with N.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+import os
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, Protocol
@@ -55,12 +59,60 @@ class NoiseSchedule:
         return cls(abar, clean, scheduler.config.steps_offset)
 
 
+class Path(Protocol):
+    """z_0 .. z_N by their level: a list, or what makes or fetches them when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, level: int, /) -> Latent: ...
+
+
+class StoredPath:
+    """z_0 .. z_N, put away as they come: on a CPU into a nameless temporary file, elsewhere into the host's pinned memory.
+
+    The host never waits for a copy.
+    """
+
+    def __init__(self, z0: Latent) -> None:
+        self._like = z0
+        self._host: list[Tensor] = []
+        self._length = 0
+        self._file = tempfile.TemporaryFile() if z0.device.type == "cpu" else None  # noqa: SIM115  closed with the path
+        self.append(z0)
+
+    def append(self, z: Latent) -> None:
+        if self._file is None:
+            kept = torch.empty(z.shape, dtype=z.dtype, pin_memory=True)
+            self._host.append(kept.copy_(z, non_blocking=True))
+        else:
+            self._file.seek(0, os.SEEK_END)
+            self._file.write(as_bytes(z.contiguous()))
+        self._length += 1
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, level: int) -> Latent:
+        i = range(self._length)[level]
+        if self._file is None:
+            return self._host[i].to(self._like.device, non_blocking=True)
+        z = torch.empty(self._like.shape, dtype=self._like.dtype)
+        self._file.seek(i * z.nbytes)
+        self._file.readinto(as_bytes(z))
+        return z
+
+
+def as_bytes(z: Tensor) -> memoryview:
+    """A contiguous tensor's own memory."""
+    return z.detach().view(torch.uint8).numpy().data
+
+
 @dataclass(frozen=True)
 class Known:
     """What is known of a latent on its way: outside `mask`, z_i = path[i] for the levels i = 0 .. N."""
 
     mask: Mask
-    path: Sequence[Latent]
+    path: Path
 
     def write_back(self, z: Latent, level: int, rows: Rows = ALL) -> Latent:
         """M * z + (1 - M) * path[level]   (eq. 7), where z holds those rows of the batch."""
@@ -74,9 +126,7 @@ class Solver(Protocol):
         """(a_i, s_i) for i = 0 .. N."""
         ...
 
-    def invert(
-        self, eps: Denoiser, schedule: NoiseSchedule, z0: Latent, known: Known | None = None
-    ) -> list[Latent]: ...
+    def invert(self, eps: Denoiser, schedule: NoiseSchedule, z0: Latent, known: Known | None = None) -> Path: ...
 
     def sample(self, eps: Denoiser, schedule: NoiseSchedule, zT: Latent, known: Known | None = None) -> Latent: ...
 
@@ -122,25 +172,28 @@ class DDIM:
         abar = [schedule.abar_clean, *(schedule.abar[t] for t in self.timesteps(schedule))]
         return [(value**0.5, (1 - value) ** 0.5) for value in abar]
 
-    def invert(self, eps: Denoiser, schedule: NoiseSchedule, z0: Latent, known: Known | None = None) -> list[Latent]:
+    def invert(self, eps: Denoiser, schedule: NoiseSchedule, z0: Latent, known: Known | None = None) -> Path:
         """The whole path z_0 .. z_N upwards, with the known region written in at every level."""
         levels = self.levels(schedule)
-        path = [z0 if known is None else known.write_back(z0, 0)]
+        z = z0 if known is None else known.write_back(z0, 0)
+        path = StoredPath(z)
         noise = None
         for i, t in enumerate(self.timesteps(schedule), start=1):
+            below = z
 
-            def along(e: Latent, rows: Rows, i: int = i) -> Latent:
-                out = move(path[-1][rows], e, levels[i - 1], levels[i])
+            def along(e: Latent, rows: Rows, i: int = i, below: Latent = below) -> Latent:
+                out = move(below[rows], e, levels[i - 1], levels[i])
                 return out if known is None else known.write_back(out, i, rows)
 
             def up(z: Latent, rows: Rows = ALL, t: int = t, along: Callable[[Latent, Rows], Latent] = along) -> Latent:
                 return along(eps(z, t), rows)
 
             if self.tolerance is None:
-                path.append(up(path[-1]))
+                z = up(below)
             else:
-                path.append(self.solve(up, up(path[-1]) if noise is None else along(noise, ALL), i))
-                noise = noise_of_move(path[-2], path[-1], levels[i - 1], levels[i])
+                z = self.solve(up, up(below) if noise is None else along(noise, ALL), i)
+                noise = noise_of_move(below, z, levels[i - 1], levels[i])
+            path.append(z)
         return path
 
     def sample(self, eps: Denoiser, schedule: NoiseSchedule, zT: Latent, known: Known | None = None) -> Latent:
@@ -197,12 +250,15 @@ def anderson(
         f = (image - z).flatten(1)
         size = f.norm(dim=1) / image.flatten(1).norm(dim=1)
         better = size < smallest[rows]
-        best[rows[better]], smallest[rows[better]] = image[better], size[better]
+        best[rows] = torch.where(expand(better, image), image, best[rows])
+        smallest[rows] = torch.where(better, size, smallest[rows])
         images, residuals = [*images[-memory:], image.flatten(1)], [*residuals[-memory:], f]
         rough = smallest[rows] > tolerance
-        if not rough.all():
-            if not rough.any():
+        left = int(rough.sum())  # the one time in a round that the host waits for the device
+        if left < len(rows):
+            if left == 0:
                 break
+            rough = rough.nonzero_static(size=left)[:, 0]
             rows, f = rows[rough], f[rough]
             images, residuals = ([kept[rough] for kept in history] for history in (images, residuals))
         step = images[-1]
@@ -211,7 +267,11 @@ def anderson(
             dF = [(b - a).double() for a, b in pairwise(residuals)]
             gram = torch.stack([torch.stack([(u * v).sum(1) for v in dF], 1) for u in dF], 1)
             right = torch.stack([(u * f.double()).sum(1) for u in dF], 1)[:, :, None]
-            ridge = 1e-12 * gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] * torch.eye(len(dF)).to(gram)
+            ridge = (
+                1e-12
+                * gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+                * torch.eye(len(dF), dtype=gram.dtype, device=gram.device)
+            )
             c = torch.linalg.lstsq(gram + ridge, right).solution.to(f)
             for k, (a, b) in enumerate(pairwise(images)):
                 step = step - c[:, k] * (b - a)

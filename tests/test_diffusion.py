@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
 from keyanon.block_dct import BlockDCT
-from keyanon.diffusion import BadModel, LatentDiffusion
+from keyanon.diffusion import BadModel, LatentDiffusion, arithmetic, in_chunks
 from keyanon.weights import MissingWeights
 from tests.conftest import LDM_NOISE, save_tiny_stable_diffusion
 
@@ -107,9 +107,102 @@ def test_noise_of_a_picture_does_not_depend_on_the_batch(tiny_ldm):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model = LatentDiffusion(str(tiny_ldm), noise=LDM_NOISE)
-    z = torch.randn(9, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(18, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     whole = model.eps(z, 400)
-    for size in (1, 3, 4, 5, 8):
+    for size in (1, 3, 7, 8, 9, 17):
         assert torch.equal(model.eps(z[:size], 400), whole[:size])
         assert torch.equal(model.eps(z[1 : 1 + size], 400), whole[1 : 1 + size])
+    torch.set_num_threads(threads)
+
+
+def too_much(most: int):
+    """A hook that is out of memory at more than `most` pictures; the sizes it saw are in its list."""
+    seen: list[int] = []
+
+    def hook(module, args, output=None):
+        seen.append(len(args[0]))
+        if len(args[0]) > most:
+            raise torch.OutOfMemoryError("out of memory, as a test has it")
+
+    return hook, seen
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same(tiny_ldm, caplog):
+    model, small = (LatentDiffusion(str(tiny_ldm), noise=LDM_NOISE) for _ in range(2))
+    z = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    hook, seen = too_much(most=1)
+    small.unet.register_forward_hook(hook)
+    torch.testing.assert_close(small.eps(z, 400), model.eps(z, 400), atol=1e-5, rtol=0)
+    assert seen == [8, 4, 2, *[1] * 7]
+    assert small.evaluations[400] == 7
+    assert "4 pictures at once do not fit the memory, going on with 2" in caplog.text
+    seen.clear()
+    small.eps(z, 300)
+    assert seen == [1] * 7  # remembered
+    seen.clear()
+    small.decode(z)
+    assert list(small.fits.values()) == [1]  # the network's; the autoencoder's is its own
+
+
+def test_one_picture_that_does_not_fit_is_an_error(tiny_ldm):
+    model = LatentDiffusion(str(tiny_ldm), noise=LDM_NOISE)
+    hook, seen = too_much(most=0)
+    model.unet.register_forward_hook(hook)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.eps(torch.randn(3, 3, 16, 16), 400)
+    assert seen == [8, 4, 2, 1]
+
+
+def test_where_gradients_are_wanted_the_error_reaches_who_asked():
+    hook, seen = too_much(most=2)
+
+    def f(x):
+        hook(None, (x,))
+        return x.square()
+
+    x = torch.randn(4, 2, requires_grad=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        in_chunks(f, x)
+    assert seen == [8]
+    fits: dict[str, int] = {}
+    torch.testing.assert_close(in_chunks(f, x.detach(), fits=fits), x.detach().square())
+    assert list(fits.values()) == [2]
+
+
+def test_parts_of_several_tensors_stay_together():
+    a, b = torch.arange(10.0), torch.arange(10.0) * 10
+    assert torch.equal(in_chunks(lambda x, y: x + y, a, b), a + b)
+
+
+def test_arithmetic_is_put_back():
+    def now():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    before = now()
+    with arithmetic("tf32"):
+        assert now() == ("high", True)
+        with arithmetic("fp32"):
+            assert now() == ("highest", False)
+        assert now() == ("high", True)
+    assert now() == before
+
+
+@pytest.mark.slow
+def test_compiled_networks_compute_the_same(tiny_ldm, tmp_path):
+    """Up to rounding, and as independent of the batch as others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    (tmp_path / "vqvae").symlink_to(tiny_ldm / "vqvae")
+    UNet2DModel(
+        sample_size=16, in_channels=3, out_channels=3, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
+    ).save_pretrained(tmp_path / "unet")  # fmt: skip
+    plain, compiled = (LatentDiffusion(str(tmp_path), noise=LDM_NOISE, compile=on) for on in (False, True))
+    z = torch.randn(9, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    whole = compiled.eps(z, 400)
+    torch.testing.assert_close(whole, plain.eps(z, 400), atol=1e-5, rtol=1e-4)
+    assert not torch.equal(whole, compiled.eps(z, 100))
+    for size in (1, 3, 8):
+        assert torch.equal(compiled.eps(z[:size], 400), whole[:size])
+        assert torch.equal(compiled.eps(z[-size:], 400), whole[-size:])
     torch.set_num_threads(threads)

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import sys
 import tarfile
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from hashlib import file_digest
@@ -34,7 +35,7 @@ from keyanon.recognition import (
     with_places_of,
 )
 from keyanon.types import BadPicture, Recognizer
-from keyanon.weights import Card, MissingWeights, Release, locate, missing, named
+from keyanon.weights import Card, MissingWeights, Release, locate, missing, named, open_onnx
 from tests.conftest import PixelRecognizer
 
 ROOT = Path(__file__).parents[1]
@@ -235,6 +236,34 @@ def test_arcface_embeds_the_crop_that_insightface_makes(tmp_path, face, batch):
     torch.testing.assert_close(recognizer.embed(image)[0], expected / expected.norm(), atol=1e-5, rtol=0)
     assert recognizer.name == "tiny"
     assert [card.name for card in recognizer.cards()] == ["tiny"]
+
+
+@pytest.mark.parametrize(("batch", "sizes"), [("n", [3]), (1, [1, 1, 1])])
+def test_a_network_sees_all_faces_of_a_batch_at_once_if_it_can(tmp_path, face, monkeypatch, batch, sizes):
+    path, seen = tmp_path / "tiny.onnx", []
+    recognizer = ArcFaceOnnx(tiny_arcface(path, batch), face, str(path))
+    session = open_onnx(path, torch.device("cpu"))
+
+    class Watched:
+        get_inputs, get_outputs = session.get_inputs, session.get_outputs
+
+        def run(self, wanted, given):
+            seen.extend(len(part) for part in given.values())
+            return session.run(wanted, given)
+
+    monkeypatch.setattr("keyanon.recognition.open_onnx", lambda path, device: Watched())
+    rows = recognizer.embed(torch.stack([picture(seed=i) for i in range(3)]))
+    assert rows.isfinite().all()
+    assert seen == sizes
+
+
+def test_a_missing_provider_is_told_once_and_the_session_is_kept(tmp_path):
+    tiny_arcface(tmp_path / "tiny.onnx")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        sessions = [open_onnx(tmp_path / "tiny.onnx", torch.device("meta")) for _ in range(3)]
+    assert [str(warning.message)[:9] for warning in told] == ["tiny.onnx"]
+    assert sessions[0] is sessions[1] is sessions[2]
 
 
 def test_the_arcface_crop_is_the_face_on_the_112_template():

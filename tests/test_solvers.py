@@ -1,6 +1,7 @@
 """The solver against a closed-form denoiser, and against diffusers' two schedulers."""
 
 import math
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from keyanon.solvers import DDIM, Known, NoiseSchedule, anderson
+from keyanon.solvers import DDIM, Known, NoiseSchedule, StoredPath, anderson
 from tests.conftest import LDM_NOISE
 
 SCHEDULE = NoiseSchedule.of(DDIMScheduler(**LDM_NOISE))
@@ -90,6 +91,38 @@ def test_timesteps_equal_diffusers_leading_spacing(steps, offset):
         return  # diffusers asks for timestep 1000 of 0 .. 999 here
     scheduler.set_timesteps(steps)
     assert DDIM(steps).timesteps(NoiseSchedule.of(scheduler)) == scheduler.timesteps.tolist()[::-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_stored_path_gives_back_what_it_was_given(dtype):
+    latents = [torch.randn(2, 3, 4, 4).to(dtype) for _ in range(5)]
+    latents[2] = latents[2].to(memory_format=torch.channels_last)
+    latents[3][0, 0, 0, 0] = torch.nan
+    path = StoredPath(latents[0])
+    for z in latents[1:]:
+        path.append(z)
+    assert len(path) == 5
+    for level in (3, 0, -1, 2, 4, -5, 1):
+        torch.testing.assert_close(path[level], latents[level], rtol=0, atol=0, equal_nan=True)
+    path.append(latents[1])  # reading does not move the place where the next one goes
+    assert torch.equal(path[5], latents[1])
+    assert torch.equal(path[4], latents[4])
+    for level in (6, -7):
+        with pytest.raises(IndexError):
+            path[level]
+
+
+def test_a_stored_path_holds_no_latent_in_memory():
+    """Of the latents that were appended, only the first is alive: it tells shape and device."""
+    path = StoredPath(torch.zeros(1, 3, 4, 4))
+    z = torch.ones(1, 3, 4, 4)
+    gone = weakref.ref(z)
+    path.append(z)
+    del z
+    assert gone() is None
+    a, b = path[1], path[1]
+    a += 1
+    assert torch.equal(b, torch.ones(1, 3, 4, 4))  # what is read belongs to the reader
 
 
 def test_more_steps_than_timesteps_is_refused():
