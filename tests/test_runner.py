@@ -124,9 +124,9 @@ class Counting:
 def test_the_gallery_is_embedded_once_as_8_bit_pictures(tmp_path, dataset):
     recognizer = Counting(PixelRecognizer().embed)
     with_broken = replace(dataset, enrolled=["g0", BROKEN, "g1"])
-    assert set(enrol(tmp_path, with_broken, "pixels", recognizer, 2)) == {BROKEN}
+    assert set(enrol(tmp_path, with_broken, with_broken.gallery, "pixels", recognizer, 2)) == {BROKEN}
     assert recognizer.batches == 2
-    assert set(enrol(tmp_path, with_broken, "pixels", recognizer, 2)) == {BROKEN}
+    assert set(enrol(tmp_path, with_broken, with_broken.gallery, "pixels", recognizer, 2)) == {BROKEN}
     assert recognizer.batches == 2
     rows = read_parts(tmp_path / "embeddings").to_pylist()
     assert [(row["view"], row["scorer"], row["id"]) for row in rows] == [
