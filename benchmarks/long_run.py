@@ -180,7 +180,8 @@ def main() -> None:
         until = f"{early:.0f} MiB up to 10 % of the pictures, " if stage != "statistics" else ""
         print(f"{one.name}, {stage}: peak {until}{peak:.0f} MiB up to 100 %")
         flat &= stage == "statistics" or peak <= FLAT * early
-    print(f"{many.name}: peak {table[table["run"] == many.name].rss_mib.max()} MiB in a process")
+    peak = table[table["run"] == many.name].rss_mib.max()
+    print(f"{many.name}: peak {peak} MiB in a process")
     print(f"{time.monotonic() - started:.0f} s; pictures used: {left}; same: {same}; memory flat: {flat}")
     if not (flat and all(same.values()) and left[0] == left[1]):
         sys.exit("the long run does not hold")
