@@ -69,7 +69,8 @@ def main(cfg: DictConfig) -> None:
     cards = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     cfg.device = own_card(cfg.device, job.job.num, cards) if sweep else cfg.device
     try:
-        run(cfg, dict(job.runtime.choices), apart(job) if sweep else [], alone(job))
+        swept = telling(job.overrides.task) if sweep and varied(job) else []
+        run(cfg, dict(job.runtime.choices), swept, alone(job))
     except (*READABLE, FailedShard) as error:
         log.debug("", exc_info=True)
         if sweep and isinstance(error, FailedShard):
@@ -246,23 +247,22 @@ def own_card(device: str, job: int, cards: int) -> str:
     return f"{device}:{job % cards}" if cards > 1 and place.type != "cpu" and place.index is None else device
 
 
-def apart(job: HydraConf) -> list[str]:
-    """What tells a job's cell from the others of its sweep; nothing where the sweep varies nothing that tells, as shards."""
-    record = Path(job.runtime.cwd, job.sweep.dir, "multirun.yaml")
-    asked = OmegaConf.load(record).hydra
+def varied(job: HydraConf) -> list[str]:
+    """Of what a job's sweep varies that which tells cells apart, as solver.steps does and shards do not."""
+    asked = OmegaConf.load(Path(job.runtime.cwd, job.sweep.dir, "multirun.yaml")).hydra
     given = [*(f"{name}={value}" for name, value in (asked.sweeper.params or {}).items()), *asked.overrides.task]
-    varied = [each.key_or_group for each in OverridesParser.create().parse_overrides(given) if each.is_sweep_override()]
-    return telling(job.overrides.task) if telling(varied) else []
+    parsed = OverridesParser.create().parse_overrides(given)
+    return telling([each.get_key_element() for each in parsed if each.is_sweep_override()])
 
 
 def alone(job: HydraConf) -> list[str]:
-    """The arguments that start this job's cell by itself, but for the shard: under the name it has in its sweep."""
+    """The arguments that start a job's cell by itself, but for the shard: under the name that it has in its sweep."""
     overrides = [override for override in job.overrides.task if override.partition("=")[0] != "shard"]
-    if job.mode != RunMode.MULTIRUN:
+    if job.mode != RunMode.MULTIRUN or not (names := varied(job)):
         return overrides
-    swept = apart(job)
     # A sweep over one value is still a sweep.
-    return ["-m", *(re.sub("=(.*)", r"=choice(\1)", each) if each in swept else each for each in overrides)]
+    one = [re.sub("=(.*)", r"=choice(\1)", each) if each.partition("=")[0] in names else each for each in overrides]
+    return ["-m", *one]
 
 
 def telling(overrides: Sequence[str]) -> list[str]:
