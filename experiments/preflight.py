@@ -4,17 +4,45 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from hydra import compose
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import InstantiationException
+from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 
 from keyanon import weights
 from keyanon.types import Dataset
 
 NOT_READY = 2  # exit code
 BYTES_PER_VALUE = 1.2  # a PNG of a photograph, against its 3 h w raw bytes, with some air
+
+
+class WholeSweep(Callback):
+    """All that any cell of a sweep lacks, told before its first cell starts (hydra.callbacks)."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+        overrides = OverridesParser.create().parse_overrides([*swept, *config.hydra.overrides.task])
+        problems: list[str] = []
+        for cell in product(*map(choices, overrides)):
+            cfg = compose(config.hydra.job.config_name, list(cell), return_hydra_config=True)
+            groups = (cfg.anonymizer, cfg.parser, cfg.recognizers, cfg.scorers)
+            problems += missing_parts(*(instantiate(group, _convert_="all") for group in groups))
+            open_dataset(cfg.dataset, cfg.hydra.runtime.choices["dataset"], problems)
+        stop_if(list(dict.fromkeys(problems)))
+
+
+def choices(override: Override) -> list[str]:
+    """What an override of a sweep is in its cells."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
 def missing_parts(*parts: Any) -> list[str]:

@@ -213,7 +213,7 @@ CLEAN, ANONYMIZED, RECOVERED, ATTACKED, INVERTED = (
     "Inverted noise",
 )
 RECOGNIZERS = ("facenet", "arcface", "adaface", "mobilefacenet", "dlib", "sface")
-KINDS = ("control", "irreversible", "keyed")  # keyanon.types.About
+KINDS = ("control", "irreversible", "keyless", "keyed")  # keyanon.types.About
 STATISTIC_NAMES = {
     "std": "standard deviation",
     "set": "over the whole set",
@@ -272,6 +272,50 @@ def grids(cells: pd.DataFrame, paper: Mapping[tuple[str, ...], Reference], kinds
         if any("±" in text for line in body for text in line):
             title += " ± standard deviation"
         yield Grid(title, ["anonymizer", "view", "", "n", "undefined", *columns], body)
+
+
+def side_by_side(cells: pd.DataFrame, kinds: Mapping[str, str], costs: pd.DataFrame) -> Grid:
+    """One dataset's methods, one a row: what published pictures show, what comes back of the file, and what it takes."""
+    measured = {(row.anonymizer, row.view, row.scorer, row.statistic): row for row in cells.itertuples()}
+    seconds: dict[Any, float] = costs.set_index(["anonymizer", "view"])["seconds"].to_dict()
+    recognizers = [scorer for scorer in cells.scorer.unique() if is_recognizer(scorer)]
+    rates = [statistic for statistic in cells.statistic.unique() if statistic.startswith("tar@")]
+    columns = {
+        "detected": ("anonymized", "detected", "mean"),
+        **{f"{name} cosine": ("anonymized", name, "mean") for name in recognizers},
+        **{
+            f"{name} {statistic_name(rate, True)}": ("anonymized", name, rate) for rate in rates for name in recognizers
+        },
+        **{name: ("recovered", name, "mean") for name in ("psnr_face", "ssim_face")},
+        **{f"{name} cosine, recovered": ("recovered", name, "mean") for name in recognizers},
+        **{f"{name} cosine, wrong key": ("wrong_key", name, "mean") for name in recognizers},
+    }
+    columns = {name: place for name, place in columns.items() if any(cell[1:] == place for cell in measured)}
+    body: list[list[str]] = []
+    heading = ""
+    for method in sorted(cells.anonymizer.unique(), key=lambda name: (KINDS.index(kinds.get(name, KINDS[0])), name)):
+        if kinds.get(method, "") != heading:
+            heading = kinds[method]
+            body.append([f"*{heading}*", *[""] * (len(columns) + 3)])
+        found = [measured.get((method, *place)) for place in columns.values()]
+        side = measured.get((method, "anonymized", "header_bytes", "mean"))
+        times = [seconds.get((method, view)) for view in ("anonymized", "recovered")]
+        line = [method, *("-" if row is None else ours_text(row, math.nan) for row in found)]
+        body.append(
+            [*line, "-" if side is None else f"{side.ours:.0f}", *("-" if t is None else f"{t:.3g}" for t in times)]
+        )
+    titles = [f"{name} {arrow(aim(place[0]), *place[1:])}".rstrip() for name, place in columns.items()]
+    header = ["anonymizer", *titles, "side bytes", "seconds to anonymize", "to recover"]
+    return Grid("Methods side by side", header, body)
+
+
+def originals_once(cells: pd.DataFrame) -> pd.DataFrame:
+    """One dataset's cells, with those of the originals once where they are the same under all its methods."""
+    clean = cells[(cells.view == "original") & (cells.verdict == "no-reference")]
+    each = [rows.drop(columns="anonymizer").reset_index(drop=True) for _, rows in clean.groupby("anonymizer")]
+    if not 1 < len(each) == cells.anonymizer.nunique() or not all(rows.equals(each[0]) for rows in each):
+        return cells
+    return pd.concat([each[0].assign(anonymizer="all methods"), cells.drop(clean.index)])
 
 
 def aim(view: str) -> str:
@@ -359,7 +403,7 @@ def summary(rows: pd.DataFrame) -> str:
     printed = within + outside + absent
     if printed == 0:
         return f"The paper has no number for any of the {len(rows)} cells."
-    return f"Of the paper's {printed} cells {within} within tolerance, {outside} outside, {absent} not run."
+    return f"Of {printed} published numbers {within} within tolerance, {outside} outside, {absent} not run."
 
 
 def consumed(methods: pd.DataFrame, rows: pd.DataFrame) -> Grid:
@@ -379,18 +423,41 @@ def consumed(methods: pd.DataFrame, rows: pd.DataFrame) -> Grid:
     return Grid("What each method needs and gives", header, body)
 
 
-def markdown(rows: pd.DataFrame, headings: Mapping[str, str], paper: Sequence[Reference], methods: pd.DataFrame) -> str:
-    experiment, by_cell = rows.experiment.iloc[0], {reference.cell: reference for reference in paper}
-    parts, kinds = [f"# {experiment}", summary(rows), LEGEND], dict(zip(methods.anonymizer, methods.kind, strict=True))
-    if kinds:
+def sections(
+    rows: pd.DataFrame,
+    headings: Mapping[str, str],
+    paper: Sequence[Reference],
+    methods: pd.DataFrame,
+    costs: pd.DataFrame,
+) -> Iterator[tuple[str, list[Grid]]]:
+    """Each dataset's heading and grids."""
+    by_cell, kinds = (
+        {reference.cell: reference for reference in paper},
+        dict(zip(methods.anonymizer, methods.kind, strict=True)),
+    )
+    for dataset, heading in headings.items():
+        cells = rows[rows.dataset == dataset]
+        compared = [side_by_side(cells, kinds, costs[costs.dataset == dataset])] if len(kinds) > 1 else []
+        yield heading, [*compared, *grids(originals_once(cells), by_cell, kinds)]
+
+
+def markdown(
+    rows: pd.DataFrame,
+    headings: Mapping[str, str],
+    paper: Sequence[Reference],
+    methods: pd.DataFrame,
+    costs: pd.DataFrame,
+) -> str:
+    parts = [f"# {rows.experiment.iloc[0]}", summary(rows), LEGEND]
+    if not methods.empty:
         grid = consumed(methods, rows)
         parts += [f"## {grid.title}", tabulate(grid.rows, grid.header, tablefmt="pipe", disable_numparse=True)]
-    for dataset, heading in headings.items():
+    for heading, shown in sections(rows, headings, paper, methods, costs):
         parts.append(f"## {heading}")
-        for grid in grids(rows[rows.dataset == dataset], by_cell, kinds):
+        for grid in shown:
             parts += [f"### {grid.title}", tabulate(grid.rows, grid.header, tablefmt="pipe", disable_numparse=True)]
     if paper:
-        parts += ["## Where the paper's numbers are from", origins(paper)]
+        parts += ["## Where the published numbers are from", origins(paper)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -416,13 +483,17 @@ def origins(paper: Sequence[Reference]) -> str:
     return tabulate(lines, header, tablefmt="pipe", disable_numparse=True)
 
 
-def latex(rows: pd.DataFrame, headings: Mapping[str, str], paper: Sequence[Reference], methods: pd.DataFrame) -> str:
+def latex(
+    rows: pd.DataFrame,
+    headings: Mapping[str, str],
+    paper: Sequence[Reference],
+    methods: pd.DataFrame,
+    costs: pd.DataFrame,
+) -> str:
     r"""The grids as floats to \input; needs the packages booktabs and graphicx."""
-    experiment, by_cell = rows.experiment.iloc[0], {reference.cell: reference for reference in paper}
-    kinds = dict(zip(methods.anonymizer, methods.kind, strict=True))
-    parts = ["% needs \\usepackage{booktabs,graphicx}"]
-    for dataset, heading in headings.items():
-        for grid in grids(rows[rows.dataset == dataset], by_cell, kinds):
+    experiment, parts = rows.experiment.iloc[0], ["% needs \\usepackage{booktabs,graphicx}"]
+    for heading, shown in sections(rows, headings, paper, methods, costs):
+        for grid in shown:
             tabular = tabulate(grid.rows, grid.header, tablefmt="latex_booktabs", disable_numparse=True)
             caption = "".join(LATEX_ESCAPE_RULES.get(c, c) for c in f"{experiment}, {heading}. {grid.title}.")
             fitted = f"\\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{%\n{tabular}}}"
@@ -432,14 +503,19 @@ def latex(rows: pd.DataFrame, headings: Mapping[str, str], paper: Sequence[Refer
 
 
 def write(
-    rows: pd.DataFrame, headings: Mapping[str, str], paper: Sequence[Reference], methods: pd.DataFrame, folder: Path
+    rows: pd.DataFrame,
+    headings: Mapping[str, str],
+    paper: Sequence[Reference],
+    methods: pd.DataFrame,
+    costs: pd.DataFrame,
+    folder: Path,
 ) -> None:
     """Write <experiment>.md, .tex and .csv into `folder`; each appears whole."""
     folder.mkdir(parents=True, exist_ok=True)
     experiment = rows.experiment.iloc[0]
     texts = {
-        "md": markdown(rows, headings, paper, methods),
-        "tex": latex(rows, headings, paper, methods),
+        "md": markdown(rows, headings, paper, methods, costs),
+        "tex": latex(rows, headings, paper, methods, costs),
         "csv": rows.to_csv(index=False, float_format="%.6g", lineterminator="\n"),
     }
     for suffix, text in texts.items():
@@ -465,10 +541,12 @@ def build(experiment: str, runs: Sequence[Path] = (), results: Path = RESULTS) -
     if runs and not (found := collect_methods(runs)).empty:
         write_whole(path, found.to_csv(index=False).encode())
     methods = pd.read_csv(path, dtype=BITS) if path.is_file() else pd.DataFrame(columns=METHODS)
+    if runs and not (spent := collect_costs(runs)).empty:
+        write_costs(experiment, spent, results)
+    path = results / "scores" / f"{experiment}.costs.csv"
+    costs = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=COSTS)
     rows = table(statistics, paper, experiment)
-    write(rows, titles(rows, statistics), paper, methods, results / "tables")
-    if runs and not (costs := collect_costs(runs)).empty:
-        write_costs(experiment, costs, results)
+    write(rows, titles(rows, statistics), paper, methods, costs, results / "tables")
     return rows
 
 

@@ -10,18 +10,19 @@ path of x' is not that of x, the mask is estimated anew, and the autoencoder and
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 import torch
 
 from keyanon import images as channel
+from keyanon.controlnet import MaskControl
 from keyanon.diffusion import LatentDiffusion
 from keyanon.headers import BadHeader, Header, seal, unseal
-from keyanon.keys import Nonces, nonce_for
+from keyanon.keys import Nobody, Nonces, nonce_for
 from keyanon.solvers import Known, Solver
-from keyanon.transforms import SignFlipping
-from keyanon.types import About, FaceParser, Image, Key, Mask, Published
+from keyanon.transforms import Involution, SignFlipping, Transform, Unchanged
+from keyanon.types import About, Denoiser, FaceParser, Image, Key, Mask, Published
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,10 @@ class SignFlip:
             mask is kept.
         mask_at_recovery: "reparsed" looks for the face on the anonymized picture, as they do; "header" sends the mask along.
         quantize: snap the latent to the autoencoder's codebook before decoding, diffusers' default and theirs.
+        control: shows the network the mask of the picture at hand, found by `parser` at pixel size; None shows it none.
+        transform: of the noise inside the mask, under the key; one that is its own inverse.
         nonces: which pictures share a key stream.
+        source: of the method, for the comparison's columns.
         authenticate: publish with a tag, and refuse to recover without a good one.
     """
 
@@ -45,14 +49,24 @@ class SignFlip:
     reinject: bool = True
     mask_at_recovery: Literal["reparsed", "header"] = "reparsed"
     quantize: bool = True
+    control: MaskControl | None = None
+    transform: Transform = field(default_factory=SignFlipping)
     nonces: Nonces = nonce_for
+    source: str = "arXiv 2510.01031"
     authenticate: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.transform, Involution):
+            names = ", ".join(kind.__name__ for kind in get_args(Involution))
+            raise ValueError(f"anonymizer.transform: {self.transform} is not its own inverse; take one of {names}")
 
     @property
     def about(self) -> About:
-        return About(
-            "keyed", "8-bit file + header", 256, 256, "no licence given", self.backbone.licence, "arXiv 2510.01031"
-        )
+        return About("keyed", "8-bit file + header", 256, 256, "no licence given", self.backbone.licence, self.source)
+
+    def missing(self) -> str | None:
+        """What a preflight says if the control network is not here."""
+        return self.control.lacking(self.backbone) if self.control is not None else None
 
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Published pictures of `images` under one key each."""
@@ -76,16 +90,27 @@ class SignFlip:
             mask = self.parser.mask(images, self.backbone.latent_size(images))
         return self.flip(images, mask, keys, [header.nonce for header in opened]).cpu()
 
+    def without_key(self, images: Image, headers: Sequence[bytes]) -> Image:
+        """Published pictures inverted and denoised with their noise as it is."""
+        keyless = replace(self, transform=Unchanged(), authenticate=False)
+        return keyless.recover(images, headers, [Nobody()] * len(images))
+
     def flip(self, images: Image, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> Image:
         """Eq. 3 to 7, the same in both directions: pictures in, unclipped pictures out."""
+        up, down = self.denoisers(images)
         z0 = self.backbone.encode(images)
-        path = self.solver.invert(self.backbone.eps, self.backbone.schedule, z0)
+        path = self.solver.invert(up, self.backbone.schedule, z0)
         mask = mask.to(z0.device)
-        flipped, _ = SignFlipping().apply(path[-1], mask, keys, nonces)
+        flipped, _ = self.transform.apply(path[-1], mask, keys, nonces)
         known = Known(mask, path) if self.reinject else None
-        return self.backbone.decode(
-            self.solver.sample(self.backbone.eps, self.backbone.schedule, flipped, known), self.quantize
-        )
+        return self.backbone.decode(self.solver.sample(down, self.backbone.schedule, flipped, known), self.quantize)
+
+    def denoisers(self, images: Image) -> tuple[Denoiser, Denoiser]:
+        """eps for inversion and for sampling."""
+        if self.control is None:
+            return self.backbone.eps, self.backbone.eps
+        height, width = images.shape[-2:]
+        return self.control.denoisers(self.backbone, self.parser.mask(images, (height, width)))
 
     def reconstruct(self, images: Image) -> Image:
         """D(E(x)): what the autoencoder alone makes of the pictures."""

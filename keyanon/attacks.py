@@ -1,7 +1,8 @@
 """What others make of a published picture; each attack, or bad channel, gives one more view.
 
-Every attack sees the published file and its header. Those with a wrong key measure what a guess gives away; the JPEG ones hand a
-damaged file to the rightful owner. None of them heeds the tag, which would stop them all.
+Every attack sees the published file and its header. Those with a wrong key measure what a guess gives away, the one without a key
+what there is to see for all; the JPEG ones hand a damaged file to the rightful owner. None of them heeds the tag, which would stop
+them all.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ import torch
 from keyanon import images as channel
 from keyanon.headers import FIXED
 from keyanon.keys import FlippedSigns, MasterKey
-from keyanon.types import Image, Key, Published, Reversible
+from keyanon.types import Image, Key, Published, Reversible, RunsWithoutKey
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,17 @@ class PartialKey:
     def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
         partial = [FlippedSigns(key, self.wrong) for key in keys]
         return heedless(method).recover(channel.to_floats(published.images), published.headers, partial)
+
+
+@dataclass(frozen=True)
+class NoKey:
+    """What one sees who runs the receiver without any key, where that gives anything; else the published picture, which is all
+    that such a one has: of a scrambled face, of an encrypted crop, of a program that asks for a key, of ready-made pictures.
+    """
+
+    def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
+        images = channel.to_floats(published.images)
+        return method.without_key(images, published.headers) if isinstance(method, RunsWithoutKey) else images
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,10 @@ class LatentDiffusion:
     def eps(self, z: Latent, t: int) -> Latent:
         """The network's estimate of the noise in z at the timestep t, in fp32."""
         self.evaluations[t] += len(z)
-        out = in_chunks(lambda part: self._network(part, t), z)
+        return self.as_noise(in_chunks(lambda part: self._network(part, t), z), z, t)
+
+    def as_noise(self, out: Latent, z: Latent, t: int) -> Latent:
+        """The noise in z, of what a network that predicts what this one does says of it."""
         if self._predicts_v:
             abar = self.schedule.abar[t]
             out = abar**0.5 * out + (1 - abar) ** 0.5 * z

@@ -31,12 +31,12 @@ from keyanon import images as channel
 from keyanon import residuals
 from keyanon.diffusion import LatentDiffusion
 from keyanon.headers import BadHeader, Header, seal, unseal
-from keyanon.keys import MasterKey, Nonces, nonce_for, normals
+from keyanon.keys import MasterKey, Nobody, Nonces, nonce_for, normals
 from keyanon.refinement import Refinement
 from keyanon.scorers import psnr_face
 from keyanon.seams import Seam
 from keyanon.solvers import Known, Solver
-from keyanon.transforms import Transform
+from keyanon.transforms import Transform, Unchanged
 from keyanon.types import About, FaceParser, Image, Key, Latent, Mask, Published
 
 log = logging.getLogger(__name__)
@@ -159,6 +159,11 @@ class Exact:
                     "it was resized or cropped after it was published"
                 )
         return self.receive(images.to(self.backbone.device), opened, keys).cpu()
+
+    def without_key(self, images: Image, headers: Sequence[bytes]) -> Image:
+        """Published pictures inverted and denoised with their noise as it is."""
+        keyless = replace(self, transform=Unchanged(), authenticate=False)
+        return keyless.recover(images, headers, [Nobody()] * len(images))
 
     def reconstruct(self, images: Image) -> Image:
         """D(E(x)) on the face's pixels, the best that any recovery through this autoencoder can be."""

@@ -249,6 +249,14 @@ def normals(key: Key, nonce: bytes, purpose: str, shape: tuple[int, ...]) -> Ten
 
 
 @dataclass(frozen=True)
+class Nobody:
+    """Stands where a key is asked for and none is there; what draws from it is not the way of one without a key."""
+
+    def stream(self, nonce: bytes, purpose: str, size: int) -> bytes:
+        raise BadKey(f"there is no key here to draw {purpose} from")
+
+
+@dataclass(frozen=True)
 class FlippedSigns:
     """The right key with a fraction of the signs, drawn at random for each picture, wrong: what a partial attack would hold."""
 

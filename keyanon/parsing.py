@@ -29,9 +29,9 @@ CLASSES = (
 TIGHT = ("skin", "l_brow", "r_brow", "l_eye", "r_eye", "eye_g", "nose", "mouth", "u_lip", "l_lip")
 PAPER_CLASSES = (*TIGHT, "l_ear", "r_ear", "neck")  # the authors' 13
 WITH_HAIR = (*PAPER_CLASSES, "hair")
-REGIONS = {"tight": TIGHT, "paper": PAPER_CLASSES, "with_hair": WITH_HAIR}
+REGIONS = {"tight": TIGHT, "paper": PAPER_CLASSES, "with_hair": WITH_HAIR, "glasses": ("eye_g",)}
 
-Region = Literal["tight", "paper", "with_hair"]
+Region = Literal["tight", "paper", "with_hair", "glasses"]
 Reduction = Literal["bilinear>0", "nearest", "area>0.5"]
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)

@@ -43,7 +43,8 @@ class About:
     """What a method needs and gives, for the columns of a comparison.
 
     Args:
-        kind: `control` (no anonymization to speak of, or no face left), `irreversible`, or `keyed` (recovers with a key).
+        kind: `control` (no anonymization to speak of, or no face left), `irreversible`, `keyless` (everyone recovers who has the
+            method: what it takes is hidden in the picture, and no key locks it), or `keyed` (recovers with a key).
         recovery_input: what recovery reads besides the key: "-" where there is none, else "8-bit file", "8-bit file + header", ...
         key_bits: nominal length of the secret, None without one.
         effective_key_bits: what a search has to go through at most; less than nominal where keys are drawn from a small seed.
@@ -52,7 +53,7 @@ class About:
         source: paper or repository.
     """
 
-    kind: Literal["control", "irreversible", "keyed"]
+    kind: Literal["control", "irreversible", "keyless", "keyed"]
     recovery_input: str
     key_bits: int | None
     effective_key_bits: int | None
@@ -114,6 +115,13 @@ class Reversible(Anonymizer, Protocol):
     def recover(self, images: Image, headers: Sequence[bytes], keys: Sequence[Key]) -> Image:
         """The original faces from published pictures as a receiver reads them: no ids, no side information."""
         ...
+
+
+@runtime_checkable
+class RunsWithoutKey(Protocol):
+    """A reversible method that gives something also to one who runs the receiver without any key, and says what."""
+
+    def without_key(self, images: Image, headers: Sequence[bytes]) -> Image: ...
 
 
 @runtime_checkable

@@ -1,5 +1,6 @@
-"""Shared pieces: a tiny latent diffusion model in the real layout, saved once per session, and the place of the real faces."""
+"""Shared pieces: tiny diffusion models in the real layouts, saved once per session, and the place of the real faces."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 import keyanon  # noqa: F401  installs the torchvision shim before anything imports diffusers or torchmetrics
+from keyanon.diffusion import LatentDiffusion
 from keyanon.keys import MasterKey
 from keyanon.types import Embeddings, Image, Mask
 
@@ -66,6 +68,71 @@ LDM_NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end":
 @pytest.fixture(scope="session")
 def tiny_ldm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_ldm(tmp_path_factory.mktemp("ldm"))
+
+
+@pytest.fixture
+def model(tiny_ldm: Path) -> LatentDiffusion:
+    return LatentDiffusion(str(tiny_ldm), noise=LDM_NOISE)
+
+
+def save_tiny_stable_diffusion(folder: Path) -> Path:
+    """An AutoencoderKL (f = 2), a conditional network, a tokenizer of three words and its encoder, in Stable Diffusion's layout."""
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4, sample_size=64,
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    UNet2DConditionModel(
+        sample_size=32, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=16, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        norm_num_groups=4,
+    ).save_pretrained(folder / "unet")  # fmt: skip
+    DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1).save_pretrained(
+        folder / "scheduler"
+    )
+    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}
+    tokens = folder / "tokenizer"
+    tokens.mkdir()
+    (tokens / "vocab.json").write_text(json.dumps(vocabulary))
+    (tokens / "merges.txt").write_text("#version: 0.2\n")
+    transformers.CLIPTokenizer(
+        str(tokens / "vocab.json"), str(tokens / "merges.txt"), model_max_length=7
+    ).save_pretrained(tokens)
+    config = transformers.CLIPTextConfig(
+        vocab_size=3, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=7, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    transformers.CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_stable_diffusion(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_inpainting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion's layout with a network that also takes a mask and a masked picture."""
+    from diffusers import UNet2DConditionModel
+
+    folder = save_tiny_stable_diffusion(tmp_path_factory.mktemp("inpainting"))
+    torch.manual_seed(1)
+    UNet2DConditionModel.from_config(
+        UNet2DConditionModel.load_config(folder / "unet"), in_channels=9, out_channels=4
+    ).save_pretrained(folder / "unet")
+    return folder
+
+
+@pytest.fixture
+def nothing_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine without network on which no weights lie."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("KEYANON_CACHE", str(tmp_path))
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ import torch
 
 from keyanon import images as channel
 from keyanon.anonymizers import SignFlip
-from keyanon.attacks import FloatChannel, Jpeg, NearKey, PartialKey, WrongKey, heedless
+from keyanon.attacks import FloatChannel, Jpeg, NearKey, NoKey, PartialKey, WrongKey, heedless
 from keyanon.diffusion import LatentDiffusion
 from keyanon.headers import BadHeader, Header
-from keyanon.keys import OneForAll, Recipe, experiment_key
-from keyanon.solvers import DDIM
-from keyanon.types import Published, Reversible
+from keyanon.keys import BadKey, Nobody, OneForAll, Recipe, experiment_key
+from keyanon.solvers import DDIM, Known
+from keyanon.transforms import NoiseFlipping, Permutation
+from keyanon.types import Published, Reversible, RunsWithoutKey
 from tests.conftest import LDM_NOISE, CentreFace, smooth_picture
 
 IDS = ["a", "b", "c"]
@@ -156,3 +157,39 @@ def test_attacks_are_what_they_say(method, published):
 def test_float_channel_needs_floats(method, published):
     with pytest.raises(ValueError, match="publishes no floats"):
         FloatChannel()(replace(published, floats=None), [experiment_key()] * 3, method)
+
+
+def test_without_a_key_the_picture_is_inverted_and_denoised_as_it_is(method, published):
+    """All signs +1: plain inversion and sampling, which is not the recovery; and no key is asked for anything."""
+    backbone, solver, floats = method.backbone, method.solver, channel.to_floats(published.images)
+    path = solver.invert(backbone.eps, backbone.schedule, backbone.encode(floats))
+    mask = method.parser.mask(floats, backbone.latent_size(floats))
+    plain = solver.sample(backbone.eps, backbone.schedule, path[-1], Known(mask, path))
+    assert isinstance(method, RunsWithoutKey)
+    seen = NoKey()(published, [Nobody()] * 3, method)
+    torch.testing.assert_close(seen, backbone.decode(plain))
+    assert not torch.equal(seen, method.recover(floats, published.headers, [experiment_key()] * 3))
+
+
+def test_who_draws_from_nobody_s_key_is_told():
+    with pytest.raises(BadKey, match="no key here to draw signs from"):
+        Nobody().stream(bytes(24), "signs", 8)
+
+
+def test_a_noise_flip_of_nothing_is_no_key(method, pictures, published):
+    keys, floats = [experiment_key()] * 3, channel.to_floats(published.images)
+    flipping = heedless(replace(method, transform=NoiseFlipping(0.0)))
+    torch.testing.assert_close(
+        flipping.recover(floats, published.headers, keys), method.without_key(floats, published.headers)
+    )
+    some = replace(method, transform=NoiseFlipping(0.3))
+    sent = some.anonymize(pictures, keys, IDS)
+    assert not torch.equal(sent.images, published.images)
+    assert not torch.equal(
+        WrongKey()(sent, keys, some), some.recover(channel.to_floats(sent.images), sent.headers, keys)
+    )
+
+
+def test_only_a_transform_that_undoes_itself_will_do(method):
+    with pytest.raises(ValueError, match=r"Permutation\(\) is not its own inverse; take one of SignFlipping, "):
+        replace(method, transform=Permutation())

@@ -1,51 +1,18 @@
 """The backbone on tiny components saved in the real layouts."""
 
-import json
-
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import DDIMScheduler, UNet2DModel
 
 from keyanon.block_dct import BlockDCT
 from keyanon.diffusion import BadModel, LatentDiffusion
 from keyanon.weights import MissingWeights
-from tests.conftest import LDM_NOISE
+from tests.conftest import LDM_NOISE, save_tiny_stable_diffusion
 
 
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-
-
-def save_tiny_stable_diffusion(folder):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4, sample_size=64,
-    ).save_pretrained(folder / "vae")  # fmt: skip
-    UNet2DConditionModel(
-        sample_size=32, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=16, attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        norm_num_groups=4,
-    ).save_pretrained(folder / "unet")  # fmt: skip
-    DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1).save_pretrained(
-        folder / "scheduler"
-    )
-    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}
-    tokens = folder / "tokenizer"
-    tokens.mkdir()
-    (tokens / "vocab.json").write_text(json.dumps(vocabulary))
-    (tokens / "merges.txt").write_text("#version: 0.2\n")
-    transformers.CLIPTokenizer(
-        str(tokens / "vocab.json"), str(tokens / "merges.txt"), model_max_length=7
-    ).save_pretrained(tokens)
-    config = transformers.CLIPTextConfig(
-        vocab_size=3, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=7, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    transformers.CLIPTextModel(config).save_pretrained(folder / "text_encoder")
-    return folder
 
 
 def test_ldm_layout(tiny_ldm, images):

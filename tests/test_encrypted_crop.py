@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from keyanon import images as channel
+from keyanon.attacks import NoKey
 from keyanon.baselines.classical import GaussianBlur, Obfuscation, Pixelate
 from keyanon.baselines.controls import Blackout, Identity
 from keyanon.baselines.encrypted_crop import EncryptedCrop, packed, with_crop
 from keyanon.baselines.scrambling import Scrambling
 from keyanon.headers import MAX_PARTS, BadHeader, Header, seal
-from keyanon.keys import MasterKey, OneForAll
+from keyanon.keys import MasterKey, Nobody, OneForAll
 from keyanon.scorers import psnr_face
 from keyanon.types import Image, Key, Published, Reversible
 from tests.conftest import ROOT, CentreFace, smooth_picture
@@ -116,6 +117,11 @@ def test_a_wrong_key_is_refused_or_leaves_the_picture_as_it_is():
     for tagged in (sent, published(heedless, images)):
         assert torch.equal(recovered(heedless, tagged, OTHER), sent.images)
         assert torch.equal(recovered(heedless, tagged), channel.to_bytes(images))
+
+
+def test_without_a_key_the_visible_picture_is_all_there_is():
+    sent = published(METHOD, faces(2))
+    assert torch.equal(channel.to_bytes(NoKey()(sent, [Nobody()] * 2, METHOD)), sent.images)
 
 
 @pytest.mark.parametrize("place", [5, 30, 45, 200, -1])

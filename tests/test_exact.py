@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from keyanon import images as channel
-from keyanon.attacks import FloatChannel, WrongKey, heedless
+from keyanon.attacks import FloatChannel, NoKey, WrongKey, heedless
 from keyanon.datasets import embedded_faces
 from keyanon.diffusion import LatentDiffusion
 from keyanon.exact import Exact, filled, pixels, public_noise
 from keyanon.headers import BadHeader, Header
-from keyanon.keys import experiment_key, nonce_for
+from keyanon.keys import Nobody, experiment_key, nonce_for
 from keyanon.refinement import Refinement, ToneCurve
 from keyanon.scorers import psnr_face
 from keyanon.seams import Seam
@@ -101,6 +101,14 @@ def test_floats_come_back_as_well(method, pictures, published, face):
 
 def test_a_wrong_key_does_not_give_the_face(method, pictures, published, face):
     assert (psnr_face(WrongKey()(published, KEYS, method), pictures, face) < 25).all()
+
+
+def test_without_a_key_the_published_face_is_all_there_is(method, published, face):
+    """The loop closes: inverted and denoised as it is, z'_T gives z'_0 again."""
+    floats = channel.to_floats(published.images)
+    seen = NoKey()(published, [Nobody()] * 2, method)
+    as_received = method.received(floats, [Header.unpack(header) for header in published.headers])
+    assert (psnr_face(seen, as_received.clamp(-1, 1), face) > 40).all()
 
 
 def test_a_picture_does_not_depend_on_its_batch(method, pictures, published):

@@ -1,7 +1,6 @@
 """LDFA on tiny components in the real layouts: diffusers' samplers, the steps it runs, what it leaves alone."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +15,8 @@ from keyanon.images import to_bytes
 from keyanon.keys import MasterKey
 from keyanon.recognition import Detection
 from keyanon.types import Anonymizer
-from tests.conftest import LDM_NOISE, CentreFace
+from tests.conftest import CentreFace
 from tests.test_configs import composed
-from tests.test_diffusion import save_tiny_stable_diffusion
 
 IDS = ("a", "b")
 
@@ -29,29 +27,8 @@ def images() -> torch.Tensor:
 
 
 @pytest.fixture
-def model(tiny_ldm) -> LatentDiffusion:
-    return LatentDiffusion(str(tiny_ldm), noise=LDM_NOISE)
-
-
-@pytest.fixture
 def core(model) -> Ldfa:
     return Ldfa(model, CentreFace(), size=None, steps=4, feather=1.0)
-
-
-@pytest.fixture(scope="session")
-def tiny_sd(tmp_path_factory) -> Path:
-    return save_tiny_stable_diffusion(tmp_path_factory.mktemp("sd"))
-
-
-@pytest.fixture(scope="session")
-def tiny_sd_inpainting(tmp_path_factory) -> Path:
-    """Stable Diffusion's layout with a network that also takes a mask and a masked picture."""
-    folder = save_tiny_stable_diffusion(tmp_path_factory.mktemp("inpainting"))
-    torch.manual_seed(1)
-    UNet2DConditionModel.from_config(
-        UNet2DConditionModel.load_config(folder / "unet"), in_channels=9, out_channels=4
-    ).save_pretrained(folder / "unet")
-    return folder
 
 
 def seen_by_network(monkeypatch) -> list[tuple[torch.Tensor, int]]:
@@ -223,9 +200,8 @@ def test_arguments_that_make_no_sense_are_refused(core, change, message):
     ("name", "source"),
     [("ldfa_repo", "stable-diffusion-v1-5/stable-diffusion-v1-5"), ("ldfa_inpaint", "stable-diffusion-inpainting")],
 )
-def test_missing_weights_are_named(name, source, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+@pytest.mark.usefixtures("nothing_fetched")
+def test_missing_weights_are_named(name, source):
     method = instantiate(composed(f"anonymizer={name}").anonymizer, _convert_="all")
     (message,) = missing_parts(method)
     assert source in message

@@ -17,9 +17,8 @@ from keyanon.images import to_bytes
 from keyanon.solvers import NoiseSchedule
 from keyanon.types import Anonymizer, Image, Mask
 from keyanon.weights import CARDS
-from tests.conftest import LDM_NOISE, CentreFace, PixelRecognizer
+from tests.conftest import CentreFace, PixelRecognizer
 from tests.test_configs import composed
-from tests.test_diffusion import save_tiny_stable_diffusion
 
 IDS = ("a", "b")
 SHORT = NoiseInversion(steps=10, skip=7)
@@ -28,11 +27,6 @@ SHORT = NoiseInversion(steps=10, skip=7)
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-
-
-@pytest.fixture
-def model(tiny_ldm) -> LatentDiffusion:
-    return LatentDiffusion(str(tiny_ldm), noise=LDM_NOISE)
 
 
 @dataclass(frozen=True)
@@ -80,16 +74,22 @@ def own_adapter(path: Path) -> FaceIdAdapter:
 
 
 @pytest.fixture(scope="module")
-def tiny_sd(tmp_path_factory) -> Path:
-    folder = save_tiny_stable_diffusion(tmp_path_factory.mktemp("sd"))
-    save_tiny_adapter(folder / "adapter.bin", UNet2DConditionModel.from_pretrained(folder / "unet"))
-    return folder
+def adapter_file(tiny_sd, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("adapter") / "adapter.bin"
+    return save_tiny_adapter(path, UNet2DConditionModel.from_pretrained(tiny_sd / "unet"))
 
 
 @pytest.fixture
-def method(tiny_sd) -> NullFace:
-    adapter = own_adapter(tiny_sd / "adapter.bin")
-    return NullFace(LatentDiffusion(str(tiny_sd)), adapter, PixelRecognizer(), CentreFace(), SHORT, 32, mask_delay=1)
+def method(tiny_sd, adapter_file) -> NullFace:
+    return NullFace(
+        LatentDiffusion(str(tiny_sd)),
+        own_adapter(adapter_file),
+        PixelRecognizer(),
+        CentreFace(),
+        SHORT,
+        32,
+        mask_delay=1,
+    )
 
 
 # The inversion
@@ -258,9 +258,9 @@ def test_the_attached_network_is_the_one_that_diffusers_pipeline_makes(tiny_sd, 
     torch.testing.assert_close(weaker.eps(z, 7, e), theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_the_low_rank_parts_are_added_to_the_weights(tiny_sd, method):
+def test_the_low_rank_parts_are_added_to_the_weights(tiny_sd, adapter_file, method):
     base = UNet2DConditionModel.from_pretrained(tiny_sd / "unet")
-    parts = torch.load(tiny_sd / "adapter.bin", weights_only=True)["ip_adapter"]
+    parts = torch.load(adapter_file, weights_only=True)["ip_adapter"]
     assert len(attentions(base)) > 1
     for number, name, attention in attentions(base):
         changed = method.unet.get_submodule(name)
@@ -270,18 +270,14 @@ def test_the_low_rank_parts_are_added_to_the_weights(tiny_sd, method):
             torch.testing.assert_close(after.weight, before.weight + up @ down)
 
 
-def test_an_unconditional_model_is_refused(model, tiny_sd, images, key):
-    method = NullFace(
-        model, own_adapter(tiny_sd / "adapter.bin"), PixelRecognizer(), CentreFace(), SHORT, 32
-    )  # fmt: skip
+def test_an_unconditional_model_is_refused(model, adapter_file, images, key):
+    method = NullFace(model, own_adapter(adapter_file), PixelRecognizer(), CentreFace(), SHORT, 32)
     with pytest.raises(BadModel, match="nullface_core"):
         method.anonymize(images, [key] * 2, IDS)
 
 
-def test_missing_weights_are_named(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setenv("KEYANON_CACHE", str(tmp_path))
+@pytest.mark.usefixtures("nothing_fetched")
+def test_missing_weights_are_named():
     method = instantiate(composed("anonymizer=nullface", "parser=ellipse").anonymizer, _convert_="all")
     text = "\n".join(missing_parts(method))
     for name in (

@@ -39,13 +39,14 @@ def own_card(file: Path) -> Card:
 
 
 def colour_parser(path: Path, classes: int = 19) -> Card:
-    """A graph that calls red skin, green hair, blue neck and black background."""
+    """A graph that calls red skin, green hair, blue neck, yellow glasses and black background."""
     weight = np.zeros((classes, 3, 1, 1), np.float32)
     bias = np.full(classes, -100, np.float32)
     for channel, name in enumerate(("skin", "hair", "neck")):
         weight[CLASSES.index(name) % classes, channel] = 1
         bias[CLASSES.index(name) % classes] = 0
-    bias[0] = 0
+    weight[CLASSES.index("eye_g"), :2] = 0.6  # more than red or green alone where both are
+    bias[[0, CLASSES.index("eye_g")]] = 0
     graph = helper.make_graph(
         [helper.make_node("Conv", ["input", "weight", "bias"], ["output"])],
         "colours",
@@ -76,6 +77,7 @@ def test_the_label_map():
     assert len(PAPER_CLASSES) == 13
     assert set(CLASSES) - set(PAPER_CLASSES) == {"background", "ear_r", "neck_l", "cloth", "hair", "hat"}
     assert set(WITH_HAIR) - set(PAPER_CLASSES) == {"hair"}
+    assert REGIONS["glasses"] == ("eye_g",)
     assert set(PAPER_CLASSES) - set(TIGHT) == {"l_ear", "r_ear", "neck"}
 
 
@@ -98,6 +100,21 @@ def test_bisenet_takes_the_classes_of_its_region(tmp_path, region, expected):
     assert columns(mask[1:]) == expected[::-1]
     assert torch.equal(parser.mask(stripes(), (32, 32)), mask[:1])
     assert parser.cards() == (card,)
+
+
+def test_glasses_are_found_apart_from_the_face(tmp_path):
+    card = colour_parser(tmp_path / "colours.onnx")
+    image = stripes()
+    image[:, 1, :, :8] = 1  # half of the red stripe is yellow
+    glasses, face = (
+        BiSeNetParser(region, card=card, weights=str(tmp_path / "colours.onnx")).mask(image, (64, 64))
+        for region in ("glasses", "tight")
+    )
+    expected = torch.zeros(64, 64, dtype=torch.bool)
+    expected[:, :8] = True
+    assert (glasses[0, 0] ^ expected).float().mean() < 0.03  # bilinear: the border's columns
+    assert (glasses <= face).all()
+    assert columns(face) == [True, False, False, False]
 
 
 def test_a_network_with_other_classes_is_no_face_parser(tmp_path):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from experiments.train_proface_s import loss, rms, through_a_file, train, unlike
 from keyanon import images as channel
-from keyanon.attacks import FloatChannel, PartialKey, WrongKey
+from keyanon.attacks import FloatChannel, NoKey, PartialKey, WrongKey
 from keyanon.baselines.classical import GaussianBlur
 from keyanon.baselines.proface_s import (
     WEIGHTS,
@@ -23,11 +23,12 @@ from keyanon.baselines.proface_s import (
     gain,
     haar,
     hide,
+    reveal,
     unhaar,
 )
 from keyanon.datasets import embedded_faces
 from keyanon.headers import BadHeader, Header
-from keyanon.keys import experiment_key
+from keyanon.keys import Nobody, experiment_key
 from keyanon.scorers import psnr, ssim
 from keyanon.types import Image, Published, Reversible
 from keyanon.weights import WrongWeights
@@ -187,6 +188,16 @@ def test_only_the_key_recovers(method, faces, published):
     assert max(dB(wrong, faces), dB(half, faces)) < 15
     everywhere = torch.ones_like(faces[:, :1], dtype=torch.bool)
     assert ssim(wrong, faces, everywhere).max() < 0.4
+
+
+def test_without_a_key_the_network_shows_more_than_under_a_wrong_one(method, faces, published):
+    """Zeros are the mean of all keys."""
+    floats = channel.to_floats(published.images)
+    seen = NoKey()(published, [Nobody()] * 3, method)
+    zeros = torch.zeros(3, 1, 128, 128)
+    torch.testing.assert_close(seen, reveal(method.network, floats, zeros))
+    recovered = method.recover(floats, published.headers, KEYS)
+    assert dB(WrongKey()(published, KEYS, method), faces) < dB(seen, faces) < dB(recovered, faces) - 10
 
 
 def test_floats_carry_more_than_bytes(method, faces, published):

@@ -17,7 +17,6 @@ from keyanon.types import Anonymizer, Image, Mask
 from keyanon.weights import CARDS, MissingWeights, WrongWeights
 from tests.conftest import CentreFace, smooth_picture
 from tests.test_configs import composed
-from tests.test_ldfa import tiny_sd_inpainting  # noqa: F401  a fixture
 
 IDS = ("a", "b")
 WIDTH, PATCH, GRID, LAYERS = 64, 16, 2, 2
@@ -86,7 +85,7 @@ def images() -> torch.Tensor:
 
 
 @pytest.fixture
-def method(tiny_sd_inpainting, farl, tmp_path) -> Salar:  # noqa: F811
+def method(tiny_sd_inpainting, farl, tmp_path) -> Salar:
     smooth_picture(3, 80).save(tmp_path / "target.png")
     target = str(tmp_path / "target.png")
     return Salar(LatentDiffusion(str(tiny_sd_inpainting)), CentreFace(), farl, target, size=32, steps=2)
@@ -194,16 +193,16 @@ def test_a_missing_target_is_named(method, images, key, target):
         without.anonymize(images, [key] * 2, IDS)
 
 
-def test_missing_weights_are_named(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setenv("KEYANON_CACHE", str(tmp_path))
+@pytest.mark.usefixtures("nothing_fetched")
+def test_missing_weights_are_named():
     method = instantiate(composed("anonymizer=salar", "parser=ellipse").anonymizer, _convert_="all")
     text = "\n".join(missing_parts(method))
     for name in (
         "sd2-community/stable-diffusion-2-inpainting",
         Path(CARDS["farl_b16_ep64"].filename).name,
+        Path(CARDS["bisenet"].filename).name,
         "anonymizer.target",
     ):
         assert name in text
     assert method.about.code_licence == "none"
+    assert (method.keep.region, method.dilation) == ("glasses", 7)

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from keyanon import images as channel
+from keyanon.attacks import NoKey
 from keyanon.baselines.scrambling import Scrambling, cut, joined, orders
 from keyanon.headers import BadHeader, Header, seal
-from keyanon.keys import MasterKey, OneForAll
+from keyanon.keys import MasterKey, Nobody, OneForAll
 from keyanon.types import Image, Mask, Reversible
 from tests.conftest import CentreFace
 
@@ -121,6 +122,12 @@ def test_a_wrong_key_is_refused_or_gives_something_else():
     wrong = recovered(plain, published(plain, images), OTHER)
     assert (wrong != channel.to_bytes(images))[..., 16:48, 16:48].float().mean() > 0.8
     assert torch.equal(wrong[..., :16, :], channel.to_bytes(images)[..., :16, :])
+
+
+def test_without_a_key_the_scrambled_picture_is_all_there_is():
+    method = Scrambling(CentreFace())
+    sent = published(method, noise(2, 3, 64, 64))
+    assert torch.equal(channel.to_bytes(NoKey()(sent, [Nobody()] * 2, method)), sent.images)
 
 
 def test_a_changed_picture_is_refused_or_comes_back_but_for_the_change():

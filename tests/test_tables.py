@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from experiments.tables import (
+    COSTS,
+    METHODS,
     STATISTICS,
     TIDY,
     Reference,
@@ -215,6 +217,7 @@ def test_methods_of_a_kind_stand_together_with_what_they_need(tmp_path):
     abouts = {
         "signflip": About("keyed", "8-bit file + header", 256, 32, "MIT", "-", "arXiv 2510.01031"),
         "blur": About("irreversible", "-", None, None, "-", "-", "deface"),
+        "g2face": About("keyless", "8-bit file", None, None, "MIT", "-", "-"),
         "again": About("keyed", "8-bit file", 16, 16, "-", "-", "-"),
         "identity": About("control", "-", None, None, "-", "-", "-"),
     }
@@ -234,18 +237,75 @@ def test_methods_of_a_kind_stand_together_with_what_they_need(tmp_path):
         [text.strip() for text in line.split("|")[1:-1]] for line in markdown.splitlines() if line.startswith("| ")
     ]
     needs = next(i for i, line in enumerate(lines) if line[0] == "anonymizer")
-    assert lines[needs + 1 : needs + 5] == [
+    assert lines[needs + 1 : needs + 6] == [
         ["identity", "control", "-", "-", "-", "-", "-", "-", "-"],
         ["blur", "irreversible", "-", "-", "-", "-", "-", "-", "deface"],
+        ["g2face", "keyless", "8-bit file", "-", "-", "-", "MIT", "-", "-"],
         ["again", "keyed", "8-bit file", "-", "16", "16", "-", "-", "-"],
         ["signflip", "keyed", "8-bit file + header", "100", "256", "32", "MIT", "-", "arXiv 2510.01031"],
     ]
     start = next(i for i, line in enumerate(lines) if line[1:2] == ["recovered"]) - 1
-    grid = [line[0] for line in lines[start : start + 7]]
-    assert grid == ["*control*", "identity", "*irreversible*", "blur", "*keyed*", "again", "signflip"]
+    grid = [line[0] for line in lines[start : start + 9]]
+    assert grid == [
+        "*control*",
+        "identity",
+        "*irreversible*",
+        "blur",
+        "*keyless*",
+        "g2face",
+        "*keyed*",
+        "again",
+        "signflip",
+    ]
     shutil.rmtree(tmp_path / "results" / "tables")
     build("rivals", results=tmp_path / "results")
     assert (tmp_path / "results" / "tables" / "rivals.md").read_text() == markdown
+
+
+def test_methods_side_by_side_with_their_costs(tmp_path):
+    results = tmp_path / "results"
+    (results / "scores").mkdir(parents=True)
+    measured(
+        cell(scorer="detected", value=1.0),
+        cell(scorer="dlib", value=0.25),
+        cell(scorer="dlib", statistic="tar@far=0.001", value=0.125),
+        cell(scorer="header_bytes", value=15172.4),
+        cell(scorer="psnr_face", view="recovered", value=22.5),
+        cell(scorer="dlib", view="wrong_key", value=0.5, low=NAN, high=NAN),
+        cell(scorer="detected", anonymizer="blur", value=0.75),
+        *(cell(scorer="psnr", view="original", anonymizer=name, value=58.92) for name in ("signflip", "blur")),
+    ).to_parquet(results / "scores" / "rivals.parquet")
+    (results / "scores" / "rivals.methods.csv").write_text(
+        f"{','.join(METHODS)}\ncelebahq,signflip,keyed,-,256,256,-,-,-\ncelebahq,blur,irreversible,-,,,-,-,-\n"
+    )
+    (results / "scores" / "rivals.costs.csv").write_text(
+        f"{','.join(COSTS)}\ncelebahq,signflip,anonymized,8,1.2345,100,cpu,x,1\nother,signflip,recovered,8,9,9,cpu,x,1\n"
+    )
+    build("rivals", results=results)
+    markdown = (results / "tables" / "rivals.md").read_text()
+    assert lines_of(markdown, "### Methods side by side") == [
+        [
+            "anonymizer", "detected ↑", "dlib cosine ↓", "dlib TAR at FAR 0.001 ↓", "psnr_face",
+            "dlib cosine, wrong key ↓", "side bytes", "seconds to anonymize", "to recover",
+        ],
+        ["*irreversible*", *[""] * 8],
+        ["blur", "0.7500 [0.7400, 0.7600]", "-", "-", "-", "-", "-", "-", "-"],
+        ["*keyed*", *[""] * 8],
+        [
+            "signflip", "1.000 [0.9900, 1.010]", "0.2500 [0.2400, 0.2600]", "0.1250 [0.1150, 0.1350]",
+            "22.50 [22.49, 22.51]", "0.5000", "15172", "1.23", "-",
+        ],
+    ]  # fmt: skip
+    clean = lines_of(markdown, "### Clean pictures")  # the same for both: said once
+    assert clean[1:] == [["all methods", "original", "ours", "100", "0", "58.92 [58.91, 58.93]"]]
+
+
+def test_originals_that_differ_are_all_shown(shown):
+    cells = [
+        cell(scorer="psnr", view="original", anonymizer=name, n=n) for name, n in (("signflip", 100), ("blur", 99))
+    ]
+    markdown, _ = shown(cells)
+    assert [line[0] for line in lines_of(markdown, "### Clean pictures")[1:]] == ["blur", "signflip"]
 
 
 def test_csv_prints_six_significant_digits(tmp_path):
@@ -328,10 +388,10 @@ def test_markdown_reads_like_a_papers_table(shown):
         ["", "", "paper", "", "", "0.0755 ± 0.161 (within)", "0.0755 (outside)", "0.05"],
         ["blur", "anonymized", "ours", "100", "0", "0.4000 [0.3900, 0.4100]", "", ""],
     ]  # fmt: skip
-    assert "Of the paper's 3 cells 1 within tolerance, 1 outside, 1 not run." in markdown
+    assert "Of 3 published numbers 1 within tolerance, 1 outside, 1 not run." in markdown
     assert "standard deviation\n\n|" in markdown
     assert markdown.count("### ") == 1  # the standard deviation stands behind the mean, not in a grid of its own
-    assert "unconfirmed" in markdown.split("## Where the paper's numbers are from")[1]
+    assert "unconfirmed" in markdown.split("## Where the published numbers are from")[1]
 
 
 def test_every_cell_is_shown_in_some_grid(shown):

@@ -12,8 +12,10 @@ from keyanon.keys import MasterKey, experiment_key
 from keyanon.transforms import (
     BandRotation,
     DctSignFlipping,
+    NoiseFlipping,
     Permutation,
     SignFlipping,
+    Unchanged,
     ciphered,
     coded,
     decoded,
@@ -23,7 +25,7 @@ from keyanon.transforms import (
 
 NONCES = [bytes([i]) * 24 for i in range(2)]
 KEYS = [experiment_key()] * 2
-ISOMETRIES = [SignFlipping(), Permutation(), DctSignFlipping()]
+ISOMETRIES = [SignFlipping(), NoiseFlipping(0.5), Permutation(), DctSignFlipping()]
 TRANSFORMS = [*ISOMETRIES, BandRotation()]
 
 
@@ -106,6 +108,38 @@ def test_orders_are_uniform():
     assert counts[[0, 4, 8]].tolist() == [0, 0, 0]
     expected = counts[[1, 2, 3, 5, 6, 7]]
     assert (expected - 1000).square().sum() / 1000 < 20.5  # chi-squared of 5 degrees, p = 0.001
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 1.0])
+def test_a_noise_flip_negates_its_share_and_undoes_itself(share):
+    zT = torch.randn(2, 3, 100, 100, generator=torch.Generator().manual_seed(3))
+    everywhere = torch.ones(2, 1, 100, 100, dtype=torch.bool)
+    flip = NoiseFlipping(share)
+    turned, sent = flip.apply(zT, everywhere, KEYS, NONCES)
+    assert sent == [b"", b""]
+    assert torch.equal(turned.abs(), zT.abs())
+    negated = turned != zT
+    deviation = (share * (1 - share) / zT[0].numel()) ** 0.5
+    for picture in negated:
+        assert abs(picture.double().mean().item() - share) <= 5 * deviation
+    assert torch.equal(flip.apply(turned, everywhere, KEYS, NONCES)[0], zT)
+    if 0 < share < 1:
+        assert not torch.equal(negated[0], negated[1])
+        other = flip.apply(zT, everywhere, [experiment_key(1)] * 2, NONCES)[0] != zT
+        common = (negated & other).double().mean().item()
+        assert common == pytest.approx(share**2, abs=0.01)
+
+
+def test_a_noise_flip_of_more_than_everything_is_refused():
+    with pytest.raises(ValueError, match="share of the noise, 0 to 1, not 5"):
+        NoiseFlipping(5)
+
+
+def test_nothing_changes_without_a_transform(noise):
+    zT, mask = noise
+    nothing, sent = Unchanged().apply(zT, mask, KEYS, NONCES)
+    assert torch.equal(nothing, zT)
+    assert torch.equal(Unchanged().undo(zT, mask, KEYS, NONCES, sent), zT)
 
 
 def test_what_each_transform_leaks(noise):

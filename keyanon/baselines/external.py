@@ -6,9 +6,12 @@ A program is a list of words in which {images}, {output} and {key} stand for pat
 `folder`, is given an empty {output}, has no input and none of keyanon's environment variables, and ends with exit code 0. NAME is
 a whole number, as some official scripts take names for numbers. What else it leaves in {output} counts for nothing.
 
-{key} is a file that only its owner can read, deleted when the program ends: the words of a command are shown to all in the list of
-processes. It holds the key (`Secret`): one line, or a line "NAME.png KEY" for each picture. What the program prints is kept in
-`logs`, less the keys as they stand in that file. All that it started ends with it; after `timeout` seconds they are killed.
+{key} is a file without a name in any folder, which the program opens as /dev/fd/N: the words of a command are shown to all in the
+list of processes, and a named file would stay behind if keyanon were killed. It holds the key (`Secret`): one line, or a line
+"NAME.png KEY" for each picture. It can be read again and again (once on macOS), also by what the program starts, if that keeps its
+open files: Python's subprocess does with close_fds=False alone. What the program prints is kept in `logs`, less the keys as they
+stand in that file. All that it started ends with it; after `timeout` seconds they are killed. If keyanon itself is killed, the
+program runs on, and {images} and {output} stay in the folder for temporary files: originals, readable by their owner alone.
 
 A program starts once for each batch of the run (batch_size), and where it reads one key for all its pictures once for each key
 (nonce=one_for_all: one). The run's costs include its start.
@@ -26,7 +29,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from time import perf_counter, strftime
 from typing import Literal
 
@@ -39,7 +42,7 @@ from torch import Tensor
 from keyanon import images as channel
 from keyanon.datasets import SUFFIXES
 from keyanon.headers import BadHeader, Header, seal, unseal
-from keyanon.keys import Nonces, nonce_for
+from keyanon.keys import KEY_BYTES, MasterKey, Nonces, nonce_for
 from keyanon.types import About, BadPicture, Bytes, Image, Key, Published
 
 PLACES = {"images", "output", "key"}
@@ -199,26 +202,32 @@ class External:
         label: Mapping[str, str],
     ) -> dict[str, Pixels]:
         """Start the program once; its pictures by name."""
-        with TemporaryDirectory(prefix="keyanon-") as place:  # for its owner's eyes only
-            places = {name: Path(place, name) for name in sorted(PLACES)}
-            places["images"].mkdir()
-            places["output"].mkdir()
+        with (
+            TemporaryDirectory(prefix="keyanon-") as place,  # for its owner's eyes only
+            TemporaryFile("w", encoding="ascii") as key,
+        ):
+            places = {name: Path(place, name) for name in ("images", "output")}
+            for folder in places.values():
+                folder.mkdir()
+            places["key"] = Path("/dev/fd", str(key.fileno()))
             sizes = {name: self.size_for(picture) for name, picture in pictures.items()}
             for name, picture in pictures.items():
                 channel.write_png(places["images"] / f"{name}.png", resized(picture, sizes[name]))
             if self.secret is not None:
                 each = [f"{name}.png {text}" for name, text in secrets.items()]
-                write_secret(places["key"], each if self.secret.per_picture else list(secrets.values())[:1])
+                lines = each if self.secret.per_picture else list(secrets.values())[:1]
+                key.writelines(f"{line}\n" for line in lines)
+                key.seek(0)  # writes what is in the buffer, too
 
             words = [re.sub(r"\{(\w+)\}", lambda found: str(places[found[1]]), word) for word in command]
-            log = self.watch(action, words, Path(place, "printed"), secrets)
+            log = self.watch(action, words, Path(place, "printed"), secrets, key.fileno())
             out = {name: self.picture(places["output"], name, sizes[name], label[name], log) for name in pictures}
         return {name: resized(picture, pictures[name].shape[1:]) for name, picture in out.items()}
 
     def size_for(self, picture: Pixels) -> Sequence[int]:
         return picture.shape[1:] if self.size is None else (self.size, self.size)
 
-    def watch(self, action: str, words: Sequence[str], printed: Path, secrets: Mapping[str, str]) -> Path:
+    def watch(self, action: str, words: Sequence[str], printed: Path, secrets: Mapping[str, str], key: int) -> Path:
         """Start a command and wait for its end; its log. BadMethod where it fails or takes too long."""
         # a master password may be among them, and the program is not ours
         environment = {name: value for name, value in os.environ.items() if not name.startswith("KEYANON_")}
@@ -234,6 +243,7 @@ class External:
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
+                    pass_fds=[key],
                 )
         except OSError as error:
             raise BadMethod(
@@ -303,6 +313,11 @@ class ReversibleExternal(External):
         ]
         labels = [f"picture {i + 1} of {len(names)}" for i in range(len(names))]
         return channel.to_floats(self.run("recover", self.recovery, pixels, names, secrets, labels))
+
+    def without_key(self, images: Image, headers: Sequence[bytes]) -> Image:
+        """All that a method without a key recovers; else the published pictures, since its program asks for a key."""
+        anybody = MasterKey(bytes(KEY_BYTES))  # for the files' names
+        return images if self.secret is not None else self.recover(images, headers, [anybody] * len(images))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -419,12 +434,6 @@ def resized(picture: Pixels, size: Sequence[int]) -> Pixels:
 def whole_number(data: bytes) -> str:
     """A name for anything, of digits only: below 2 ** 60."""
     return str(int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 4)
-
-
-def write_secret(path: Path, lines: Sequence[str]) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="ascii") as file:
-        file.write("".join(f"{line}\n" for line in lines))
 
 
 def end_of(process: subprocess.Popen[bytes], timeout: float) -> int | None:

@@ -93,7 +93,15 @@ class ProFaceS:
         """Original pictures from published ones, their headers and keys; raises BadHeader."""
         _check_even(images)
         nonces = [header.nonce for header in unseal(headers, channel.to_bytes(images), keys, self.authenticate)]
-        return in_chunks(self._reveal, torch.cat([images, self.signs(keys, nonces, images)], 1).to(self.device)).cpu()
+        return self.reveal(images, self.signs(keys, nonces, images))
+
+    def without_key(self, images: Image, headers: Sequence[bytes]) -> Image:
+        """What the network reveals for zeros, the mean of all keys: the face between stripes."""
+        _check_even(images)
+        return self.reveal(images, torch.zeros_like(images[:, :1]))
+
+    def reveal(self, images: Image, signs: Signs) -> Image:
+        return in_chunks(self._reveal, torch.cat([images, signs], 1).to(self.device)).cpu()
 
     def signs(self, keys: Sequence[Key], nonces: Sequence[bytes], images: Image) -> Signs:
         """One secret sign for each pixel."""

@@ -1,0 +1,38 @@
+"""What the cells of a sweep lack is told at once, before the first of them starts."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import open_dict, read_write
+
+from experiments.preflight import NOT_READY, WholeSweep, choices
+from tests.test_configs import CONF
+
+
+def begin(swept: dict[str, str], *overrides: str) -> None:
+    """What Hydra does before the first cell."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", list(overrides), return_hydra_config=True)
+        with read_write(config), open_dict(config):
+            config.hydra.sweeper.params = swept
+        WholeSweep().on_multirun_start(config)
+
+
+def test_a_sweep_of_which_nothing_is_missing_begins():
+    begin({"anonymizer": "identity,signflip"}, "parser=ellipse", "recognizers=[]", "scorers=[psnr]")
+
+
+def test_everything_that_any_cell_lacks_is_told_once(capsys):
+    swept = {"anonymizer": "identity,signflip,g2face", "dataset": "embedded,lfw", "solver.steps": "2,3"}
+    with pytest.raises(SystemExit) as ended:
+        begin(swept, "parser=ellipse", "recognizers=[]", "scorers=[psnr]", "backbone.source=/nowhere/model")
+    assert ended.value.code == NOT_READY
+    told = capsys.readouterr().err
+    assert told.count("\n- ") == 3
+    for name in ("diffusion model /nowhere/model", "g2face: not here", "dataset lfw: "):
+        assert told.count(name) == 1, told
+
+
+def test_what_an_override_is_in_each_cell():
+    parsed = OverridesParser.create().parse_overrides(["a=x,y", "b.c=[1,2]", "+d=range(1,3)", "~e"])
+    assert list(map(choices, parsed)) == [["a=x", "a=y"], ["b.c=[1,2]"], ["+d=1", "+d=2"], ["~e"]]
