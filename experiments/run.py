@@ -1,27 +1,33 @@
 """Run one cell of a table, or with -m / an experiment file many: `python -m experiments.run dataset=celebahq`.
 
-Preflight, then make every view, then score it, then average, then write the table.
+Preflight, then make every view, then score it, then average, then write the table. Any number of shards may do so in one
+folder at once: each makes and scores its own pictures, and the last to end averages over all.
 """
 
 import errno
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import preflight, provenance, tables
 from experiments.plots import contact_sheet
+from experiments.shards import FailedShard, Shards, numbers, one_line, settled, sharded
 from experiments.statistics import write_statistics
 from experiments.tracking import Tracker
 from keyanon import runner
@@ -29,7 +35,7 @@ from keyanon.diffusion import BadModel, LatentDiffusion
 from keyanon.headers import BadHeader
 from keyanon.images import write_whole
 from keyanon.keys import BadKey, MasterKey
-from keyanon.types import BadPicture, Dataset, Recognizer
+from keyanon.types import Anonymizer, BadPicture, Dataset, Recognizer
 from keyanon.weights import MissingWeights, WrongWeights
 
 log = logging.getLogger(__name__)
@@ -39,6 +45,7 @@ UNTOLD = {
     "experiment", "dataset", "name", "notes", "runs", "limit", "shard", "batch_size", "device", "threads",
     "key", "wandb", "hydra", "recognizers", "scorers", "attacks", "backbone.source", "backbone.subfolder",
 }  # fmt: skip
+MEASURES = ("attacks", "recognizers", "scorers")
 SHEET_ROWS, SHOWN_SKIPPED = 8, 10
 SHEET_VIEWS = (runner.ORIGINAL, runner.MASK, runner.ANONYMIZED, runner.RECOVERED, "wrong_key")
 READABLE = (
@@ -56,17 +63,23 @@ READABLE = (
 
 @hydra.main(config_path="../conf", config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> None:
+    torch.manual_seed(0)  # nothing here draws from it; what a library draws shall at least repeat
+    job = HydraConfig.get()
+    sweep = job.mode == RunMode.MULTIRUN
+    cards = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    cfg.device = own_card(cfg.device, job.job.num, cards) if sweep else cfg.device
     try:
-        job = HydraConfig.get()
-        swept = telling(job.overrides.task) if job.mode == RunMode.MULTIRUN else []
-        folder = run(cfg, dict(job.runtime.choices), swept)
-        print(Path("results/tables", f"{cfg.name}.md").read_text("utf-8"))
-        print(f"pictures side by side: {folder / 'contact_sheet.png'}")
-        print(what_it_ran_on(cfg, dict(job.runtime.choices), folder))
-    except READABLE as error:
+        swept = telling(job.overrides.task) if sweep and varied(job) else []
+        run(cfg, dict(job.runtime.choices), swept, alone(job))
+    except (*READABLE, FailedShard) as error:
         log.debug("", exc_info=True)
+        if sweep and isinstance(error, FailedShard):
+            raise
         remedy = f"; free some below {cfg.runs} and start again to resume" if is_full_disk(error) else ""
-        print(f"keyanon: {error}{remedy}", file=sys.stderr)
+        message = f"keyanon: {error}{remedy}"
+        if sweep:  # an exit would take the other jobs along
+            raise CompactHydraException(message) from error
+        print(message, file=sys.stderr)
         sys.exit(FAILED)
 
 
@@ -80,9 +93,28 @@ def shown(experiment: Callable[[], object], name: str) -> None:
         sys.exit(FAILED)
 
 
-def run(cfg: DictConfig, choices: dict[str, Any], swept: Sequence[str] = ()) -> Path:
-    """One cell: the run folder, with its table written. What it sets apart from the others of its sweep is in its name."""
-    started = time.monotonic()
+@dataclass(frozen=True)
+class Cell:
+    """One cell: what was asked, of which pictures, and the folder and shards that hold what came out."""
+
+    cfg: DictConfig
+    choices: dict[str, Any]
+    method: Anonymizer
+    dataset: Dataset
+    ids: Sequence[str]
+    recognizers: Mapping[str, Recognizer]
+    question: dict[str, Any]
+    anonymizer: str
+    folder: Path
+    shards: Shards
+    tracker: Tracker
+
+
+def run(cfg: DictConfig, choices: dict[str, Any], swept: Sequence[str] = (), arguments: Sequence[str] = ()) -> Path:
+    """One cell, or one shard of it: the run folder, with the table written if no other shard is still to do that.
+
+    `swept` is what tells the cell from others of its sweep: it is in its name. `arguments` would start this cell alone.
+    """
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     key: MasterKey = instantiate(cfg.key)
@@ -97,8 +129,9 @@ def run(cfg: DictConfig, choices: dict[str, Any], swept: Sequence[str] = ()) -> 
     problems = preflight.missing_parts(method, parser, recognizers, scorers)
     dataset = preflight.open_dataset(cfg.dataset, choices["dataset"], problems)
     if dataset is not None:
-        ids = sharded(dataset.ids[: cfg.limit], cfg.shard)
-        problems += preflight.missing_disk(Path(cfg.runs), len(ids), 4 + len(attacks), cfg.dataset.size)
+        ids = dataset.ids[: cfg.limit]
+        mine = sharded(ids, cfg.shard)
+        problems += preflight.missing_disk(Path(cfg.runs), len(mine), 4 + len(attacks), cfg.dataset.size)
     preflight.stop_if(problems)
     assert dataset is not None
 
@@ -110,65 +143,126 @@ def run(cfg: DictConfig, choices: dict[str, Any], swept: Sequence[str] = ()) -> 
         "key": key.fingerprint,
         "weights": [model.sha256 for model in models] + own_weights(method),
     }
-    dataset_name, anonymizer_name = choices["dataset"], ",".join([choices["anonymizer"], *swept])
-    signature = provenance.signature(question)
-    folder: Path = Path(cfg.runs) / cfg.name / f"{dataset_name}-{anonymizer_name}-{signature}"
+    name = ",".join([choices["anonymizer"], *swept])
+    folder: Path = Path(cfg.runs) / cfg.name / f"{choices['dataset']}-{name}-{provenance.signature(question)}"
     folder.mkdir(parents=True, exist_ok=True)
-    log.info("%s: %d pictures, key %s", folder, len(ids), key.fingerprint)
-    same_attacks(folder, OmegaConf.to_container(cfg.attacks, resolve=True))
+    log.info("%s: %d pictures, key %s", folder, len(mine), key.fingerprint)
+    measures = {group: OmegaConf.to_container(cfg[group], resolve=True) for group in MEASURES}
+    same_attacks(folder, measures["attacks"])
+    _, count = numbers(cfg.shard)
+    shards = Shards(folder, count, provenance.signature({"ids": list(ids), **measures}))
+    cell = Cell(cfg, choices, method, dataset, ids, recognizers, question, name, folder, shards, tracker)
 
     def evaluations() -> int:
         return sum(model.evaluations.total() for model in models)
 
-    skipped = runner.generate(folder, dataset, ids, method, key, attacks, parser, cfg.batch_size, evaluations)
-    if ids and all(id in skipped for id in ids):
-        raise ValueError(f"none of the {len(ids)} pictures could be used; the first, {ids[0]}: {skipped[ids[0]]}")
-    generated = time.monotonic()
-    runner.score(folder, ids, scorers, recognizers, cfg.batch_size)
-    galleries, unenrolled = enrolled(cfg, dataset_name, dataset, recognizers)
-    statistics = write_statistics(folder, galleries, dataset, cfg.far)
+    try:
+        with shards.recorded(cfg.shard) as status:
+            started = time.monotonic()
+            skipped = runner.generate(folder, dataset, mine, method, key, attacks, parser, cfg.batch_size, evaluations)
+            generated = time.monotonic()
+            runner.score(folder, mine, scorers, recognizers, cfg.batch_size)
+            _, unenrolled = enrolled(cell, sharded(dataset.gallery, cfg.shard))
+            seconds = {"generate": generated - started, "score": time.monotonic() - generated}
+            status |= {"pictures": len(mine), "skipped": len(skipped), "seconds": seconds}
+    except Exception as error:
+        publish_if_last(cell)
+        if count == 1:
+            raise
+        log.log(logging.DEBUG if isinstance(error, READABLE) else logging.ERROR, "", exc_info=True)
+        raise FailedShard(f"shard {cfg.shard}: {one_line(error)}", shards, arguments) from error
     for id, reason in list(skipped.items())[:SHOWN_SKIPPED]:
         log.warning("skipped %s: %s", id, reason)
-    log.info("%d of %d pictures skipped, all listed in %s", len(skipped), len(ids), folder / "skipped.csv")
     for id, reason in list(unenrolled.items())[:SHOWN_SKIPPED]:
         log.warning("not in the gallery: %s: %s", id, reason)
+    publish_if_last(cell)
+    for line in shards.unfinished(arguments):
+        log.warning(line)
+    return folder
 
+
+def publish_if_last(cell: Cell) -> None:
+    """The cell's table, of the shards that are done, if none is running. Shards that end at once all write it: the same."""
+    settled(cell.shards.closed, lambda done: publish(cell, done) if done else None)
+
+
+def publish(cell: Cell, done: Sequence[str]) -> None:
+    """The cell's statistics and record, of its shards that are `done`, and the table of all cells."""
+    cfg, folder, statuses = cell.cfg, cell.folder, cell.shards.read()
+    there = {id for shard in done for id in sharded(cell.ids, shard)}
+    ids, files = [id for id in cell.ids if id in there], runner.RunFiles(folder)
+    skipped = files.skipped()
+    if ids and all(id in skipped for id in ids):
+        raise ValueError(f"none of the {len(ids)} pictures could be used; the first, {ids[0]}: {skipped[ids[0]]}")
+    files.list_skipped()
+    log.info(
+        "%d of %d pictures skipped, all listed in %s", len(there & skipped.keys()), len(ids), folder / "skipped.csv"
+    )
+    galleries, _ = enrolled(cell, cell.dataset.gallery)
+    statistics = write_statistics(folder, galleries, cell.dataset, ids, cfg.far)
+    lacking = [f"{shard} ({status['state']})" for shard, status in statuses.items() if shard not in done]
     record = {
         "experiment": cfg.name,
-        "dataset": dataset_name,
-        "anonymizer": anonymizer_name,
-        "title_notes": title_notes(cfg, choices, len(ids)),
-        "question": question,
-        "about": asdict(method.about),
-        "seconds": {"generate": generated - started, "score": time.monotonic() - generated},
+        "dataset": cell.choices["dataset"],
+        "anonymizer": cell.anonymizer,
+        "title_notes": title_notes(cfg, cell.choices, len(ids), lacking),
+        "question": cell.question,
+        "about": asdict(cell.method.about),
+        "seconds": {what: sum(statuses[shard]["seconds"][what] for shard in done) for what in ("generate", "score")},
         "batch_size": cfg.batch_size,
-        "device": cfg.device,
+        "device": torch.device(cfg.device).type,
         **provenance.record(),
     }
     write_whole(folder / "run.json", json.dumps(record, indent=2).encode() + b"\n")
     sheet = draw_sheet(folder, ids)
-    tracker(f"{cfg.name}-{folder.name}", record, statistics, sheet)
-    rows = tables.build(cfg.name, latest_cells(folder))
-    log.info("%s.md: %s", Path("results/tables") / cfg.name, tables.summary(rows))
-    return folder
+    cell.tracker(f"{cfg.name}-{folder.name}", record, statistics, sheet)
+    # Cells of a sweep may end at once as well.
+    settled(lambda: latest_cells(folder), lambda cells: tables.build(cfg.name, sorted(cells)))
+    print(Path("results/tables", f"{cfg.name}.md").read_text("utf-8"))
+    print(f"pictures side by side: {folder / 'contact_sheet.png'}")
+    print(what_it_ran_on(cfg, cell.choices, folder))
 
 
-def enrolled(
-    cfg: DictConfig, dataset_name: str, dataset: Dataset, recognizers: Mapping[str, Recognizer]
-) -> tuple[list[Path], dict[str, str]]:
-    """Folders with the gallery's embeddings, one a recognizer, shared by all runs; and the pictures that could not be used."""
-    if not dataset.gallery:
-        return [], {}
-    folders: list[Path] = []
+def enrolled(cell: Cell, ids: Sequence[str]) -> tuple[dict[str, Path], dict[str, str]]:
+    """Folders with the embeddings of the gallery's pictures `ids`, one a recognizer, shared by all runs; and the pictures
+    that could not be used.
+    """
+    folders: dict[str, Path] = {}
     skipped: dict[str, str] = {}
-    for name, recognizer in recognizers.items():
+    for name, recognizer in cell.recognizers.items() if ids else ():
         question = {
-            "dataset": OmegaConf.to_container(cfg.dataset, resolve=True),
-            "recognizer": OmegaConf.to_container(cfg.recognizers[name], resolve=True),
+            "dataset": cell.question["dataset"],
+            "recognizer": OmegaConf.to_container(cell.cfg.recognizers[name], resolve=True),
         }
-        folders += [Path(cfg.runs) / "galleries" / f"{dataset_name}-{name}-{provenance.signature(question)}"]
-        skipped |= runner.enrol(folders[-1], dataset, name, recognizer, cfg.batch_size)
+        folders[name] = (
+            Path(cell.cfg.runs) / "galleries" / f"{cell.choices['dataset']}-{name}-{provenance.signature(question)}"
+        )
+        skipped |= runner.enrol(folders[name], cell.dataset, ids, name, recognizer, cell.cfg.batch_size)
     return folders, skipped
+
+
+def own_card(device: str, job: int, cards: int) -> str:
+    """The card for a sweep's job where there are several and none is named: one after the other."""
+    place = torch.device(device)
+    return f"{device}:{job % cards}" if cards > 1 and place.type != "cpu" and place.index is None else device
+
+
+def varied(job: HydraConf) -> list[str]:
+    """Of what a job's sweep varies that which tells cells apart, as solver.steps does and shards do not."""
+    asked = OmegaConf.load(Path(job.runtime.cwd, job.sweep.dir, "multirun.yaml")).hydra
+    given = [*(f"{name}={value}" for name, value in (asked.sweeper.params or {}).items()), *asked.overrides.task]
+    parsed = OverridesParser.create().parse_overrides(given)
+    return telling([each.get_key_element() for each in parsed if each.is_sweep_override()])
+
+
+def alone(job: HydraConf) -> list[str]:
+    """The arguments that start a job's cell by itself, but for the shard: under the name that it has in its sweep."""
+    overrides = [override for override in job.overrides.task if override.partition("=")[0] != "shard"]
+    if job.mode != RunMode.MULTIRUN or not (names := varied(job)):
+        return overrides
+    # A sweep over one value is still a sweep.
+    one = [re.sub("=(.*)", r"=choice(\1)", each) if each.partition("=")[0] in names else each for each in overrides]
+    return ["-m", *one]
 
 
 def telling(overrides: Sequence[str]) -> list[str]:
@@ -197,24 +291,13 @@ def is_full_disk(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno == errno.ENOSPC
 
 
-def sharded(ids: Sequence[str], shard: str) -> list[str]:
-    """Every n-th id from the i-th on, for shard i/n."""
-    try:
-        i, n = (int(part) for part in shard.split("/"))
-    except ValueError:
-        raise ValueError(f"shard={shard}: expected i/n, as 1/3") from None
-    if not 1 <= i <= n:
-        raise ValueError(f"shard={shard}: i goes from 1 to n")
-    return list(ids[i - 1 :: n])
-
-
-def latest_cells(folder: Path) -> list[Path]:
-    """The finished run folders beside `folder`, the latest of each dataset and anonymizer; `folder` is the latest."""
-    cells: dict[tuple[str, str], Path] = {}
-    for path in sorted(folder.parent.glob("*/run.json"), key=lambda path: path.stat().st_mtime):
+def latest_cells(folder: Path) -> dict[Path, int]:
+    """The finished run folders beside `folder`, the latest of each dataset and anonymizer, and when they were finished."""
+    cells: dict[tuple[str, str], tuple[int, Path]] = {}
+    for when, path in sorted((path.stat().st_mtime_ns, path) for path in folder.parent.glob("*/run.json")):
         about = json.loads(path.read_text())
-        cells[about["dataset"], about["anonymizer"]] = path.parent
-    return sorted(cells.values())
+        cells[about["dataset"], about["anonymizer"]] = when, path.parent
+    return {path: when for when, path in cells.values()}
 
 
 def draw_sheet(folder: Path, ids: Sequence[str]) -> Path | None:
@@ -231,14 +314,15 @@ def draw_sheet(folder: Path, ids: Sequence[str]) -> Path | None:
 
 def same_attacks(folder: Path, attacks: Any) -> None:
     """Refuse to mix two attacks under one view's name: pictures made with other settings are already there."""
-    path = folder / "attacks.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    (folder / "attacks").mkdir(parents=True, exist_ok=True)
     for view, settings in attacks.items():
-        if known.get(view, settings) != settings:
+        path = folder / "attacks" / f"{view}.json"
+        if not path.exists():
+            write_whole(path, json.dumps(settings, indent=2).encode())
+        elif json.loads(path.read_text()) != settings:
             raise ValueError(
                 f"{folder / view} holds pictures of this attack with other settings; rename the attack or delete it"
             )
-    write_whole(path, json.dumps(known | attacks, indent=2).encode())
 
 
 def own_weights(method: Any) -> list[str | None]:
@@ -253,8 +337,8 @@ def model_name(cfg: DictConfig, choices: Mapping[str, Any]) -> str | None:
     return str(choices["backbone"] if cfg.anonymizer.backbone == cfg.backbone else cfg.anonymizer.backbone.source)
 
 
-def title_notes(cfg: DictConfig, choices: dict[str, Any], pictures: int) -> list[str]:
-    """What a reader of the table must know: stand-ins and reduced settings."""
+def title_notes(cfg: DictConfig, choices: dict[str, Any], pictures: int, lacking: Sequence[str]) -> list[str]:
+    """What a reader of the table must know: stand-ins, reduced settings, and shards that are not in it."""
     notes = [str(note) for note in cfg.notes]
     if model := model_name(cfg, choices):
         notes += [f"backbone {model}", f"mask from {choices['parser']}"]
@@ -264,9 +348,10 @@ def title_notes(cfg: DictConfig, choices: dict[str, Any], pictures: int) -> list
         notes.append("published experiment key")
     if choices["nonce"] != "per_image" and "nonces" in cfg.anonymizer:
         notes.append(f"key streams shared: nonce={choices['nonce']}")
-    return [*notes, f"{pictures} pictures"] if cfg.limit is not None else notes
+    if cfg.limit is not None or lacking:
+        notes.append(f"{pictures} pictures")
+    return [*notes, f"without the shards {', '.join(lacking)}"] if lacking else notes
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)  # nothing here draws from it; what a library draws shall at least repeat
     main()

@@ -1,29 +1,37 @@
 """From one number per picture to the numbers of a table: means and rates with 95 % intervals over identities."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from keyanon import biometrics
-from keyanon.biometrics import Statistic
+from keyanon.biometrics import Floats, Statistic
 from keyanon.images import write_whole
-from keyanon.runner import GALLERY, ORIGINAL, read_parts
+from keyanon.runner import ORIGINAL, read_parts
 from keyanon.types import Dataset
 
 COLUMNS = ["view", "scorer", "statistic", "n", "undefined", "value", "low", "high"]
 
 
-def write_statistics(folder: Path, galleries: Sequence[Path], dataset: Dataset, far: float) -> pd.DataFrame:
-    """scores.parquet and statistics.parquet of a run folder, from its parts and those of `galleries`; returns the statistics."""
-    scores = read_parts(folder / "scores").to_pandas()
-    embeddings = pd.concat([read_parts(place / "embeddings").to_pandas() for place in (folder, *galleries)])
+def write_statistics(
+    folder: Path, galleries: Mapping[str, Path], dataset: Dataset, ids: Sequence[str], far: float
+) -> pd.DataFrame:
+    """scores.parquet and statistics.parquet of a run folder, of the pictures `ids`, from its parts and the recognizers'
+    `galleries`; returns the statistics.
+    """
+    scores = of(ids, read_parts(folder / "scores")).to_pandas()
     rows = [
         {"view": view, "scorer": scorer, **asdict(statistic)}
-        for view, scorer, statistic in [*averages(scores, dataset), *verification(embeddings, dataset, far)]
+        for view, scorer, statistic in [
+            *averages(scores, dataset),
+            *verification(folder, galleries, dataset, ids, far),
+        ]
     ]
     statistics = pd.DataFrame(rows)[COLUMNS]
     for name, table in (("scores", scores), ("statistics", statistics)):
@@ -46,28 +54,38 @@ def averages(scores: pd.DataFrame, dataset: Dataset) -> Iterator[tuple[str, str,
             yield str(view), str(scorer), statistic(values, people)
 
 
-def verification(embeddings: pd.DataFrame, dataset: Dataset, far: float) -> Iterator[tuple[str, str, Statistic]]:
-    """Rates of each view against the clean gallery, at the threshold that clean pictures give; nothing without a gallery."""
-    for recognizer, rows in embeddings.groupby("scorer", sort=True):
-        gallery, clean = rows[rows["view"] == GALLERY], rows[rows["view"] == ORIGINAL]
-        if gallery.empty:
+def verification(
+    folder: Path, galleries: Mapping[str, Path], dataset: Dataset, ids: Sequence[str], far: float
+) -> Iterator[tuple[str, str, Statistic]]:
+    """Rates of each view against the clean gallery, at the threshold that clean pictures give; nothing without a gallery.
+
+    Memory holds one recognizer's embeddings at a time.
+    """
+    for recognizer, place in sorted(galleries.items()):
+        gallery, probes = read_parts(place / "embeddings"), of(ids, read_parts(folder / "embeddings", recognizer))
+        if not (gallery.num_rows and probes.num_rows):
             continue
-        for view, probes in rows[rows["view"] != GALLERY].groupby("view", sort=True):
-            calibration = clean.set_index("id").loc[probes["id"]]
+        enrolled, enrolled_people = vectors(gallery), people(gallery, dataset)
+        clean = probes.filter(pc.equal(probes["view"], ORIGINAL))
+        clean_vectors = vectors(clean)
+        for view in sorted(pc.unique(probes["view"]).to_pylist()):
+            seen = probes.filter(pc.equal(probes["view"], view))
+            calibration = clean_vectors[pc.index_in(seen["id"], value_set=clean["id"]).to_numpy()]
             for statistic in biometrics.verification_statistics(
-                stack(probes),
-                stack(gallery),
-                people(probes, dataset),
-                people(gallery, dataset),
-                stack(calibration),
-                far,
+                vectors(seen), enrolled, people(seen, dataset), enrolled_people, calibration, far
             ):
-                yield str(view), str(recognizer), statistic
+                yield view, recognizer, statistic
 
 
-def stack(rows: pd.DataFrame) -> np.ndarray:
-    return np.stack([np.asarray(row, np.float64) for row in rows["embedding"]])
+def of(ids: Sequence[str], rows: pa.Table) -> pa.Table:
+    return rows.filter(pc.is_in(rows["id"], value_set=pa.array(ids, pa.string())))
 
 
-def people(rows: pd.DataFrame, dataset: Dataset) -> list[str]:
-    return [dataset.identity(id) or id for id in rows["id"]]
+def vectors(rows: pa.Table) -> Floats:
+    """Embeddings (n d)."""
+    values = np.concatenate([chunk.flatten().to_numpy() for chunk in rows["embedding"].chunks])
+    return values.reshape(rows.num_rows, -1).astype(np.float64)
+
+
+def people(rows: pa.Table, dataset: Dataset) -> list[str]:
+    return [dataset.identity(id) or id for id in rows["id"].to_pylist()]

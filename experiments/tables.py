@@ -569,6 +569,7 @@ def write_costs(experiment: str, costs: pd.DataFrame, results: Path = RESULTS) -
     """Commit costs, and their table: they are of one machine and one moment, and no part of the paper's tables."""
     write_whole(results / "scores" / f"{experiment}.costs.csv", costs.to_csv(index=False, float_format="%.4g").encode())
     shown = tabulate(costs.values.tolist(), COSTS, tablefmt="pipe", floatfmt=".4g")
+    (results / "tables").mkdir(parents=True, exist_ok=True)
     title = f"# {experiment}: cost of a picture\n\nSeconds and network evaluations, means over the pictures.\n\n"
     write_whole(results / "tables" / f"{experiment}.costs.md", f"{title}{shown}\n".encode())
 

@@ -7,6 +7,7 @@ safe to copy after the pixels were edited), so any viewer shows the picture and 
 import io
 import struct
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import PIL.Image
@@ -77,8 +78,11 @@ def write_png(path: Path, pixels: Bytes, header: bytes = b"") -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file beside its place, then rename it: a reader, or a run that resumes, never sees half of it."""
-    partial = path.with_name(path.name + ".partial")
+    """Write a file beside its place, then rename it: a reader, or a run that resumes, never sees half of it.
+
+    Of several that write one file at once, on any machines, each writes the whole, and the last one's stays.
+    """
+    partial = path.with_name(f"{path.name}.{uuid4().hex[:8]}.partial")
     try:
         partial.write_bytes(data)
         partial.replace(path)

@@ -3,9 +3,12 @@
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
@@ -13,9 +16,9 @@ from torch import Tensor
 from keyanon.anonymizers import SignFlip
 from keyanon.attacks import FloatChannel, WrongKey
 from keyanon.diffusion import LatentDiffusion
-from keyanon.images import from_pil, open_rgb, read_png, to_bytes, to_floats
+from keyanon.images import from_pil, open_rgb, read_png, to_bytes, to_floats, write_png
 from keyanon.keys import experiment_key
-from keyanon.runner import RunFiles, enrol, generate, read_parts, score
+from keyanon.runner import SCORE_SCHEMA, RunFiles, begun_ahead, enrol, generate, read_parts, score, scored
 from keyanon.scorers import Against
 from keyanon.solvers import DDIM
 from keyanon.types import Embeddings, Image, Picture
@@ -124,9 +127,9 @@ class Counting:
 def test_the_gallery_is_embedded_once_as_8_bit_pictures(tmp_path, dataset):
     recognizer = Counting(PixelRecognizer().embed)
     with_broken = replace(dataset, enrolled=["g0", BROKEN, "g1"])
-    assert set(enrol(tmp_path, with_broken, "pixels", recognizer, 2)) == {BROKEN}
+    assert set(enrol(tmp_path, with_broken, with_broken.gallery, "pixels", recognizer, 2)) == {BROKEN}
     assert recognizer.batches == 2
-    assert set(enrol(tmp_path, with_broken, "pixels", recognizer, 2)) == {BROKEN}
+    assert set(enrol(tmp_path, with_broken, with_broken.gallery, "pixels", recognizer, 2)) == {BROKEN}
     assert recognizer.batches == 2
     rows = read_parts(tmp_path / "embeddings").to_pylist()
     assert [(row["view"], row["scorer"], row["id"]) for row in rows] == [
@@ -155,6 +158,64 @@ def test_skipped_pictures_are_recorded_with_a_reason(whole):
 def test_published_files_carry_headers_and_others_none(whole):
     assert len(read_png(whole / "anonymized" / "p0.png")[1]) == 28 + 32  # nonce and tag
     assert read_png(whole / "recovered" / "p0.png")[1] == b""
+
+
+def test_shards_at_once_lose_no_skipped_picture(whole, tmp_path, dataset, tiny_ldm, method):
+    other = replace(method, backbone=LatentDiffusion(str(tiny_ldm), noise=LDM_NOISE))
+    halves = [[BLACK, "p0", "p1", "p2"], [BROKEN, "p4", "p6", "p7"]]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda args: run(tmp_path, dataset, *args), zip((method, other), halves, strict=True)))
+    assert scores(tmp_path) == scores(whole)
+    assert RunFiles(tmp_path).skipped() == RunFiles(whole).skipped()
+
+
+def test_skipped_pictures_of_others_stay(tmp_path):
+    ours, theirs = RunFiles(tmp_path), RunFiles(tmp_path)
+    assert ours.skipped() == theirs.skipped() == {}
+    ours.write_skipped({"a": "cut"})
+    theirs.write_skipped({"b": "no face found"})
+    assert ours.skipped() == {"a": "cut", "b": "no face found"}
+    ours.list_skipped()
+    assert (tmp_path / "skipped.csv").read_text() == "id,reason\na,cut\nb,no face found\n"
+
+
+def test_the_next_batch_is_begun_before_one_is_handed_out_and_no_further():
+    events: list[str] = []
+    for batch, begun in begun_ahead(["a", "b", "c", "d", "e"], 2, "", lambda batch: events.append("".join(batch))):
+        assert begun is None
+        events.append(f"use {''.join(batch)}")
+    assert events == ["ab", "cd", "use ab", "e", "use cd", "use e"]
+    assert list(begun_ahead([], 2, "", events.append)) == []
+
+
+def test_a_picture_that_cannot_be_written_stops_the_run(tmp_path, dataset, method, monkeypatch):
+    def full(path, *args):
+        if path.parent.name == "recovered":
+            raise OSError("no space left")
+        write_png(path, *args)
+
+    monkeypatch.setattr("keyanon.images.write_png", full)
+    with pytest.raises(OSError, match="no space left"):
+        run(tmp_path, dataset, method)
+    monkeypatch.undo()
+    run(tmp_path, dataset, method)
+
+
+def test_parts_are_read_as_rows_each_once_the_last_part_first(tmp_path):
+    first = [("p1", "recovered", "mae", 1.0), ("p0", "recovered", "mae", 2.0), ("p0", "original", "psnr", math.nan)]
+    for number, lines in enumerate((first, [("p1", "recovered", "mae", 3.0), ("p9", "original", "psnr", 4.0)])):
+        rows = [dict(zip(SCORE_SCHEMA.names, line, strict=True)) for line in lines]
+        (tmp_path / "scores").mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows, SCORE_SCHEMA), tmp_path / "scores" / f"{number}.parquet")
+    read = [tuple(row.values()) for row in read_parts(tmp_path / "scores").to_pylist()]
+    assert [line[:3] for line in read] == [
+        ("p0", "original", "psnr"), ("p9", "original", "psnr"), ("p0", "recovered", "mae"), ("p1", "recovered", "mae"),
+    ]  # fmt: skip
+    assert math.isnan(read[0][3])
+    assert [line[3] for line in read[1:]] == [4.0, 2.0, 3.0]
+    assert read_parts(tmp_path / "scores", "mae").num_rows == 2
+    done = {name: marks.tolist() for name, marks in scored(tmp_path, ["p0", "p1", "p2"]).items()}
+    assert done == {("recovered", "mae"): [True, True, False], ("original", "psnr"): [True, False, False]}
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, dataset, method):
