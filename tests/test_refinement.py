@@ -59,7 +59,10 @@ def scene():
     """Two pictures on a small block-DCT latent: z* is a given picture's with noise in 4x4 of 6x6 cells, some of it clipped."""
     autoencoder = BlockDCT(luma=10, chroma=3, std=[4.0, 1.0, 1.0] + [0.3] * 7 + [1.0, 0.2, 0.2] * 2)
     backbone = SimpleNamespace(
-        autoencoder=autoencoder, encode=autoencoder.encode, decode=lambda z, quantize=False: autoencoder.decode(z)
+        fits={},
+        autoencoder=autoencoder,
+        encode=autoencoder.encode,
+        decode=lambda z, quantize=False: autoencoder.decode(z),
     )
     generator = torch.Generator().manual_seed(0)
     given = to_floats(torch.randint(60, 180, (2, 3, 48, 48), generator=generator, dtype=torch.uint8))
@@ -71,7 +74,7 @@ def scene():
     z[0, 0, 2, 2] += 1.0  # a bright block: 22 of its pixels leave [-1, 1]
     start = torch.where(free, autoencoder.decode(z), given)
     return SimpleNamespace(
-        backbone=backbone, z=z, start=start, added=torch.zeros_like(start), given=given, free=free, cells=cells
+        fits={}, backbone=backbone, z=z, start=start, added=torch.zeros_like(start), given=given, free=free, cells=cells
     )
 
 
@@ -174,6 +177,7 @@ def learned():
     )
     vae.eval().requires_grad_(False)
     backbone = SimpleNamespace(
+        fits={},
         autoencoder=vae,
         encode=lambda x: vae.encode(x).latent_dist.mode(),
         decode=lambda z: vae.decode(z).sample,
@@ -185,7 +189,7 @@ def learned():
     start = torch.where(free, given + 0.3 * torch.rand(given.shape), given)
     z = backbone.encode(start + 0.02 * torch.randn(start.shape) * free)
     return SimpleNamespace(
-        backbone=backbone, z=z, start=start, added=torch.zeros_like(start), given=given, free=free, cells=cells
+        fits={}, backbone=backbone, z=z, start=start, added=torch.zeros_like(start), given=given, free=free, cells=cells
     )
 
 
