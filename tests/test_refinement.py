@@ -74,7 +74,7 @@ def scene():
     z[0, 0, 2, 2] += 1.0  # a bright block: 22 of its pixels leave [-1, 1]
     start = torch.where(free, autoencoder.decode(z), given)
     return SimpleNamespace(
-        fits={}, backbone=backbone, z=z, start=start, added=torch.zeros_like(start), given=given, free=free, cells=cells
+        backbone=backbone, z=z, start=start, added=torch.zeros_like(start), given=given, free=free, cells=cells
     )
 
 
@@ -189,7 +189,7 @@ def learned():
     start = torch.where(free, given + 0.3 * torch.rand(given.shape), given)
     z = backbone.encode(start + 0.02 * torch.randn(start.shape) * free)
     return SimpleNamespace(
-        fits={}, backbone=backbone, z=z, start=start, added=torch.zeros_like(start), given=given, free=free, cells=cells
+        backbone=backbone, z=z, start=start, added=torch.zeros_like(start), given=given, free=free, cells=cells
     )
 
 
