@@ -2,8 +2,8 @@
 
 The same weights and the same 16 random latents, in parts of so many: contiguous or channels-last memory, fused projections of the
 attention, bf16, compiled, compiled with the weights laid out beforehand (freezing). The first row is the authors' way. All take
-turns; medians over the repeats, per picture. With one thread the processor's time does not depend on what else the machine does.
-Measured: results/benchmarks/levers.csv.
+turns; medians over the repeats, per picture. With one thread the time of the processor hardly depends on what else the machine
+does. Measured: results/benchmarks/levers.csv.
 """
 
 import argparse

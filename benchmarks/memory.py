@@ -1,7 +1,8 @@
 """Memory against the number of steps: `python -m benchmarks.memory [options]`.
 
-Each row is a process that anonymizes once and ends: `peak_mb` is its resident memory at most, on a GPU what PyTorch had allocated
-at most; `list_mb` is what the path z_0 .. z_N of one inversion would take if it were kept. Measured: results/benchmarks/memory.csv.
+`loop` is the paper's loop around a network that does nothing, so that a batch can be so large that the path would count. A row is a
+process that anonymizes once and ends: `peak_mb` is its resident memory at most, on a GPU what PyTorch had allocated at most;
+`list_mb` is what the path z_0 .. z_N of one inversion would take if it were kept. Measured: results/benchmarks/memory.csv.
 """
 
 import argparse
@@ -18,11 +19,12 @@ from keyanon.diffusion import LatentDiffusion
 from keyanon.exact import Exact
 from keyanon.keys import experiment_key
 from keyanon.parsing import EllipseParser
-from keyanon.solvers import DDIM
+from keyanon.solvers import DDIM, Known
 from keyanon.transforms import SignFlipping
+from keyanon.types import Latent
 
 COLUMNS = ["device", "torch", "network", "method", "batch", "steps", "peak_mb", "list_mb"]
-METHODS = ("signflip", "exact")
+METHODS = ("signflip", "exact", "loop")
 TOLERANCE = 0.1  # of the inversion, and coarse: time depends on it, memory does not
 
 
@@ -80,11 +82,24 @@ def peak(source: str, size: int, name: str, batch: int, steps: int, device: str)
         solver = DDIM(steps, tolerance=TOLERANCE)
         method = Exact(backbone, solver, parser, SignFlipping(), None, background="noised", floor=None)
     images = faces(batch, size)
+    if name == "loop":
+        z0, mask = backbone.encode(images), parser.mask(images.to(device), backbone.latent_size(images))
+        kept = DDIM(steps).invert(nothing, backbone.schedule, z0)
+        DDIM(steps).sample(nothing, backbone.schedule, -kept[-1], Known(mask, kept))
+        return in_use(device), (steps + 1) * z0.nbytes
     method.anonymize(images, [experiment_key()] * batch, [str(i) for i in range(batch)])
     path = (steps + 1) * backbone.encode(images).nbytes
+    return in_use(device), path
+
+
+def nothing(z: Latent, t: int) -> Latent:
+    return z / 2
+
+
+def in_use(device: str) -> int:
     if torch.device(device).type != "cpu":
-        return torch.accelerator.max_memory_allocated(device), path
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024), path
+        return torch.accelerator.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,10 @@ def scene():
     """Two pictures on a small block-DCT latent: z* is a given picture's with noise in 4x4 of 6x6 cells, some of it clipped."""
     autoencoder = BlockDCT(luma=10, chroma=3, std=[4.0, 1.0, 1.0] + [0.3] * 7 + [1.0, 0.2, 0.2] * 2)
     backbone = SimpleNamespace(
-        autoencoder=autoencoder, encode=autoencoder.encode, decode=lambda z, quantize=False: autoencoder.decode(z)
+        fits={},
+        autoencoder=autoencoder,
+        encode=autoencoder.encode,
+        decode=lambda z, quantize=False: autoencoder.decode(z),
     )
     generator = torch.Generator().manual_seed(0)
     given = to_floats(torch.randint(60, 180, (2, 3, 48, 48), generator=generator, dtype=torch.uint8))
@@ -174,6 +177,7 @@ def learned():
     )
     vae.eval().requires_grad_(False)
     backbone = SimpleNamespace(
+        fits={},
         autoencoder=vae,
         encode=lambda x: vae.encode(x).latent_dist.mode(),
         decode=lambda z: vae.decode(z).sample,
