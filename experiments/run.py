@@ -159,9 +159,11 @@ def run(cfg: DictConfig, choices: dict[str, Any], swept: Sequence[str] = (), arg
     try:
         with shards.recorded(cfg.shard) as status:
             started = time.monotonic()
-            skipped = runner.generate(folder, dataset, mine, method, key, attacks, parser, cfg.batch_size, evaluations)
+            skipped = runner.generate(
+                folder, dataset, mine, method, key, attacks, parser, cfg.batch_size, evaluations, cfg.device
+            )
             generated = time.monotonic()
-            runner.score(folder, mine, scorers, recognizers, cfg.batch_size)
+            runner.score(folder, mine, scorers, recognizers, cfg.batch_size, cfg.device)
             _, unenrolled = enrolled(cell, sharded(dataset.gallery, cfg.shard))
             seconds = {"generate": generated - started, "score": time.monotonic() - generated}
             status |= {"pictures": len(mine), "skipped": len(skipped), "seconds": seconds}
@@ -237,7 +239,8 @@ def enrolled(cell: Cell, ids: Sequence[str]) -> tuple[dict[str, Path], dict[str,
         folders[name] = (
             Path(cell.cfg.runs) / "galleries" / f"{cell.choices['dataset']}-{name}-{provenance.signature(question)}"
         )
-        skipped |= runner.enrol(folders[name], cell.dataset, ids, name, recognizer, cell.cfg.batch_size)
+        batch_size, device = cell.cfg.batch_size, cell.cfg.device
+        skipped |= runner.enrol(folders[name], cell.dataset, ids, name, recognizer, batch_size, device)
     return folders, skipped
 
 

@@ -84,11 +84,13 @@ def generate(
     parser: FaceParser,
     batch_size: int,
     evaluations: Callable[[], int] = lambda: 0,
+    device: str = "cpu",
 ) -> dict[str, str]:
     """Write every view of the pictures `ids`; returns why pictures were skipped, by id.
 
     A picture is skipped when it cannot be read or shows no face to `parser`. `evaluations` counts the pictures that the
-    method's networks have seen so far; what each batch cost of these and of time is kept in the folder's `costs`.
+    method's networks have seen so far; what each batch cost of these and of time is kept in the folder's `costs`. On `device` faces
+    are looked for; the method has its own.
     """
     views = [ORIGINAL, MASK, ANONYMIZED]
     if isinstance(method, Reversible):
@@ -110,7 +112,7 @@ def generate(
             good, loaded = readable(batch, pictures, bad)
             if good:
                 originals = padded(torch.stack(loaded), batch_size)
-                faces = parser.mask(originals, (originals.shape[-2], originals.shape[-1]))
+                faces = parser.mask(originals.to(device), (originals.shape[-2], originals.shape[-1])).cpu()
                 faceless = [id for id, face in zip(good, faces, strict=False) if not face.any()]
                 bad |= dict.fromkeys(faceless, "no face found")
             files.write_skipped(bad)
@@ -157,8 +159,9 @@ def score(
     scorers: Mapping[str, Scorer],
     recognizers: Mapping[str, Recognizer],
     batch_size: int,
+    device: str = "cpu",
 ) -> None:
-    """Score every view on disk against the originals: one row per picture, view and scorer, kept in part files.
+    """Score every view on disk against the originals, on `device`: one row per picture, view and scorer, kept in part files.
 
     A recognizer's score is the cosine of view and original; its embeddings are kept for verification, beside the scores.
     """
@@ -195,21 +198,21 @@ def score(
             vectors: list[pa.Table] = []
             todo = todo_of(batch)
             read = {view: stacked(pictures) for view, pictures in reading.items()}
-            original = channel.to_floats(read[ORIGINAL].images)
-            face = read[MASK].images[:, :1] > 127
+            original = channel.to_floats(read[ORIGINAL].images).to(device)
+            face = (read[MASK].images[:, :1] > 127).to(device)
             references: dict[str, Image] = {}  # what each scorer compares with, where there is such a view
             for name, scorer in scorers.items():
                 if not isinstance(scorer, Against):
                     references[name] = original
                 elif scorer.view in read:
-                    references[name] = channel.to_floats(read[scorer.view].images)
+                    references[name] = channel.to_floats(read[scorer.view].images).to(device)
             embedded = {
                 name: recognizer.embed(original)
                 for name, recognizer in recognizers.items()
                 if any(name in missing for missing in todo.values())
             }
             for view, missing in todo.items():
-                pictures = channel.to_floats(read[view].images)
+                pictures = channel.to_floats(read[view].images).to(device)
                 values = {
                     name: scorer(pictures, references[name], face)
                     if name in references
@@ -236,7 +239,13 @@ def score(
 
 
 def enrol(
-    folder: Path, dataset: Dataset, ids: Sequence[str], name: str, recognizer: Recognizer, batch_size: int
+    folder: Path,
+    dataset: Dataset,
+    ids: Sequence[str],
+    name: str,
+    recognizer: Recognizer,
+    batch_size: int,
+    device: str = "cpu",
 ) -> dict[str, str]:
     """Embed the gallery's pictures `ids` with one recognizer, called `name`, into `folder`; returns why pictures were skipped.
 
@@ -254,7 +263,7 @@ def enrol(
             files.write_skipped(bad)
             skipped |= bad
             if good:
-                images = channel.to_floats(channel.to_bytes(padded(torch.stack(loaded), batch_size)))
+                images = channel.to_floats(channel.to_bytes(padded(torch.stack(loaded), batch_size))).to(device)
                 write_part(folder / "embeddings", embedding_rows(good, GALLERY, name, recognizer.embed(images)))
     wanted = set(ids)
     return {id: reason for id, reason in skipped.items() if id in wanted}

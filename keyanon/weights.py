@@ -233,8 +233,10 @@ def open_onnx(path: Path, device: torch.device) -> Any:
 
     fallback = "CPUExecutionProvider"
     wanted = f"{device.type.upper()}ExecutionProvider"
-    providers = {wanted, fallback} & set(onnxruntime.get_available_providers())
-    session = onnxruntime.InferenceSession(str(path), providers=sorted(providers, key=fallback.__eq__))
+    providers = sorted({wanted, fallback} & set(onnxruntime.get_available_providers()), key=fallback.__eq__)
+    card = {} if device.index is None else {"device_id": device.index}
+    options = [{} if name == fallback else card for name in providers]
+    session = onnxruntime.InferenceSession(str(path), providers=providers, provider_options=options)
     if wanted not in session.get_providers():
         warnings.warn(
             f"{path.name} runs on {', '.join(session.get_providers())}: this onnxruntime has no working {wanted} "
