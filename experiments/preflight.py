@@ -30,7 +30,8 @@ class WholeSweep(Callback):
         swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
         overrides = OverridesParser.create().parse_overrides([*swept, *config.hydra.overrides.task])
         problems: list[str] = []
-        for cell in product(*map(choices, overrides)):
+        asked = [override for override in overrides if override.get_key_element() != "shard"]  # all lack the same
+        for cell in product(*map(choices, asked)):
             cfg = compose(config.hydra.job.config_name, list(cell), return_hydra_config=True)
             groups = (cfg.anonymizer, cfg.parser, cfg.recognizers, cfg.scorers)
             problems += missing_parts(*(instantiate(group, _convert_="all") for group in groups))

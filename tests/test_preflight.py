@@ -5,6 +5,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import open_dict, read_write
 
+from experiments import preflight
 from experiments.preflight import NOT_READY, WholeSweep, choices
 from tests.test_configs import CONF
 
@@ -36,3 +37,16 @@ def test_everything_that_any_cell_lacks_is_told_once(capsys):
 def test_what_an_override_is_in_each_cell():
     parsed = OverridesParser.create().parse_overrides(["a=x,y", "b.c=[1,2]", "+d=range(1,3)", "~e"])
     assert list(map(choices, parsed)) == [["a=x", "a=y"], ["b.c=[1,2]"], ["+d=1", "+d=2"], ["~e"]]
+
+
+def test_shards_are_not_looked_at_one_by_one(monkeypatch):
+    composed = []
+
+    def counting(*arguments, **named):
+        composed.append(arguments)
+        return compose(*arguments, **named)
+
+    monkeypatch.setattr(preflight, "compose", counting)
+    swept = {"anonymizer": "identity,signflip", "shard": ",".join(f"{i}/32" for i in range(1, 33))}
+    begin(swept, "parser=ellipse", "recognizers=[]", "scorers=[psnr]")
+    assert len(composed) == 2
