@@ -7,13 +7,12 @@ process that anonymizes once and ends: `peak_mb` is its resident memory at most,
 
 import argparse
 import csv
-import resource
 import subprocess
 import sys
 
 import torch
 
-from benchmarks.throughput import device_name, faces
+from benchmarks.throughput import device_name, faces, resident
 from keyanon.anonymizers import SignFlip
 from keyanon.diffusion import LatentDiffusion
 from keyanon.exact import Exact
@@ -45,27 +44,15 @@ def main() -> None:
     writer.writerow(COLUMNS)
     for method in args.methods:
         for steps in args.steps:
-            same = [
-                "--backbone",
-                args.backbone,
-                "--size",
-                str(args.size),
-                "--batch",
-                str(args.batch),
-                "--device",
-                args.device,
-            ]
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.memory",
-                *same,
-                "--methods",
-                method,
-                "--steps",
-                str(steps),
-                "--alone",
-            ]
+            options = {
+                "backbone": args.backbone,
+                "size": args.size,
+                "methods": method,
+                "batch": args.batch,
+                "steps": steps,
+            }
+            given = [f"--{name}={value}" for name, value in {**options, "device": args.device}.items()]
+            command = [sys.executable, "-m", "benchmarks.memory", *given, "--alone"]
             printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
             numbers = [f"{int(size) / 1e6:.0f}" for size in printed]
             writer.writerow(
@@ -97,9 +84,7 @@ def nothing(z: Latent, t: int) -> Latent:
 
 
 def in_use(device: str) -> int:
-    if torch.device(device).type != "cpu":
-        return torch.accelerator.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resident() if torch.device(device).type == "cpu" else torch.accelerator.max_memory_allocated(device)
 
 
 if __name__ == "__main__":

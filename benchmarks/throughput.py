@@ -41,7 +41,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -50,6 +49,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ldm256
 from benchmarks.authors import AuthorsLoop
+from experiments.plots import write_svg
 from keyanon.anonymizers import SignFlip
 from keyanon.datasets import embedded_faces
 from keyanon.diffusion import LatentDiffusion, Precision, arithmetic
@@ -137,7 +137,7 @@ def main() -> None:
         work = job(Cell(**json.loads(args.only)), args.device, args.scratch)
         for direction in Cell(**json.loads(args.only)).directions:
             getattr(work, direction)()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+        print(resident())
         return
     rows: list[dict[str, Any]] = []
     for network in args.networks:
@@ -378,6 +378,11 @@ def memory_of(cell: Cell, args: argparse.Namespace) -> int:
     return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
+def resident() -> int:
+    """Bytes that this process had in memory at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 @cache
 def flops_of(network: str, scratch: Path) -> float:
     """Floating-point operations of one evaluation for one picture: two for each multiply-add of convolutions and products."""
@@ -434,11 +439,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.invert_yaxis()
         axes.set(title=network, xlabel="evaluations a second / the authors' loop")
         axes.grid(alpha=0.3, axis="x")
-    buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "keyanon"}):  # equal numbers give equal files
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, buffer.getvalue())
+    write_svg(figure, path)
 
 
 def bar_name(row: dict[str, Any]) -> str:

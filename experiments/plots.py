@@ -83,9 +83,14 @@ def share_curve(statistics: pd.DataFrame, prefix: str, path: Path) -> bool:
         )
         axes.grid(alpha=0.3)
         axes.legend()
+    write_svg(figure, path)
+    return True
+
+
+def write_svg(figure: Figure, path: Path) -> None:
+    """Write a figure, the same bytes for the same numbers; its folder is made if it does not exist."""
     buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "keyanon"}):  # equal numbers give equal files
+    with rc_context({"svg.hashsalt": "keyanon"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, buffer.getvalue())
-    return True

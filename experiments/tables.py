@@ -439,10 +439,8 @@ def sections(
     costs: pd.DataFrame,
 ) -> Iterator[tuple[str, list[Grid]]]:
     """Each dataset's heading and grids."""
-    by_cell, kinds = (
-        {reference.cell: reference for reference in paper},
-        dict(zip(methods.anonymizer, methods.kind, strict=True)),
-    )
+    by_cell = {reference.cell: reference for reference in paper}
+    kinds = dict(zip(methods.anonymizer, methods.kind, strict=True))
     for dataset, heading in headings.items():
         cells = rows[rows.dataset == dataset]
         compared = [side_by_side(cells, kinds, costs[costs.dataset == dataset])] if len(kinds) > 1 else []
@@ -451,18 +449,17 @@ def sections(
 
 def markdown(
     rows: pd.DataFrame,
-    headings: Mapping[str, str],
+    shown: Sequence[tuple[str, list[Grid]]],
     paper: Sequence[Reference],
     methods: pd.DataFrame,
-    costs: pd.DataFrame,
 ) -> str:
     parts = [f"# {rows.experiment.iloc[0]}", summary(rows), LEGEND]
     if not methods.empty:
         grid = consumed(methods, rows)
         parts += [f"## {grid.title}", tabulate(grid.rows, grid.header, tablefmt="pipe", disable_numparse=True)]
-    for heading, shown in sections(rows, headings, paper, methods, costs):
+    for heading, found in shown:
         parts.append(f"## {heading}")
-        for grid in shown:
+        for grid in found:
             parts += [f"### {grid.title}", tabulate(grid.rows, grid.header, tablefmt="pipe", disable_numparse=True)]
     if paper:
         parts += ["## Where the published numbers are from", origins(paper)]
@@ -491,17 +488,11 @@ def origins(paper: Sequence[Reference]) -> str:
     return tabulate(lines, header, tablefmt="pipe", disable_numparse=True)
 
 
-def latex(
-    rows: pd.DataFrame,
-    headings: Mapping[str, str],
-    paper: Sequence[Reference],
-    methods: pd.DataFrame,
-    costs: pd.DataFrame,
-) -> str:
+def latex(experiment: str, shown: Sequence[tuple[str, list[Grid]]]) -> str:
     r"""The grids as floats to \input; needs the packages booktabs and graphicx."""
-    experiment, parts = rows.experiment.iloc[0], ["% needs \\usepackage{booktabs,graphicx}"]
-    for heading, shown in sections(rows, headings, paper, methods, costs):
-        for grid in shown:
+    parts = ["% needs \\usepackage{booktabs,graphicx}"]
+    for heading, found in shown:
+        for grid in found:
             tabular = tabulate(grid.rows, grid.header, tablefmt="latex_booktabs", disable_numparse=True)
             caption = "".join(LATEX_ESCAPE_RULES.get(c, c) for c in f"{experiment}, {heading}. {grid.title}.")
             fitted = f"\\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{%\n{tabular}}}"
@@ -520,10 +511,10 @@ def write(
 ) -> None:
     """Write <experiment>.md, .tex and .csv into `folder`; each appears whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    experiment = rows.experiment.iloc[0]
+    experiment, shown = rows.experiment.iloc[0], list(sections(rows, headings, paper, methods, costs))
     texts = {
-        "md": markdown(rows, headings, paper, methods, costs),
-        "tex": latex(rows, headings, paper, methods, costs),
+        "md": markdown(rows, shown, paper, methods),
+        "tex": latex(experiment, shown),
         "csv": rows.to_csv(index=False, float_format="%.6g", lineterminator="\n"),
     }
     for suffix, text in texts.items():
