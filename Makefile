@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 .PHONY: quickstart
-quickstart: $(INSTALLED) ## Anonymize, recover, attack and score with the embedded model: CPU, minutes (LIMIT=8 for fewer pictures)
+quickstart: $(INSTALLED) ## Anonymize, recover, attack and score with the bundled model: CPU, minutes (LIMIT=8 for fewer pictures)
 	-$(RUN) keyanon.weights fetch mobilefacenet
 	$(RUN) experiments.run experiment=quickstart $(if $(LIMIT),limit=$(LIMIT))
 

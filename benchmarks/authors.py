@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMInverseScheduler, DDIMScheduler, UNet2DModel, VQModel
 from torch import Tensor
 
-from keyanon.block_dct import BlockDCT
+from keyanon.diffusion.block_dct import BlockDCT
 from keyanon.types import Image, Latent, Mask
 
 

@@ -18,8 +18,8 @@ from collections.abc import Callable
 
 import torch
 
-from keyanon.headers import MAGIC, MAX_BYTES, VERSION, BadHeader, Header, seal, unseal
-from keyanon.keys import NONCE_BYTES, MasterKey, Recipe, experiment_key
+from keyanon.channel.headers import MAGIC, MAX_BYTES, VERSION, BadHeader, Header, seal, unseal
+from keyanon.channel.keys import NONCE_BYTES, MasterKey, Recipe, experiment_key
 
 KEY = MasterKey(experiment_key().secret, Recipe(bytes(16)))
 PIXELS = torch.arange(192, dtype=torch.uint8).view(1, 3, 8, 8)

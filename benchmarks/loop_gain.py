@@ -4,7 +4,8 @@ White noise of standard deviation sigma is added to z'_0 on the face, and recove
 
     G = mean |z_0 recovered - z_0|^2 / sigma^2 on the face, in dB, for each picture;   median and 90th percentile over pictures
 
-Pictures are the package's synthetic faces, the background's path is known on both sides (keyanon/exact.py). Sigma = 0 gives what
+Pictures are the package's synthetic faces, the background's path is known on both sides (keyanon/methods/exact.py).
+Sigma = 0 gives what
 the loop loses by itself, as mean |z_0 recovered - z_0|^2 / mean |z_0|^2 in dB. Measured: results/benchmarks/loop_gain.csv.
 """
 
@@ -14,14 +15,15 @@ import sys
 
 import torch
 
-from keyanon.datasets import embedded_faces
-from keyanon.diffusion import LatentDiffusion
-from keyanon.exact import Exact
-from keyanon.headers import Header
-from keyanon.keys import experiment_key, nonce_for
-from keyanon.parsing import EllipseParser
-from keyanon.solvers import DDIM
-from keyanon.transforms import BandRotation, SignFlipping
+from keyanon.channel.headers import Header
+from keyanon.channel.keys import experiment_key
+from keyanon.channel.nonces import nonce_for
+from keyanon.diffusion.model import LatentDiffusion
+from keyanon.diffusion.solvers import DDIM
+from keyanon.faces.datasets import bundled_faces
+from keyanon.faces.parsing import EllipseParser
+from keyanon.methods.exact import Exact
+from keyanon.methods.transforms import BandRotation, SignFlipping
 
 SIGMAS = (0.0, 1e-3, 1e-2, 1e-1)
 SOLVERS = {
@@ -36,12 +38,12 @@ COLUMNS = ["backbone", "pictures", "solver", "transform", "sigma", "median_db", 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loop_gain", description=__doc__)
-    parser.add_argument("--backbone", default="embedded:faces128", help="folder, hub id or embedded:NAME")
+    parser.add_argument("--backbone", default="bundled:faces128", help="folder, hub id or bundled:NAME")
     parser.add_argument("--count", type=int, default=8, help="pictures")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
-    backbone, dataset = LatentDiffusion(args.backbone, device=args.device), embedded_faces()
+    backbone, dataset = LatentDiffusion(args.backbone, device=args.device), bundled_faces()
     ids = list(dataset.ids[: args.count])
     images = torch.stack([dataset.load(id) for id in ids]).to(args.device)
     mask = EllipseParser().mask(images, backbone.latent_size(images))

@@ -13,13 +13,13 @@ import sys
 import torch
 
 from benchmarks.throughput import device_name, faces, resident
-from keyanon.anonymizers import SignFlip
-from keyanon.diffusion import LatentDiffusion
-from keyanon.exact import Exact
-from keyanon.keys import experiment_key
-from keyanon.parsing import EllipseParser
-from keyanon.solvers import DDIM, Known
-from keyanon.transforms import SignFlipping
+from keyanon.channel.keys import experiment_key
+from keyanon.diffusion.model import LatentDiffusion
+from keyanon.diffusion.solvers import DDIM, Known
+from keyanon.faces.parsing import EllipseParser
+from keyanon.methods.exact import Exact
+from keyanon.methods.signflip import SignFlip
+from keyanon.methods.transforms import SignFlipping
 from keyanon.types import Latent
 
 COLUMNS = ["device", "torch", "network", "method", "batch", "steps", "peak_mb", "list_mb"]
@@ -29,7 +29,7 @@ TOLERANCE = 0.1  # of the inversion, and coarse: time depends on it, memory does
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
-    parser.add_argument("--backbone", default="embedded:faces128", help="folder, hub id or embedded:NAME")
+    parser.add_argument("--backbone", default="bundled:faces128", help="folder, hub id or bundled:NAME")
     parser.add_argument("--size", type=int, default=128, help="picture side in pixels")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--batch", type=int, default=16)

@@ -15,17 +15,17 @@ from dataclasses import replace
 
 import torch
 
-from keyanon.datasets import embedded_faces
-from keyanon.diffusion import LatentDiffusion, Precision
-from keyanon.exact import Exact, pixels
-from keyanon.images import to_bytes, to_floats
-from keyanon.keys import experiment_key
-from keyanon.parsing import EllipseParser
-from keyanon.refinement import Refinement, ToneCurve
-from keyanon.scorers import psnr_face
-from keyanon.seams import Seam
-from keyanon.solvers import DDIM
-from keyanon.transforms import BandRotation
+from keyanon.channel.keys import experiment_key
+from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.diffusion.model import LatentDiffusion, Precision
+from keyanon.diffusion.solvers import DDIM
+from keyanon.faces.datasets import bundled_faces
+from keyanon.faces.parsing import EllipseParser
+from keyanon.measures.scorers import psnr_face
+from keyanon.methods.exact import Exact, pixels
+from keyanon.methods.refinement import Refinement, ToneCurve
+from keyanon.methods.seams import Seam
+from keyanon.methods.transforms import BandRotation
 from keyanon.types import Bytes, Published
 
 COLUMNS = ["sender", "receiver", "pictures", "median_db", "worst_db", "bytes_equal", "evaluations", "machine"]
@@ -33,12 +33,12 @@ COLUMNS = ["sender", "receiver", "pictures", "median_db", "worst_db", "bytes_equ
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description=__doc__)
-    parser.add_argument("--backbone", default="embedded:faces128", help="folder, hub id or embedded:NAME")
+    parser.add_argument("--backbone", default="bundled:faces128", help="folder, hub id or bundled:NAME")
     parser.add_argument("--count", type=int, default=6, help="pictures")
     parser.add_argument("--other-device", default=None, help="of one more receiver, as cuda")
     args = parser.parse_args()
 
-    dataset = embedded_faces()
+    dataset = bundled_faces()
     ids = list(dataset.ids[: args.count])
     images, keys = torch.stack([dataset.load(id) for id in ids]), [experiment_key()] * len(ids)
     machine = f"{platform.machine()}, torch {torch.__version__}"

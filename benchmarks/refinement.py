@@ -13,15 +13,15 @@ import time
 import torch
 from torch import Tensor
 
-from keyanon.datasets import embedded_faces
-from keyanon.diffusion import LatentDiffusion
-from keyanon.exact import pixels
-from keyanon.images import to_bytes
-from keyanon.keys import experiment_key
-from keyanon.parsing import EllipseParser
-from keyanon.refinement import Refinement, ToneCurve, channel_weights
-from keyanon.solvers import DDIM, Known
-from keyanon.transforms import SignFlipping
+from keyanon.channel.keys import experiment_key
+from keyanon.channel.pixels import to_bytes
+from keyanon.diffusion.model import LatentDiffusion
+from keyanon.diffusion.solvers import DDIM, Known
+from keyanon.faces.datasets import bundled_faces
+from keyanon.faces.parsing import EllipseParser
+from keyanon.methods.exact import pixels
+from keyanon.methods.refinement import Refinement, ToneCurve, channel_weights
+from keyanon.methods.transforms import SignFlipping
 
 COLUMNS = ["knee", "reach", "pull", "rms", "rms_worst", "weighted", "weighted_worst", "psnr", "psnr_worst", "seconds"]
 USUAL, WIDE = ToneCurve(), ToneCurve(0.95, 1.35)
@@ -29,13 +29,13 @@ USUAL, WIDE = ToneCurve(), ToneCurve(0.95, 1.35)
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.refinement", description=__doc__)
-    parser.add_argument("--backbone", default="embedded:faces128", help="folder, hub id or embedded:NAME")
+    parser.add_argument("--backbone", default="bundled:faces128", help="folder, hub id or bundled:NAME")
     parser.add_argument("--count", type=int, default=8, help="pictures")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
     backbone = LatentDiffusion(args.backbone, device=args.device)
-    dataset = embedded_faces()
+    dataset = bundled_faces()
     images = torch.stack([dataset.load(id) for id in dataset.ids[: args.count]]).to(args.device)
     cells = EllipseParser().mask(images, backbone.latent_size(images))
     free = pixels(cells, images)

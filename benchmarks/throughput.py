@@ -49,19 +49,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ldm256
 from benchmarks.authors import AuthorsLoop
-from experiments.plots import write_svg
-from keyanon.anonymizers import SignFlip
-from keyanon.datasets import embedded_faces
-from keyanon.diffusion import LatentDiffusion, Precision, arithmetic
-from keyanon.exact import Exact
-from keyanon.images import to_bytes, to_floats, write_whole
-from keyanon.keys import experiment_key
-from keyanon.parsing import EllipseParser
-from keyanon.refinement import Refinement, ToneCurve
-from keyanon.scorers import psnr, ssim
-from keyanon.seams import Seam
-from keyanon.solvers import DDIM
-from keyanon.transforms import BandRotation
+from experiments.harness.plots import write_svg
+from keyanon.channel.keys import experiment_key
+from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.channel.whole import write_whole
+from keyanon.diffusion.model import LatentDiffusion, Precision, arithmetic
+from keyanon.diffusion.solvers import DDIM
+from keyanon.faces.datasets import bundled_faces
+from keyanon.faces.parsing import EllipseParser
+from keyanon.measures.scorers import psnr, ssim
+from keyanon.methods.exact import Exact
+from keyanon.methods.refinement import Refinement, ToneCurve
+from keyanon.methods.seams import Seam
+from keyanon.methods.signflip import SignFlip
+from keyanon.methods.transforms import BandRotation
 from keyanon.types import Image, Latent
 
 METHODS = AUTHORS, SIGNFLIP, EXACT = "authors", "signflip", "exact"
@@ -354,7 +355,7 @@ class Theirs:
 def backbone_of(
     network: str, scratch: Path, precision: Precision = "fp32", device: str = "cpu", compiled: bool = False
 ) -> LatentDiffusion:
-    source = str(ldm256.saved(scratch / "ldm256")) if network == "ldm256" else f"embedded:{network}"
+    source = str(ldm256.saved(scratch / "ldm256")) if network == "ldm256" else f"bundled:{network}"
     return LatentDiffusion(source, precision=precision, device=device, compile=compiled)
 
 
@@ -365,7 +366,7 @@ def noise(backbone: LatentDiffusion, images: Image) -> Latent:
 
 @cache
 def faces(count: int, size: int) -> Image:
-    dataset = embedded_faces()
+    dataset = bundled_faces()
     images = torch.stack([dataset.load(id) for id, _ in zip(itertools.cycle(dataset.ids), range(count), strict=False)])
     return to_floats(to_bytes(interpolate(images, (size, size), mode="bilinear", antialias=True)))
 

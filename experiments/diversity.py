@@ -1,6 +1,6 @@
 """How different two keys make one picture: `python -m experiments.diversity dataset=celebahq_mini_128`
 
-Every picture is anonymized under several keys by every method, and embedded:
+Every picture is anonymized under several keys by every method, and recognizers embed it:
 
     cosine_between_keys     mean cosine of two anonymizations of one picture, as the authors' notebook has it
     w2_squared              squared 2-Wasserstein distance of these cosines' distribution to that of pairs of strangers, clean
@@ -26,14 +26,15 @@ from hydra.utils import instantiate
 from numpy.typing import NDArray
 from omegaconf import DictConfig
 
-from experiments import preflight, tables
+from experiments import tables
+from experiments.harness import preflight
 from experiments.run import shown
 from keyanon import runner
-from keyanon.biometrics import Statistic, mean_statistic, w2_squared
-from keyanon.diffusion import padded
-from keyanon.images import to_floats
-from keyanon.keys import experiment_key
-from keyanon.scorers import frechet_distance
+from keyanon.batching import batches, filled, padded
+from keyanon.channel.keys import experiment_key
+from keyanon.channel.pixels import to_floats
+from keyanon.measures.biometrics import Statistic, mean_statistic, w2_squared
+from keyanon.measures.scorers import frechet_distance
 from keyanon.types import Anonymizer, Dataset, Recognizer
 
 Vectors = NDArray[np.float64]  # (keys, pictures, d): unit rows; of NaN where no face was found
@@ -42,7 +43,7 @@ SHUFFLES = 20  # of the clean pictures, whose pairs are the strangers
 log = logging.getLogger(__name__)
 
 
-def embedded(
+def embeddings_of(
     dataset: Dataset,
     ids: Sequence[str],
     methods: Mapping[str, Anonymizer],
@@ -54,13 +55,13 @@ def embedded(
     parts: dict[tuple[str, str], list[Vectors]] = {}
     done: list[str] = []
     skipped: dict[str, str] = {}
-    for batch in runner.batches(ids, batch_size, "anonymize"):
+    for batch in batches(ids, batch_size, "anonymize"):
         good, pictures = runner.load(dataset, batch, skipped)
         if not good:
             continue
         done += good
         images = padded(torch.stack(pictures), batch_size)
-        names = runner.filled(good, batch_size)
+        names = filled(good, batch_size)
         views = {"clean": [images]}
         for name, method in methods.items():
             views[name] = [
@@ -124,7 +125,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
     preflight.stop_if(problems)
     assert dataset is not None
 
-    vectors, ids, skipped = embedded(
+    vectors, ids, skipped = embeddings_of(
         dataset, dataset.ids[: cfg.limit], methods, recognizers, cfg.keys_per_picture, cfg.batch_size
     )
     for id, reason in skipped.items():

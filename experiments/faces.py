@@ -1,9 +1,9 @@
-"""Draw the embedded faces, and measure the embedded model: `python -m experiments.faces --data /path/to/utkface128`.
+"""Draw the bundled faces, and measure the bundled model: `python -m experiments.faces --data /path/to/utkface128`.
 
 Two thousand samples of an unconditional model are compared with the pictures it was trained on and with those held out: how
 many show a face, how far their embeddings lie from real ones (Frechet distance, beside that of two halves of real pictures), and
 how near the nearest training picture comes (beside how near it comes to held-out ones). The first samples that pass the rule become
-the embedded dataset: a face is found, no earlier one of them looks like it, no training picture comes nearer than a bound.
+the bundled dataset: a face is found, no earlier one of them looks like it, no training picture comes nearer than a bound.
 """
 
 import argparse
@@ -19,18 +19,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.plots import contact_sheet
+from experiments.harness.plots import contact_sheet
 from experiments.train import load_pictures
-from keyanon.diffusion import LatentDiffusion
-from keyanon.images import to_bytes, to_floats, write_whole
-from keyanon.recognition import FACES128_TEMPLATE, ArcFaceOnnx, Detection, MtcnnDetector
-from keyanon.scorers import PSNR_CEILING, frechet_distance, psnr
-from keyanon.solvers import DDIM
+from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.channel.whole import write_whole
+from keyanon.diffusion.model import LatentDiffusion
+from keyanon.diffusion.solvers import DDIM
+from keyanon.faces.alignment import FACES128_TEMPLATE
+from keyanon.faces.detection import Detection, MtcnnDetector
+from keyanon.faces.recognition import ArcFaceOnnx
+from keyanon.measures.scorers import PSNR_CEILING, frechet_distance, psnr
 from keyanon.types import Bytes, Image
 
 BATCH = 32
 SIDE = 128
-DISTINCT, UNSEEN = 0.5, 0.6  # largest cosine to another embedded face, and to a training picture
+DISTINCT, UNSEEN = 0.5, 0.6  # largest cosine to another bundled face, and to a training picture
 
 
 class TemplateDetector:
@@ -98,10 +101,10 @@ def webp(pixels: Tensor) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.faces", description="Draw and measure embedded faces.")
+    parser = argparse.ArgumentParser(prog="python -m experiments.faces", description="Draw and measure bundled faces.")
     parser.add_argument("--data", required=True, help="the folder of the training pictures (UTKFace, 128 px)")
     parser.add_argument("--heldout", default="utkface128_heldout")
-    parser.add_argument("--backbone", default="embedded:faces128")
+    parser.add_argument("--backbone", default="bundled:faces128")
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
@@ -150,7 +153,7 @@ def main() -> None:
     if args.keep:
         chosen = choose(np.asarray(found), found_at, nearest, args.keep)
         rule = {"largest_cosine_between": DISTINCT, "largest_cosine_to_training": UNSEEN}
-        report["embedded"] = {"kept": len(chosen), **rule}
+        report["bundled"] = {"kept": len(chosen), **rule}
         write_faces(args.out, samples, chosen)
     write_whole(args.report / "report.json", json.dumps(report, indent=2).encode() + b"\n")
     contact_sheet({f"{c}": list(samples[c:64:8]) for c in range(8)}, args.report / "samples.png")

@@ -25,89 +25,23 @@ import pandas as pd
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from numpy.typing import NDArray
 from omegaconf import DictConfig
-from scipy import stats
-from scipy.spatial.distance import pdist, squareform
 
-from experiments import preflight, tables
+from experiments import tables
+from experiments.harness import preflight
+from experiments.harness.statistics import averages
 from experiments.run import shown
-from experiments.statistics import averages
 from keyanon import runner
-from keyanon.diffusion import LatentDiffusion, padded
-from keyanon.solvers import Solver
+from keyanon.batching import batches, padded
+from keyanon.diffusion.model import LatentDiffusion
+from keyanon.diffusion.solvers import Solver
+from keyanon.measures.gaussianity import PATCH, generator_of, measure
 from keyanon.types import Dataset, FaceParser
-
-Floats = NDArray[np.floating[Any]]
-Bools = NDArray[np.bool_]
 
 CONTROL = "standard normal"
 WHOLE, FACE = "noise", "noise in the face"
-LEVEL = 0.05  # of the Kolmogorov-Smirnov test
-PATCH = 2
-MEASURES = (
-    "ks_d", "ks_passed", "mmd2", "mean", "variance", "skewness", "excess_kurtosis", "neighbour_correlation",
-)  # fmt: skip
 
 log = logging.getLogger(__name__)
-
-
-def measure(z: Floats, inside: Bools, generator: np.random.Generator) -> dict[str, float]:
-    """MEASURES of one latent (c u v) over its cells `inside` (u v); all NaN where these hold no patch.
-
-    `generator` draws the normal patches of mmd2.
-    """
-    values, pieces = z[:, inside].ravel(), patches(z, inside)
-    if len(pieces) < 2:
-        return dict.fromkeys(MEASURES, np.nan)
-    ks = stats.ks_1samp(values, stats.norm.cdf)
-    numbers = (
-        ks.statistic,
-        ks.pvalue >= LEVEL,
-        mmd2(pieces, generator.standard_normal(pieces.shape)),
-        values.mean(),
-        values.var(),
-        stats.skew(values),
-        stats.kurtosis(values),
-        neighbour_correlation(z, inside),
-    )
-    return dict(zip(MEASURES, map(float, numbers), strict=True))
-
-
-def mmd2(x: Floats, y: Floats) -> float:
-    """Squared maximum mean discrepancy of two samples (n d) and (m d), unbiased, so it may be negative.
-
-    The kernel is exp(-|a - b|^2 / (2 s^2)), s the median distance in the pooled sample (Gretton et al., A kernel two-sample
-    test, JMLR 13, 2012, lemma 6).
-    """
-    squared = pdist(np.concatenate([x, y]), "sqeuclidean")
-    kernel = squareform(np.exp(-squared / (2 * np.median(squared))))  # 0 on the diagonal: no point is its own neighbour
-    n, m = len(x), len(y)
-    within = kernel[:n, :n].sum() / (n * (n - 1)) + kernel[n:, n:].sum() / (m * (m - 1))
-    return float(within - 2 * kernel[:n, n:].mean())
-
-
-def patches(z: Floats, inside: Bools) -> Floats:
-    """The patches (n PATCH^2) of every channel of a latent (c u v) that lie whole inside (u v), side by side."""
-
-    def tiled(planes: Any) -> Any:
-        channels, rows, columns = len(planes), planes.shape[1] // PATCH, planes.shape[2] // PATCH
-        cut = planes[:, : rows * PATCH, : columns * PATCH].reshape(channels, rows, PATCH, columns, PATCH)
-        return cut.swapaxes(2, 3).reshape(channels, rows * columns, PATCH**2)
-
-    taken: Floats = tiled(z)[:, tiled(inside[None])[0].all(axis=1)].reshape(-1, PATCH**2)
-    return taken
-
-
-def neighbour_correlation(z: Floats, inside: Bools) -> float:
-    """Pearson's correlation of vertically and horizontally adjacent cells of a latent (c u v), averaged over its channels.
-
-    Both cells of a pair lie inside (u v).
-    """
-    down, across = inside[1:] & inside[:-1], inside[:, 1:] & inside[:, :-1]
-    first = np.concatenate([z[:, :-1][:, down], z[:, :, :-1][:, across]], axis=1)
-    second = np.concatenate([z[:, 1:][:, down], z[:, :, 1:][:, across]], axis=1)
-    return float(np.mean([stats.pearsonr(a, b).statistic for a, b in zip(first, second, strict=True)]))
 
 
 def measured(
@@ -124,14 +58,14 @@ def measured(
     """
     rows: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
-    for batch in runner.batches(ids, batch_size, "invert"):
+    for batch in batches(ids, batch_size, "invert"):
         good, pictures = runner.load(dataset, batch, skipped)
         if not good:
             continue
         images = padded(torch.stack(pictures), batch_size)  # one shape for all batches; zip cuts the copies off below
         faces = parser.mask(images, backbone.latent_size(images))[:, 0].cpu().numpy()
         z0 = backbone.encode(images)
-        noise = {CONTROL: np.stack([drawn(id, "control").standard_normal(z0.shape[1:]) for id in good])}
+        noise = {CONTROL: np.stack([generator_of(id, "control").standard_normal(z0.shape[1:]) for id in good])}
         for name, solver in solvers.items():
             zT = solver.invert(backbone.eps, backbone.schedule, z0)[-1]
             error = (solver.sample(backbone.eps, backbone.schedule, zT) - z0).flatten(1).norm(dim=1)
@@ -144,17 +78,12 @@ def measured(
         for name, latents in noise.items():
             for id, z, face in zip(good, latents, faces, strict=False):
                 for view, inside in ((WHOLE, np.ones_like(face)), (FACE, face)):
-                    found = measure(z, inside, drawn(id, view))
+                    found = measure(z, inside, generator_of(id, view))
                     rows += [
                         {"row": name, "id": id, "view": view, "scorer": scorer, "value": value}
                         for scorer, value in found.items()
                     ]
     return pd.DataFrame(rows, columns=["row", "id", "view", "scorer", "value"]), skipped
-
-
-def drawn(id: str, purpose: str) -> np.random.Generator:
-    """Random numbers that hang on a picture's id."""
-    return np.random.default_rng([*purpose.encode(), *id.encode()])
 
 
 @hydra.main(config_path="../conf", config_name="gaussianity", version_base="1.3")
@@ -188,8 +117,8 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
     scores = values.rename(columns={"row": "anonymizer"}).assign(dataset=choices["dataset"])[tables.SCORES]
     notes = [f"backbone {choices['backbone']}", f"mask from {choices['parser']}", f"{scores.id.nunique()} pictures"]
     notes.append(f"mmd2 of {PATCH} x {PATCH} patches")
-    if backbone.source.startswith("embedded:"):
-        notes.insert(0, "embedded model, which stands in for LDM-FFHQ")
+    if backbone.source.startswith("bundled:"):
+        notes.insert(0, "bundled model, which stands in for LDM-FFHQ")
     if backbone.precision != "fp32":
         notes.append(f"network in {backbone.precision}")
     title = "\n".join([*map(str, cfg.notes), *notes])

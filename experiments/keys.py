@@ -10,9 +10,9 @@ import os
 import sys
 from pathlib import Path
 
-from keyanon.headers import BadHeader, Header, unseal
-from keyanon.images import read_png
-from keyanon.keys import SALT_BYTES, BadKey, MasterKey, Recipe, read_key, write_key, write_new_key
+from keyanon.channel.headers import BadHeader, Header, unseal
+from keyanon.channel.keys import SALT_BYTES, BadKey, MasterKey, Recipe, read_key, write_key, write_new_key
+from keyanon.channel.pixels import read_png
 from keyanon.types import BadPicture
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def key_of(picture: Path, password: str) -> MasterKey:
 
 
 def password_key(variable: str, salt: str | None, passes: int, memory: int, lanes: int) -> MasterKey:
-    """The key of the password in an environment variable, or of the one that is asked for. See keyanon.keys.Recipe."""
+    """The key of the password in an environment variable, or of the one that is asked for. See keyanon.channel.keys.Recipe."""
     if salt is None:
         salt = os.urandom(SALT_BYTES).hex()
         log.info("a fresh salt; to resume this run: key.salt=%s", salt)

@@ -25,16 +25,17 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import preflight, provenance, tables
-from experiments.plots import contact_sheet
-from experiments.shards import FailedShard, Shards, numbers, one_line, settled, sharded
-from experiments.statistics import write_statistics
-from experiments.tracking import Tracker
+from experiments import tables
+from experiments.harness import preflight, provenance
+from experiments.harness.plots import contact_sheet
+from experiments.harness.shards import FailedShard, Shards, numbers, one_line, settled, sharded
+from experiments.harness.statistics import write_statistics
+from experiments.harness.tracking import Tracker
 from keyanon import runner
-from keyanon.diffusion import BadModel, LatentDiffusion
-from keyanon.headers import BadHeader
-from keyanon.images import write_whole
-from keyanon.keys import BadKey, MasterKey
+from keyanon.channel.headers import BadHeader
+from keyanon.channel.keys import BadKey, MasterKey
+from keyanon.channel.whole import write_whole
+from keyanon.diffusion.model import BadModel, LatentDiffusion
 from keyanon.types import Anonymizer, BadPicture, Dataset, Recognizer
 from keyanon.weights import MissingWeights, WrongWeights
 
@@ -275,7 +276,7 @@ def telling(overrides: Sequence[str]) -> list[str]:
         key = override.lstrip("+~").partition("=")[0]
         return key != "anonymizer" and not any(f"{key}.".startswith(f"{untold}.") for untold in UNTOLD)
 
-    return [override for override in overrides if tells(override)]
+    return [override.lstrip("+") for override in overrides if tells(override)]
 
 
 def what_it_ran_on(cfg: DictConfig, choices: dict[str, Any], folder: Path) -> str:

@@ -1,6 +1,7 @@
 """What do attackers learn from published files? `python -m experiments.security dataset=lfw_gray_128`
 
-The paper's method and the exact one, side by side, under the attacks of experiments/battery.py. Published files, and what each
+The paper's method and the exact one, side by side, under the attacks of keyanon/attacks/attackers.py. Published
+files, and what each
 attack found, are kept in a run folder for each method: a run that was stopped goes on where it was, and `~methods.exact` in one
 process and `~methods.signflip` in another, then neither, is the same table sooner. Per-picture values go to
 results/scores/NAME.scores.parquet, the shares of right signs to results/plots, and the table is made from committed statistics as
@@ -25,16 +26,28 @@ from safetensors import safe_open
 from safetensors.torch import save
 from tabulate import tabulate
 
-from experiments import preflight, provenance, tables
-from experiments.battery import Case, Files, Found, People, embedded, in_batches, laws, publish, published_key
-from experiments.plots import share_curve
+from experiments import tables
+from experiments.harness import preflight, provenance
+from experiments.harness.plots import share_curve
 from experiments.run import shown
-from keyanon import adversaries, runner
-from keyanon import images as channel
-from keyanon.adversaries import Method
-from keyanon.biometrics import Floats, Statistic, cosine, threshold_at_far
-from keyanon.images import write_whole
-from keyanon.keys import experiment_key
+from keyanon import runner
+from keyanon.attacks import leakage
+from keyanon.attacks.attackers import (
+    Case,
+    Files,
+    Found,
+    People,
+    embeddings_of,
+    in_batches,
+    laws,
+    publish,
+    published_key,
+)
+from keyanon.attacks.leakage import Method
+from keyanon.channel.keys import experiment_key
+from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.channel.whole import write_whole
+from keyanon.measures.biometrics import Floats, Statistic, cosine, threshold_at_far
 from keyanon.types import Dataset, FaceParser, Image, Key, Recognizer
 
 log = logging.getLogger(__name__)
@@ -92,7 +105,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
     if not people.enrolled:
         notes.append("suspects are the photographs themselves")
     if choices["backbone"].startswith("faces128"):
-        notes.insert(0, "embedded model, which stands in for LDM-FFHQ")
+        notes.insert(0, "bundled model, which stands in for LDM-FFHQ")
     about = {"experiment": cfg.name, "dataset": choices["dataset"], "notes": "\n".join([*map(str, cfg.notes), *notes])}
     statistics = pd.DataFrame(
         [{"anonymizer": row, "view": one.view, "scorer": one.scorer, **asdict(one.statistic)} for row, one in found]
@@ -121,7 +134,7 @@ def beside(rows: pd.DataFrame, methods: Sequence[str]) -> str:
         line[row.anonymizer] = f"{tables.ours_text(row, np.nan)}; {row.n}"
     body = [[text.replace("|", "\\|") for text in (*cell, *line.values())] for cell, line in lines.items()]
     table = tabulate(body, ["attack", "by", "statistic", *methods], tablefmt="pipe", disable_numparse=True)
-    about = "Each cell: value [95 % interval]; n. experiments/battery.py says what each attacker knows and does."
+    about = "Each cell: value [95 % interval]; n. keyanon/attacks/attackers.py says what each attacker knows and does."
     return f"# {rows.experiment.iloc[0]}: methods side by side\n\n{about}\n\n{table}\n"
 
 
@@ -148,15 +161,15 @@ def kept_files(folder: Path, place: int, method: Method, people: People, key: Ke
     path, count = folder / f"files-{place}.safetensors", len(people.ids)
     if not path.exists():
         files = publish(method, people.pictures, [key] * count, people.ids, batch_size)
-        kept = {"images": channel.to_bytes(files.images), "zT": files.zT.cpu(), "mask": files.mask.cpu()}
+        kept = {"images": to_bytes(files.images), "zT": files.zT.cpu(), "mask": files.mask.cpu()}
         packed = {"headers": json.dumps([header.hex() for header in files.headers])}
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, save({name: tensor.contiguous() for name, tensor in kept.items()}, packed))
         return files
     with safe_open(path, "pt") as file:
-        images, zT, mask = channel.to_floats(file.get_tensor("images")), file.get_tensor("zT"), file.get_tensor("mask")
+        images, zT, mask = to_floats(file.get_tensor("images")), file.get_tensor("zT"), file.get_tensor("mask")
         headers = tuple(bytes.fromhex(header) for header in json.loads(file.metadata()["headers"]))
-    read = in_batches("read", batch_size, lambda x, packed: adversaries.received(method, x, packed), images, headers)
+    read = in_batches("read", batch_size, lambda x, packed: leakage.received(method, x, packed), images, headers)
     return Files(images, headers, [key] * count, read, zT, mask)
 
 
@@ -177,7 +190,7 @@ def with_faces(
     good, loaded = runner.load(dataset, ids, skipped)
     if not good:
         return [], torch.empty(0)
-    pictures = channel.to_floats(channel.to_bytes(torch.stack(loaded)))
+    pictures = to_floats(to_bytes(torch.stack(loaded)))
     shown = parser.mask(pictures, (pictures.shape[-2], pictures.shape[-1])).flatten(1).any(1).tolist()
     skipped |= {id: "no face found" for id, face in zip(good, shown, strict=True) if not face}
     return [id for id, face in zip(good, shown, strict=True) if face], pictures[torch.tensor(shown)]
@@ -195,7 +208,7 @@ def gathered(
     names = [dataset.identity(id) or id for id in ids]
     if len(set(names)) < 2:
         raise ValueError(f"{len(set(names))} person on {len(ids)} readable pictures; linkage and strangers need two")
-    clean = {name: embedded(recognizer, pictures) for name, recognizer in recognizers.items()}
+    clean = {name: embeddings_of(recognizer, pictures) for name, recognizer in recognizers.items()}
     if not dataset.gallery:
         thresholds = {name: float(cfg.thresholds[name]) for name in recognizers}
         return People(ids, names, pictures, recognizers, clean, clean, clean, names, thresholds, enrolled=False)

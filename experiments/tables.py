@@ -23,7 +23,7 @@ import pandas as pd
 import yaml
 from tabulate import LATEX_ESCAPE_RULES, tabulate
 
-from keyanon.images import write_whole
+from keyanon.channel.whole import write_whole
 from keyanon.runner import read_costs
 
 RESULTS = Path("results")
@@ -540,10 +540,12 @@ def build(experiment: str, runs: Sequence[Path] = (), results: Path = RESULTS) -
     if runs and not (found := collect_methods(runs)).empty:
         write_whole(path, found.to_csv(index=False).encode())
     methods = pd.read_csv(path, dtype=BITS) if path.is_file() else pd.DataFrame(columns=METHODS)
-    if runs and not (spent := collect_costs(runs)).empty:
-        write_costs(experiment, spent, results)
     path = results / "scores" / f"{experiment}.costs.csv"
+    if runs and not (spent := collect_costs(runs)).empty:
+        write_whole(path, spent.to_csv(index=False, float_format="%.4g").encode())
     costs = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=COSTS)
+    if not costs.empty:
+        write_costs(experiment, costs, results)
     rows = table(statistics, paper, experiment)
     write(rows, titles(rows, statistics), paper, methods, costs, results / "tables")
     return rows
@@ -557,8 +559,7 @@ def commit(experiment: str, statistics: pd.DataFrame, scores: pd.DataFrame, resu
 
 
 def write_costs(experiment: str, costs: pd.DataFrame, results: Path = RESULTS) -> None:
-    """Commit costs, and their table: they are of one machine and one moment, and no part of the paper's tables."""
-    write_whole(results / "scores" / f"{experiment}.costs.csv", costs.to_csv(index=False, float_format="%.4g").encode())
+    """The table of committed costs: they are of one machine and one moment, and no part of the paper's tables."""
     shown = tabulate(costs.values.tolist(), COSTS, tablefmt="pipe", floatfmt=".4g")
     (results / "tables").mkdir(parents=True, exist_ok=True)
     title = f"# {experiment}: cost of a picture\n\nSeconds and network evaluations, means over the pictures.\n\n"

@@ -41,8 +41,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
-from keyanon.datasets import Folder, read_list
-from keyanon.images import to_bytes, to_floats
+from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.faces.datasets import Folder, read_list
 from keyanon.types import Bytes, Image
 
 log = logging.getLogger(__name__)

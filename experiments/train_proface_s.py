@@ -1,4 +1,4 @@
-"""Train PRO-Face S (keyanon/baselines/proface_s.py): `python -m experiments.train_proface_s data.root=...`.
+"""Train PRO-Face S (keyanon/methods/baselines/proface_s.py): `python -m experiments.train_proface_s data.root=...`.
 
     P(a, b) = 1 - SSIM(a, b),  R(a, b) = root mean square of a - b,  T_d = max(0, d(x, rec) - d(x, wrong) + margin_d)
     minimize  looks (w P(obf, prot) + |obf - prot|_1) + recovers |x - rec|_1 + refuses (T_P + T_R)
@@ -23,8 +23,8 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from experiments.train import Task, fit, load_pictures
-from keyanon.baselines.proface_s import HidingNetwork, hide, reveal
-from keyanon.images import to_bytes, to_floats
+from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.methods.baselines.proface_s import HidingNetwork, hide, reveal
 from keyanon.types import Image, Scores
 
 log = logging.getLogger(__name__)

@@ -13,16 +13,13 @@ pictures and write the last one's; memory holds three batches, however many pict
 import csv
 import hashlib
 import io
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from time import perf_counter
-from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -31,12 +28,12 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
-from keyanon import images as channel
-from keyanon.attacks import FloatChannel
-from keyanon.diffusion import padded
-from keyanon.scorers import Against
+from keyanon.attacks.views import FloatChannel
+from keyanon.batching import begun_ahead, filled, padded
+from keyanon.channel.pixels import read_png, to_bytes, to_floats, write_png
+from keyanon.channel.whole import write_whole
+from keyanon.measures.scorers import Against
 from keyanon.types import (
     Anonymizer,
     Attack,
@@ -69,9 +66,6 @@ COST_SCHEMA = pa.schema(
 SKIPPED_SCHEMA = pa.schema([("id", pa.string()), ("reason", pa.string())])
 HEADER_BYTES = "header_bytes"  # a score of every anonymized picture: what it carries besides its pixels
 IO_WORKERS = 4
-PROGRESS = 0.5 if sys.stderr.isatty() else 20  # seconds between lines: a log file is read later
-
-Begun = TypeVar("Begun")
 
 
 def generate(
@@ -123,7 +117,7 @@ def generate(
             if faceless:
                 originals, faces = padded(originals[keep], batch_size), padded(faces[keep], batch_size)
             good = [good[i] for i in keep]
-            writes += files.write_all(pool, ORIGINAL, good, channel.to_bytes(originals))
+            writes += files.write_all(pool, ORIGINAL, good, to_bytes(originals))
             writes += files.write_all(pool, MASK, good, face_pictures(faces))
 
             names, keys = filled(good, batch_size), [key] * batch_size
@@ -137,17 +131,17 @@ def generate(
                 # The file is the channel: it has to be there before anybody recovers.
                 settle(deque(files.write_all(pool, ANONYMIZED, good, published.images, published.headers)))
             if RECONSTRUCTED in todo and isinstance(method, Reconstructs):
-                writes += files.write_all(pool, RECONSTRUCTED, good, channel.to_bytes(method.reconstruct(originals)))
+                writes += files.write_all(pool, RECONSTRUCTED, good, to_bytes(method.reconstruct(originals)))
             if not isinstance(method, Reversible):
                 continue
             on_file = stacked(files.reading(pool, ANONYMIZED, names), published.floats if published else None)
             if RECOVERED in todo:
                 with spent(folder, RECOVERED, batch_size, evaluations):
-                    out = method.recover(channel.to_floats(on_file.images), on_file.headers, keys)
-                writes += files.write_all(pool, RECOVERED, good, channel.to_bytes(out))
+                    out = method.recover(to_floats(on_file.images), on_file.headers, keys)
+                writes += files.write_all(pool, RECOVERED, good, to_bytes(out))
             for view, attack in attacks.items():
                 if view in todo:
-                    writes += files.write_all(pool, view, good, channel.to_bytes(attack(on_file, keys, method)))
+                    writes += files.write_all(pool, view, good, to_bytes(attack(on_file, keys, method)))
         settle(writes)
     wanted = set(ids)
     return {id: reason for id, reason in skipped.items() if id in wanted}
@@ -198,21 +192,21 @@ def score(
             vectors: list[pa.Table] = []
             todo = todo_of(batch)
             read = {view: stacked(pictures) for view, pictures in reading.items()}
-            original = channel.to_floats(read[ORIGINAL].images).to(device)
+            original = to_floats(read[ORIGINAL].images).to(device)
             face = (read[MASK].images[:, :1] > 127).to(device)
             references: dict[str, Image] = {}  # what each scorer compares with, where there is such a view
             for name, scorer in scorers.items():
                 if not isinstance(scorer, Against):
                     references[name] = original
                 elif scorer.view in read:
-                    references[name] = channel.to_floats(read[scorer.view].images).to(device)
-            embedded = {
+                    references[name] = to_floats(read[scorer.view].images).to(device)
+            of_originals = {
                 name: recognizer.embed(original)
                 for name, recognizer in recognizers.items()
                 if any(name in missing for missing in todo.values())
             }
             for view, missing in todo.items():
-                pictures = channel.to_floats(read[view].images).to(device)
+                pictures = to_floats(read[view].images).to(device)
                 values = {
                     name: scorer(pictures, references[name], face)
                     if name in references
@@ -222,7 +216,7 @@ def score(
                 }
                 if view == ANONYMIZED:
                     values[HEADER_BYTES] = torch.tensor([float(len(header)) for header in read[view].headers])
-                for name, clean in embedded.items():
+                for name, clean in of_originals.items():
                     if name in missing:
                         embedding = clean if view == ORIGINAL else recognizers[name].embed(pictures)
                         values[name] = (embedding * clean).sum(1)
@@ -263,7 +257,7 @@ def enrol(
             files.write_skipped(bad)
             skipped |= bad
             if good:
-                images = channel.to_floats(channel.to_bytes(padded(torch.stack(loaded), batch_size))).to(device)
+                images = to_floats(to_bytes(padded(torch.stack(loaded), batch_size))).to(device)
                 write_part(folder / "embeddings", embedding_rows(good, GALLERY, name, recognizer.embed(images)))
     wanted = set(ids)
     return {id: reason for id, reason in skipped.items() if id in wanted}
@@ -309,13 +303,11 @@ class RunFiles:
         """Start writing pictures."""
         headers = headers or [b""] * len(ids)
         pictures = zip(ids, pixels, headers, strict=False)
-        return [
-            pool.submit(channel.write_png, self.path(view, id), picture, header) for id, picture, header in pictures
-        ]
+        return [pool.submit(write_png, self.path(view, id), picture, header) for id, picture, header in pictures]
 
     def reading(self, pool: Executor, view: str, ids: Sequence[str]) -> list[Future[tuple[Bytes, bytes]]]:
         """Start reading pictures as a receiver does, with their headers."""
-        return [pool.submit(channel.read_png, self.path(view, id)) for id in ids]
+        return [pool.submit(read_png, self.path(view, id)) for id in ids]
 
     def read_all(self, view: str, ids: Sequence[str]) -> Bytes:
         with ThreadPoolExecutor(IO_WORKERS) as pool:
@@ -336,7 +328,7 @@ class RunFiles:
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(["id", "reason"])
         writer.writerows(self.skipped().items())
-        channel.write_whole(self.folder / "skipped.csv", buffer.getvalue().encode())
+        write_whole(self.folder / "skipped.csv", buffer.getvalue().encode())
 
 
 def stacked(pictures: Sequence[Future[tuple[Bytes, bytes]]], floats: Image | None = None) -> Published:
@@ -377,31 +369,6 @@ def readable(
     skipped |= {id: str(got) for id, got in results if isinstance(got, BadPicture)}
     good = [(id, got) for id, got in results if not isinstance(got, BadPicture)]
     return [id for id, _ in good], [picture for _, picture in good]
-
-
-def begun_ahead(
-    ids: Sequence[str], size: int, title: str, begin: Callable[[list[str]], Begun]
-) -> Iterator[tuple[list[str], Begun]]:
-    """As batches(), each with what `begin` began for it: that of the next batch is begun before a batch is handed out."""
-    upcoming = (list(ids[start : start + size]) for start in range(0, len(ids), size))
-    begun = deque(begin(batch) for batch in islice(upcoming, 1))
-    for batch in batches(ids, size, title):
-        begun += (begin(following) for following in islice(upcoming, 1))
-        yield batch, begun.popleft()
-
-
-def batches(ids: Sequence[str], size: int, title: str) -> Iterator[list[str]]:
-    """Consecutive batches, with a progress bar that counts pictures."""
-    with tqdm(total=len(ids), desc=title, unit="image", disable=not ids, mininterval=PROGRESS) as bar:
-        for start in range(0, len(ids), size):
-            batch = list(ids[start : start + size])
-            yield batch
-            bar.update(len(batch))
-
-
-def filled(ids: Sequence[str], size: int) -> list[str]:
-    """The ids filled up to `size` with copies of the last, as `padded` fills their pictures."""
-    return [*ids, *[ids[-1]] * (size - len(ids))]
 
 
 def measurements(ids: Sequence[str], measured: Mapping[str, Scores]) -> pa.Table:
@@ -446,7 +413,7 @@ def write_part(folder: Path, table: pa.Table) -> None:
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     data = buffer.getvalue()
-    channel.write_whole(folder / f"{hashlib.sha256(data).hexdigest()[:16]}.parquet", data)
+    write_whole(folder / f"{hashlib.sha256(data).hexdigest()[:16]}.parquet", data)
 
 
 def parts(folder: Path, schema: pa.Schema, columns: Sequence[str] | None = None, scorer: str | None = None) -> pa.Table:

@@ -10,7 +10,6 @@ network.
 """
 
 import argparse
-import functools
 import hashlib
 import importlib.util
 import os
@@ -19,14 +18,11 @@ import subprocess
 import tarfile
 import tempfile
 import urllib.request
-import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 
 class MissingWeights(Exception):
@@ -224,27 +220,6 @@ def check(card: Card, found: Path) -> None:
             f"{card.name}: {file} is not the file of the card. Expected SHA-256 {card.sha256}, found {digest}. "
             "Remove it and fetch it again, or describe other weights with a Card of their own."
         )
-
-
-@functools.cache
-def open_onnx(path: Path, device: torch.device) -> Any:
-    """An onnxruntime session on a device's execution provider; warns where onnxruntime does not have that provider."""
-    import onnxruntime
-
-    fallback = "CPUExecutionProvider"
-    wanted = f"{device.type.upper()}ExecutionProvider"
-    providers = sorted({wanted, fallback} & set(onnxruntime.get_available_providers()), key=fallback.__eq__)
-    card = {} if device.index is None else {"device_id": device.index}
-    options = [{} if name == fallback else card for name in providers]
-    session = onnxruntime.InferenceSession(str(path), providers=providers, provider_options=options)
-    if wanted not in session.get_providers():
-        warnings.warn(
-            f"{path.name} runs on {', '.join(session.get_providers())}: this onnxruntime has no working {wanted} "
-            f"for the device {device.type!r}. See 'Running on a GPU' in the README.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return session
 
 
 def _fetch(card: Card, origin: Release | Hub | Npm) -> Path:

@@ -12,8 +12,8 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 import keyanon  # noqa: F401  installs the torchvision shim before anything imports diffusers or torchmetrics
-from keyanon.diffusion import LatentDiffusion
-from keyanon.keys import MasterKey
+from keyanon.channel.keys import MasterKey
+from keyanon.diffusion.model import LatentDiffusion
 from keyanon.types import Embeddings, Image, Mask
 
 ROOT = Path(__file__).resolve().parents[1]

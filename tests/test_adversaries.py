@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 
-from keyanon import adversaries
-from keyanon import images as channel
-from keyanon.adversaries import (
+from keyanon.attacks import leakage
+from keyanon.attacks.leakage import (
     NonceOff,
     OneStream,
     SeededSigns,
@@ -40,16 +39,18 @@ from keyanon.adversaries import (
     voted_signs,
     without_tag,
 )
-from keyanon.anonymizers import SignFlip
-from keyanon.datasets import embedded_faces
-from keyanon.diffusion import LatentDiffusion
-from keyanon.exact import Exact
-from keyanon.headers import Header, seal
-from keyanon.keys import NONCE_BYTES, experiment_key, signs
-from keyanon.refinement import Refinement, ToneCurve
-from keyanon.seams import Seam
-from keyanon.solvers import DDIM
-from keyanon.transforms import BandRotation, Permutation, SignFlipping
+from keyanon.channel.headers import Header, seal
+from keyanon.channel.keys import NONCE_BYTES, experiment_key
+from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.channel.streams import signs
+from keyanon.diffusion.model import LatentDiffusion
+from keyanon.diffusion.solvers import DDIM
+from keyanon.faces.datasets import bundled_faces
+from keyanon.methods.exact import Exact
+from keyanon.methods.refinement import Refinement, ToneCurve
+from keyanon.methods.seams import Seam
+from keyanon.methods.signflip import SignFlip
+from keyanon.methods.transforms import BandRotation, Permutation, SignFlipping
 from tests.conftest import CentreFace
 
 KEYS = [experiment_key(i) for i in range(8)]
@@ -261,7 +262,7 @@ def test_a_blanked_face_has_the_colour_of_the_rest():
 
 
 def test_argon2_costs_time():
-    assert len(adversaries.argon2_seconds(1, 64, 4, 3)) == 3
+    assert len(leakage.argon2_seconds(1, 64, 4, 3)) == 3
 
 
 # What anyone computes from a file
@@ -269,14 +270,14 @@ def test_argon2_costs_time():
 
 @pytest.fixture(scope="module")
 def pictures() -> torch.Tensor:
-    dataset = embedded_faces()
-    return channel.to_floats(channel.to_bytes(torch.stack([dataset.load(id) for id in dataset.ids[:2]])))
+    dataset = bundled_faces()
+    return to_floats(to_bytes(torch.stack([dataset.load(id) for id in dataset.ids[:2]])))
 
 
 @pytest.fixture(scope="module")
 def exact() -> Exact:
     return Exact(
-        LatentDiffusion("embedded:faces128"),
+        LatentDiffusion("bundled:faces128"),
         DDIM(10, "karras", 1e-5),
         CentreFace(),
         BandRotation(),
@@ -290,7 +291,7 @@ def test_the_key_is_all_that_the_exact_methods_files_keep_back(exact, pictures):
     """With it, what anyone computes is what the receiver does."""
     picture, key, wrong_key = pictures[:1], KEYS[:1], KEYS[1:2]
     published = exact.anonymize(picture, key, ["a"])
-    image, headers = channel.to_floats(published.images), published.headers
+    image, headers = to_floats(published.images), published.headers
     read = received(exact, image, headers)
     zT, mask = noise(exact, read, headers)
     original, _ = noise(exact, picture, headers)
@@ -307,9 +308,9 @@ def test_the_key_is_all_that_the_exact_methods_files_keep_back(exact, pictures):
 
 
 def test_the_papers_magnitudes_are_there_for_all_to_see(pictures):
-    method = SignFlip(LatentDiffusion("embedded:faces128"), DDIM(5), CentreFace())
+    method = SignFlip(LatentDiffusion("bundled:faces128"), DDIM(5), CentreFace())
     published = method.anonymize(pictures, KEYS[:2], ["a", "b"])
-    images = received(method, channel.to_floats(published.images), published.headers)
+    images = received(method, to_floats(published.images), published.headers)
     zT, mask = noise(method, images, published.headers)
     original, there = noise(method, pictures, published.headers)
     likeness = layout_likeness(original, there, zT, mask)
@@ -350,7 +351,7 @@ def test_changes_are_small_and_refused():
     key, other = experiment_key(0), experiment_key(1)
     picture = torch.full((1, 3, 8, 8), 128, dtype=torch.uint8)
     (header,) = seal([Header(bytes(24))], picture, [key], authenticate=True)
-    changed = channel.to_bytes(one_bit_off(channel.to_floats(picture), [header]))
+    changed = to_bytes(one_bit_off(to_floats(picture), [header]))
     assert (changed != picture).sum() == 1
     assert (changed.int() - picture.int()).abs().max() == 1
     near = neighbours(header)

@@ -5,14 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from keyanon import images as channel
-from keyanon.anonymizers import SignFlip
-from keyanon.attacks import FloatChannel, Jpeg, NearKey, NoKey, PartialKey, WrongKey, heedless
-from keyanon.diffusion import LatentDiffusion
-from keyanon.headers import BadHeader, Header
-from keyanon.keys import BadKey, Nobody, OneForAll, Recipe, experiment_key
-from keyanon.solvers import DDIM, Known
-from keyanon.transforms import NoiseFlipping, Permutation
+from keyanon.attacks.views import FloatChannel, Jpeg, NearKey, NoKey, PartialKey, WrongKey, heedless
+from keyanon.channel.headers import BadHeader, Header
+from keyanon.channel.keys import BadKey, Nobody, Recipe, experiment_key
+from keyanon.channel.nonces import OneForAll
+from keyanon.channel.pixels import from_pil, to_bytes, to_floats
+from keyanon.diffusion.model import LatentDiffusion
+from keyanon.diffusion.solvers import DDIM, Known
+from keyanon.methods.signflip import SignFlip
+from keyanon.methods.transforms import NoiseFlipping, Permutation
 from keyanon.types import Published, Reversible, RunsWithoutKey
 from tests.conftest import LDM_NOISE, CentreFace, smooth_picture
 
@@ -26,7 +27,7 @@ def method(tiny_ldm) -> SignFlip:
 
 @pytest.fixture(scope="module")
 def pictures() -> torch.Tensor:
-    return torch.stack([channel.from_pil(smooth_picture(seed)) for seed in range(3)])
+    return torch.stack([from_pil(smooth_picture(seed)) for seed in range(3)])
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_contract(method, pictures, published):
     assert published.images.dtype == torch.uint8
     assert len(set(published.headers)) == 3
     assert published.floats is not None
-    torch.testing.assert_close(channel.to_bytes(published.floats), published.images)
+    torch.testing.assert_close(to_bytes(published.floats), published.images)
 
 
 def test_a_picture_does_not_depend_on_its_batch(method, pictures, published):
@@ -81,7 +82,7 @@ def test_mask_travels_in_the_header_when_asked(method, pictures):
     mask = Header.unpack(published.headers[0]).mask
     assert mask is not None
     assert torch.equal(mask, CentreFace().mask(pictures[:1], (16, 16))[0])
-    floats = channel.to_floats(published.images)
+    floats = to_floats(published.images)
     assert sender.recover(floats, published.headers, [experiment_key()] * 3).shape == pictures.shape
     without = method.anonymize(pictures, [experiment_key()] * 3, IDS)
     with pytest.raises(BadHeader, match="no face mask"):
@@ -90,11 +91,11 @@ def test_mask_travels_in_the_header_when_asked(method, pictures):
 
 def test_stripped_header_is_refused(method, published):
     with pytest.raises(BadHeader, match="no keyanon header"):
-        method.recover(channel.to_floats(published.images), [b""] * 3, [experiment_key()] * 3)
+        method.recover(to_floats(published.images), [b""] * 3, [experiment_key()] * 3)
 
 
 def test_nothing_is_computed_for_a_wrong_key_or_a_changed_picture(method, published):
-    keys, floats = [experiment_key()] * 3, channel.to_floats(published.images)
+    keys, floats = [experiment_key()] * 3, to_floats(published.images)
     assert published.floats is not None
     changed = floats.clone()
     changed[1, 0, 5, 5] += 1
@@ -114,10 +115,10 @@ def test_tagless_pictures_come_back_to_who_does_not_ask_for_tags(method, picture
     keys, tagless = [experiment_key()] * 3, replace(method, authenticate=False)
     without = tagless.anonymize(pictures, keys, IDS)
     assert [len(header) for header in without.headers] == [28, 28, 28]
-    floats = channel.to_floats(without.images)
+    floats = to_floats(without.images)
     with pytest.raises(BadHeader, match="picture 1 of 3: the header carries no tag"):
         method.recover(floats, without.headers, keys)
-    recovered = method.recover(channel.to_floats(published.images), published.headers, keys)
+    recovered = method.recover(to_floats(published.images), published.headers, keys)
     torch.testing.assert_close(tagless.recover(floats, without.headers, keys), recovered)
     wrong = tagless.recover(floats, without.headers, [experiment_key(1)] * 3)
     assert not torch.equal(wrong, recovered)
@@ -128,7 +129,7 @@ def test_a_receiver_with_the_file_and_the_password_alone(method, pictures):
     published = method.anonymize(pictures[:1], [key], ["a"])
     recipe = Header.unpack(published.headers[0]).recipe
     assert recipe is not None
-    floats = channel.to_floats(published.images)
+    floats = to_floats(published.images)
     received = method.recover(floats, published.headers, [recipe.derive("open sesame")])
     torch.testing.assert_close(received, method.recover(floats, published.headers, [key]))
     with pytest.raises(BadHeader, match="not the picture's key"):
@@ -141,7 +142,7 @@ def test_pictures_share_a_key_stream_where_they_are_told_to(method, pictures):
 
 
 def test_attacks_are_what_they_say(method, published):
-    keys, floats = [experiment_key()] * 3, channel.to_floats(published.images)
+    keys, floats = [experiment_key()] * 3, to_floats(published.images)
     recovered, insisting = method.recover(floats, published.headers, keys), heedless(method)
     torch.testing.assert_close(PartialKey(0.0)(published, keys, method), recovered)
     assert published.floats is not None
@@ -161,7 +162,7 @@ def test_float_channel_needs_floats(method, published):
 
 def test_without_a_key_the_picture_is_inverted_and_denoised_as_it_is(method, published):
     """All signs +1: plain inversion and sampling, which is not the recovery; and no key is asked for anything."""
-    backbone, solver, floats = method.backbone, method.solver, channel.to_floats(published.images)
+    backbone, solver, floats = method.backbone, method.solver, to_floats(published.images)
     path = solver.invert(backbone.eps, backbone.schedule, backbone.encode(floats))
     mask = method.parser.mask(floats, backbone.latent_size(floats))
     plain = solver.sample(backbone.eps, backbone.schedule, path[-1], Known(mask, path))
@@ -177,7 +178,7 @@ def test_who_draws_from_nobody_s_key_is_told():
 
 
 def test_a_noise_flip_of_nothing_is_no_key(method, pictures, published):
-    keys, floats = [experiment_key()] * 3, channel.to_floats(published.images)
+    keys, floats = [experiment_key()] * 3, to_floats(published.images)
     flipping = heedless(replace(method, transform=NoiseFlipping(0.0)))
     torch.testing.assert_close(
         flipping.recover(floats, published.headers, keys), method.without_key(floats, published.headers)
@@ -185,9 +186,7 @@ def test_a_noise_flip_of_nothing_is_no_key(method, pictures, published):
     some = replace(method, transform=NoiseFlipping(0.3))
     sent = some.anonymize(pictures, keys, IDS)
     assert not torch.equal(sent.images, published.images)
-    assert not torch.equal(
-        WrongKey()(sent, keys, some), some.recover(channel.to_floats(sent.images), sent.headers, keys)
-    )
+    assert not torch.equal(WrongKey()(sent, keys, some), some.recover(to_floats(sent.images), sent.headers, keys))
 
 
 def test_only_a_transform_that_undoes_itself_will_do(method):

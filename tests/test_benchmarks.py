@@ -8,8 +8,8 @@ import torch
 
 from benchmarks import throughput
 from benchmarks.authors import AuthorsLoop
-from keyanon.diffusion import LatentDiffusion
-from keyanon.solvers import DDIM, Known
+from keyanon.diffusion.model import LatentDiffusion
+from keyanon.diffusion.solvers import DDIM, Known
 from tests.conftest import LDM_NOISE
 
 

@@ -9,7 +9,7 @@ from scipy.integrate import quad
 from scipy.stats import norm, wasserstein_distance
 from sklearn.metrics import roc_curve
 
-from keyanon.biometrics import (
+from keyanon.measures.biometrics import (
     Verification,
     cosine,
     d_sys,

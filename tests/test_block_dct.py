@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.fft import dctn
 
-from keyanon.block_dct import BlockDCT, block_dct_filters, ycc_rotation
+from keyanon.diffusion.block_dct import BlockDCT, block_dct_filters, ycc_rotation
 
 
 def test_filters_are_orthonormal():

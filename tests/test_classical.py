@@ -9,13 +9,14 @@ import pytest
 import torch
 from scipy import ndimage
 
-from keyanon import images as channel
-from keyanon.baselines.classical import Box, BoxBlur, EyeBand, GaussianBlur, Median, Obfuscation, Pixelate
-from keyanon.baselines.controls import Blackout, Identity, MeanFace, mean_of_the_embedded_faces
-from keyanon.datasets import embedded_faces
-from keyanon.keys import MasterKey
-from keyanon.parsing import EllipseParser
-from keyanon.recognition import FACES128_TEMPLATE, Detection, DlibDetector
+from keyanon.channel.keys import MasterKey
+from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.faces.alignment import FACES128_TEMPLATE
+from keyanon.faces.datasets import bundled_faces
+from keyanon.faces.detection import Detection, DlibDetector
+from keyanon.faces.parsing import EllipseParser
+from keyanon.methods.baselines.classical import Box, BoxBlur, EyeBand, GaussianBlur, Median, Obfuscation, Pixelate
+from keyanon.methods.baselines.controls import Blackout, Identity, MeanFace, mean_of_the_bundled_faces
 from keyanon.types import Anonymizer, FaceParser, Image, Mask, Reversible
 from keyanon.weights import missing, named
 from tests.conftest import CentreFace
@@ -44,7 +45,7 @@ ALL = [*FILTERS, Blackout(), MeanFace(FOUND)]
 
 def noise(*size: int, seed: int = 0) -> Image:
     levels = torch.randint(0, 256, size, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    return channel.to_floats(levels)
+    return to_floats(levels)
 
 
 def obfuscated(filter, images: Image, parser: FaceParser | None = None) -> torch.Tensor:
@@ -62,8 +63,8 @@ def everywhere(images: Image) -> Mask:
 @pytest.mark.parametrize("filter", FILTERS, ids=repr)
 @pytest.mark.parametrize("size", [(64, 64), (48, 65), (17, 16)], ids=str)
 def test_a_plain_picture_stays_plain(filter, size):
-    plain = channel.to_floats(torch.tensor([3, 128, 250], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, *size))
-    assert torch.equal(obfuscated(filter, plain), channel.to_bytes(plain))
+    plain = to_floats(torch.tensor([3, 128, 250], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, *size))
+    assert torch.equal(obfuscated(filter, plain), to_bytes(plain))
 
 
 @pytest.mark.parametrize("filter", ALL, ids=lambda filter: type(filter).__name__)
@@ -74,9 +75,9 @@ def test_only_the_face_changes(filter):
     published = obfuscated(filter, images)
     face = CentreFace().mask(images, (64, 64))
     assert torch.equal(images, before)
-    assert torch.equal(published.where(~face, 0), channel.to_bytes(images).where(~face, 0))
-    assert torch.equal(published[1], channel.to_bytes(images)[1])
-    changed = (published != channel.to_bytes(images)).any(1, keepdim=True)[[0, 2]]
+    assert torch.equal(published.where(~face, 0), to_bytes(images).where(~face, 0))
+    assert torch.equal(published[1], to_bytes(images)[1])
+    changed = (published != to_bytes(images)).any(1, keepdim=True)[[0, 2]]
     assert changed[face[[0, 2]]].float().mean() > 0.9
 
 
@@ -102,9 +103,9 @@ def test_gaussian_blur_is_scipys_and_scales(side, radius, sigma):
 @pytest.mark.parametrize(("side", "size"), [(128, 13), (64, 7)])
 def test_median_is_scipys_inside(side, size):
     images = noise(1, 3, side, side)
-    expected = ndimage.median_filter(channel.to_bytes(images)[0].numpy(), size, axes=(1, 2))
+    expected = ndimage.median_filter(to_bytes(images)[0].numpy(), size, axes=(1, 2))
     inside = slice(size // 2, -(size // 2))
-    filtered = channel.to_bytes(Median()(images, everywhere(images)))[0].numpy()
+    filtered = to_bytes(Median()(images, everywhere(images)))[0].numpy()
     np.testing.assert_array_equal(filtered[:, inside, inside], expected[:, inside, inside])
 
 
@@ -179,7 +180,7 @@ def test_the_bar_covers_the_eyes_of_faces():
     reason = missing(named("dlib_landmarks68"))
     if reason or importlib.util.find_spec("dlib") is None:
         pytest.skip(reason or "dlib is not installed")
-    faces = embedded_faces()
+    faces = bundled_faces()
     images = torch.stack([faces.load(id) for id in faces.ids[:4]])
     masks, found = EyeBand().mask(images, (128, 128)), DlibDetector().landmarks68(images)
     covered = [
@@ -196,14 +197,14 @@ def test_the_mean_face_owes_the_picture_only_its_place():
     mean = MeanFace(FOUND)
     a, b = (mean(noise(1, 3, 64, 64, seed=seed), everywhere(noise(1, 3, 64, 64))) for seed in (0, 1))
     assert torch.equal(a, b)
-    faces = embedded_faces()
+    faces = bundled_faces()
     expected = torch.stack([faces.load(id) for id in faces.ids]).double().mean(0)
-    torch.testing.assert_close(mean_of_the_embedded_faces(), expected.float(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(mean_of_the_bundled_faces(), expected.float(), atol=1e-5, rtol=0)
     # a face that lies as on the mean itself gives the mean back
     same = Finds(Detection(np.zeros(4), FACES128_TEMPLATE * 128 - 0.5, 1.0))
     for detector in (same, Finds(None)):
         placed = MeanFace(detector)(noise(1, 3, 128, 128), torch.ones(1, 1, 128, 128, dtype=torch.bool))
-        torch.testing.assert_close(placed[0], mean_of_the_embedded_faces(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(placed[0], mean_of_the_bundled_faces(), atol=1e-4, rtol=0)
 
 
 def test_the_mean_face_follows_the_face():
@@ -212,13 +213,13 @@ def test_the_mean_face_follows_the_face():
     points = FACES128_TEMPLATE * 128 - 0.5
     moved = MeanFace(Finds(Detection(np.zeros(4), points + shift, 1.0)))
     torch.testing.assert_close(
-        moved(images, everywhere(images))[0, :, 5:, 10:], mean_of_the_embedded_faces()[:, :-5, :-10], atol=1e-4, rtol=0
+        moved(images, everywhere(images))[0, :, 5:, 10:], mean_of_the_bundled_faces()[:, :-5, :-10], atol=1e-4, rtol=0
     )
 
 
 def test_controls():
     images = noise(2, 3, 64, 64)
-    assert torch.equal(Identity().anonymize(images, [KEY] * 2, ["a", "b"]).images, channel.to_bytes(images))
+    assert torch.equal(Identity().anonymize(images, [KEY] * 2, ["a", "b"]).images, to_bytes(images))
     face = EllipseParser().mask(images, (64, 64)).expand(-1, 3, -1, -1)
     assert (obfuscated(Blackout(), images, EllipseParser())[face] == 0).all()
 

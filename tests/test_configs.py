@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from keyanon.keys import write_new_key
+from keyanon.channel.keys import write_new_key
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
@@ -26,7 +26,7 @@ def composed(*overrides: str, config: str = "config"):
 def test_leaf_composes_and_instantiates(leaf: str, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("KEYANON_PASSWORD", "what key=password reads")
     group, _, name = leaf.rpartition("/")
-    overrides = [f"{group}={[name] if group in MERGED else name}"]
+    overrides = [f"{'+' if group == 'ablation' else ''}{group}={[name] if group in MERGED else name}"]
     if leaf == "key/file":
         write_new_key(tmp_path / "key")
         overrides.append(f"key.path={tmp_path / 'key'}")
@@ -34,7 +34,7 @@ def test_leaf_composes_and_instantiates(leaf: str, tmp_path: Path, monkeypatch):
         overrides.append(f"dataset.root={tmp_path}")
     cfg = composed(*overrides, config="security" if group in OF_SECURITY else "config")
     OmegaConf.resolve(cfg)
-    node = cfg.anonymizer if group == "rung" else cfg.get(group, cfg)
+    node = cfg.anonymizer if group == "ablation" else cfg.get(group, cfg)
     if group in MERGED:
         assert list(node) == [name], f"{leaf}.yaml must hold exactly one entry, named {name}"
     if group != "experiment":

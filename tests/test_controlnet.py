@@ -9,14 +9,14 @@ import torch
 from diffusers import UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from experiments.preflight import missing_parts
-from keyanon import images as channel
-from keyanon.anonymizers import SignFlip
-from keyanon.attacks import NoKey, WrongKey
-from keyanon.controlnet import AUTHORS, FILE, ControlNetwork, MaskControl, convert
-from keyanon.diffusion import BadModel, LatentDiffusion
-from keyanon.keys import experiment_key
-from keyanon.solvers import DDIM
+from experiments.harness.preflight import missing_parts
+from keyanon.attacks.views import NoKey, WrongKey
+from keyanon.channel.keys import experiment_key
+from keyanon.channel.pixels import from_pil, to_floats
+from keyanon.diffusion.controlnet import AUTHORS, FILE, ControlNetwork, MaskControl, convert
+from keyanon.diffusion.model import BadModel, LatentDiffusion
+from keyanon.diffusion.solvers import DDIM
+from keyanon.methods.signflip import SignFlip
 from keyanon.types import Reversible
 from keyanon.weights import MissingWeights, WrongWeights
 from tests.conftest import LDM_NOISE, CentreFace, smooth_picture
@@ -62,7 +62,7 @@ def controlled(model) -> LatentDiffusion:
 
 @pytest.fixture
 def pictures() -> torch.Tensor:
-    return torch.stack([channel.from_pil(smooth_picture(seed)) for seed in range(2)])
+    return torch.stack([from_pil(smooth_picture(seed)) for seed in range(2)])
 
 
 def faces(pictures: torch.Tensor) -> torch.Tensor:
@@ -129,7 +129,7 @@ def test_the_contract_of_the_method(controlled, pictures):
     before = controlled.evaluations.total()
     published = method.anonymize(pictures, KEYS, IDS)
     assert controlled.evaluations.total() - before == 2 * 2 * 3
-    recovered = method.recover(channel.to_floats(published.images), published.headers, KEYS)
+    recovered = method.recover(to_floats(published.images), published.headers, KEYS)
     assert recovered.shape == pictures.shape
     assert torch.equal(method.anonymize(pictures[1:], KEYS[1:], IDS[1:]).images, published.images[1:])
     for attack in (WrongKey(), NoKey()):

@@ -10,8 +10,10 @@ import PIL.Image
 import pytest
 import torch
 
-from keyanon import datasets
-from keyanon.datasets import (
+from keyanon.channel.pixels import from_pil
+from keyanon.faces import datasets
+from keyanon.faces.alignment import FACES128_TEMPLATE
+from keyanon.faces.datasets import (
     FFHQ,
     LFW,
     LISTS,
@@ -25,8 +27,7 @@ from keyanon.datasets import (
     read_list,
     read_pairs,
 )
-from keyanon.images import from_pil
-from keyanon.recognition import FACES128_TEMPLATE, MtcnnDetector
+from keyanon.faces.detection import MtcnnDetector
 from keyanon.types import BadPicture, Dataset
 from keyanon.weights import Package
 

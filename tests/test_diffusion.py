@@ -4,8 +4,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
-from keyanon.block_dct import BlockDCT
-from keyanon.diffusion import BadModel, LatentDiffusion, arithmetic, in_chunks
+from keyanon.batching import in_chunks
+from keyanon.diffusion.block_dct import BlockDCT
+from keyanon.diffusion.model import BadModel, LatentDiffusion, arithmetic
 from keyanon.weights import MissingWeights
 from tests.conftest import LDM_NOISE, save_tiny_stable_diffusion
 

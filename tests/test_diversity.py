@@ -6,10 +6,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from experiments.diversity import between_keys, embedded, run, statistics_of, strangers
-from keyanon.exact import Exact
-from keyanon.keys import experiment_key
-from keyanon.solvers import DDIM
+from experiments.diversity import between_keys, embeddings_of, run, statistics_of, strangers
+from keyanon.channel.keys import experiment_key
+from keyanon.diffusion.solvers import DDIM
+from keyanon.methods.exact import Exact
 from keyanon.types import BadPicture, Published
 from tests.conftest import ROOT
 
@@ -61,7 +61,7 @@ def test_every_key_gets_its_embedding_and_bad_pictures_are_told():
 
     recognizer = SimpleNamespace(embed=lambda images: images.mean((2, 3)))
     dataset, method = SimpleNamespace(load=load), SimpleNamespace(anonymize=anonymize)
-    vectors, ids, skipped = embedded(dataset, ["a", "x", "b"], {"m": method}, {"r": recognizer}, 3, 2)
+    vectors, ids, skipped = embeddings_of(dataset, ["a", "x", "b"], {"m": method}, {"r": recognizer}, 3, 2)
     assert ids == ["a", "b"]
     assert list(skipped) == ["x"]
     assert vectors["clean", "r"][0, :, 0].tolist() == pytest.approx([0, 0.2])

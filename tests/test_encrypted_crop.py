@@ -12,15 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from keyanon import images as channel
-from keyanon.attacks import NoKey
-from keyanon.baselines.classical import GaussianBlur, Obfuscation, Pixelate
-from keyanon.baselines.controls import Blackout, Identity
-from keyanon.baselines.encrypted_crop import EncryptedCrop, packed, with_crop
-from keyanon.baselines.scrambling import Scrambling
-from keyanon.headers import MAX_PARTS, BadHeader, Header, seal
-from keyanon.keys import MasterKey, Nobody, OneForAll
-from keyanon.scorers import psnr_face
+from keyanon.attacks.views import NoKey
+from keyanon.channel.headers import MAX_PARTS, BadHeader, Header, seal
+from keyanon.channel.keys import MasterKey, Nobody
+from keyanon.channel.nonces import OneForAll
+from keyanon.channel.pixels import from_pil, jpeg, read_png, to_bytes, to_floats, write_png
+from keyanon.measures.scorers import psnr_face
+from keyanon.methods.baselines.classical import GaussianBlur, Obfuscation, Pixelate
+from keyanon.methods.baselines.controls import Blackout, Identity
+from keyanon.methods.baselines.encrypted_crop import EncryptedCrop, packed, with_crop
+from keyanon.methods.baselines.scrambling import Scrambling
 from keyanon.types import Image, Key, Published, Reversible
 from tests.conftest import ROOT, CentreFace, smooth_picture
 
@@ -30,11 +31,11 @@ METHOD = EncryptedCrop(BLURRED)
 
 
 def faces(n: int = 1, size: int = 64) -> Image:
-    return torch.stack([channel.from_pil(smooth_picture(seed, size)) for seed in range(n)])
+    return torch.stack([from_pil(smooth_picture(seed, size)) for seed in range(n)])
 
 
 def noise(*size: int) -> Image:
-    return channel.to_floats(torch.randint(0, 256, size, generator=torch.Generator().manual_seed(0), dtype=torch.uint8))
+    return to_floats(torch.randint(0, 256, size, generator=torch.Generator().manual_seed(0), dtype=torch.uint8))
 
 
 def published(method: EncryptedCrop, images: Image) -> Published:
@@ -42,7 +43,7 @@ def published(method: EncryptedCrop, images: Image) -> Published:
 
 
 def recovered(method: EncryptedCrop, sent: Published, key: Key = KEY) -> torch.Tensor:
-    return channel.to_bytes(method.recover(channel.to_floats(sent.images), sent.headers, [key] * len(sent.images)))
+    return to_bytes(method.recover(to_floats(sent.images), sent.headers, [key] * len(sent.images)))
 
 
 def sent_bytes(sent: Published) -> list[bytes]:
@@ -53,18 +54,18 @@ def sent_bytes(sent: Published) -> list[bytes]:
 def test_every_bit_comes_back_from_the_file(images, tmp_path: Path):
     sent = published(METHOD, images)
     assert torch.equal(sent.images, BLURRED.anonymize(images, [KEY] * 2, ["id0", "id1"]).images)
-    assert not torch.equal(sent.images, channel.to_bytes(images))
+    assert not torch.equal(sent.images, to_bytes(images))
     for i in range(2):
-        channel.write_png(tmp_path / f"{i}.png", sent.images[i], sent.headers[i])
-    pixels, headers = zip(*(channel.read_png(tmp_path / f"{i}.png") for i in range(2)), strict=True)
-    assert torch.equal(recovered(METHOD, Published(torch.stack(pixels), headers)), channel.to_bytes(images))
+        write_png(tmp_path / f"{i}.png", sent.images[i], sent.headers[i])
+    pixels, headers = zip(*(read_png(tmp_path / f"{i}.png") for i in range(2)), strict=True)
+    assert torch.equal(recovered(METHOD, Published(torch.stack(pixels), headers)), to_bytes(images))
 
 
 @settings(deadline=None)
 @given(st.tuples(st.integers(1, 12), st.integers(1, 12)).flatmap(lambda size: arrays(bool, size)))
 def test_crops_of_every_shape(mask):
     cells = torch.from_numpy(mask)
-    original = channel.to_bytes(noise(3, *mask.shape))
+    original = to_bytes(noise(3, *mask.shape))
     shown = torch.where(cells, original ^ 1, original)
     crop = packed(original, shown, None)
     assert torch.equal(with_crop(shown, crop), original)
@@ -78,7 +79,7 @@ class Dyed:
     """Another visible method: one colour channel of the whole picture."""
 
     def anonymize(self, images: Image, keys, ids) -> Published:
-        out = channel.to_bytes(images)
+        out = to_bytes(images)
         out[:, 1] = 0
         return Published(out, (b"",) * len(ids))
 
@@ -89,7 +90,7 @@ class Dyed:
 def test_any_method_can_be_the_visible_one(visible):
     images = faces(2)
     method = EncryptedCrop(visible)
-    assert torch.equal(recovered(method, published(method, images)), channel.to_bytes(images))
+    assert torch.equal(recovered(method, published(method, images)), to_bytes(images))
 
 
 def test_a_lossy_crop_is_smaller_and_close():
@@ -98,8 +99,8 @@ def test_a_lossy_crop_is_smaller_and_close():
     sent = published(lossy, images)
     back = recovered(lossy, sent)
     face = CentreFace().mask(images, (128, 128))
-    assert torch.equal(back.where(~face, 0), channel.to_bytes(images).where(~face, 0))
-    assert psnr_face(channel.to_floats(back), images, face) > 35
+    assert torch.equal(back.where(~face, 0), to_bytes(images).where(~face, 0))
+    assert psnr_face(to_floats(back), images, face) > 35
     sizes = [
         len(header[0]) for header in (published(EncryptedCrop(BLURRED, q), images).headers for q in (None, 90, 50))
     ]
@@ -116,12 +117,12 @@ def test_a_wrong_key_is_refused_or_leaves_the_picture_as_it_is():
     heedless = replace(METHOD, authenticate=False)
     for tagged in (sent, published(heedless, images)):
         assert torch.equal(recovered(heedless, tagged, OTHER), sent.images)
-        assert torch.equal(recovered(heedless, tagged), channel.to_bytes(images))
+        assert torch.equal(recovered(heedless, tagged), to_bytes(images))
 
 
 def test_without_a_key_the_visible_picture_is_all_there_is():
     sent = published(METHOD, faces(2))
-    assert torch.equal(channel.to_bytes(NoKey()(sent, [Nobody()] * 2, METHOD)), sent.images)
+    assert torch.equal(to_bytes(NoKey()(sent, [Nobody()] * 2, METHOD)), sent.images)
 
 
 @pytest.mark.parametrize("place", [5, 30, 45, 200, -1])
@@ -144,19 +145,19 @@ def test_a_changed_header_is_refused(place):
 def test_a_changed_picture_is_refused_and_its_face_comes_back_heedlessly():
     images = faces()
     sent = published(METHOD, images)
-    jpeg = replace(sent, images=channel.jpeg(sent.images[0], 50)[None])
+    damaged = replace(sent, images=jpeg(sent.images[0], 50)[None])
     with pytest.raises(BadHeader, match="changed after publishing"):
-        recovered(METHOD, jpeg)
-    back = recovered(replace(METHOD, authenticate=False), jpeg)
-    changed = (sent.images != channel.to_bytes(images)).any(1, keepdim=True)
-    assert torch.equal(back.where(changed, 0), channel.to_bytes(images).where(changed, 0))
+        recovered(METHOD, damaged)
+    back = recovered(replace(METHOD, authenticate=False), damaged)
+    changed = (sent.images != to_bytes(images)).any(1, keepdim=True)
+    assert torch.equal(back.where(changed, 0), to_bytes(images).where(changed, 0))
     smaller = replace(sent, images=sent.images[..., :32, :32])
     with pytest.raises(BadHeader, match="reaches beyond the picture"):
         recovered(replace(METHOD, authenticate=False), smaller)
 
 
 def test_files_of_other_methods_are_refused():
-    pixels = channel.to_bytes(faces())
+    pixels = to_bytes(faces())
     for header in (Header(bytes(24)), Header(bytes(24), sent=bytes(99))):
         with pytest.raises(BadHeader, match="no encrypted face"):
             METHOD.recover(faces(), seal([header], pixels, [KEY], authenticate=True), [KEY])
@@ -164,7 +165,7 @@ def test_files_of_other_methods_are_refused():
 
 def test_the_header_shows_nothing_but_a_size():
     images = faces(1, 128).expand(2, -1, -1, -1)
-    original = channel.to_bytes(images[0])
+    original = to_bytes(images[0])
     sent = published(METHOD, images)
     plain = packed(original, sent.images[0], None)
     first, second = sent_bytes(sent)
@@ -186,17 +187,17 @@ def test_a_shared_nonce_shares_no_key_stream():
     sent = published(method, images)
     first, second = sent_bytes(sent)
     assert first[:12] != second[:12]
-    plain = [packed(a, b, None) for a, b in zip(channel.to_bytes(images), sent.images, strict=True)]
+    plain = [packed(a, b, None) for a, b in zip(to_bytes(images), sent.images, strict=True)]
     n = min(map(len, plain))
     ciphers = bytes(a ^ b for a, b in zip(first[12 : 12 + n], second[12 : 12 + n], strict=True))
     assert ciphers != bytes(a ^ b for a, b in zip(plain[0][:n], plain[1][:n], strict=True))
-    assert torch.equal(recovered(method, sent), channel.to_bytes(images))
+    assert torch.equal(recovered(method, sent), to_bytes(images))
 
 
 def test_a_picture_without_a_face_stays_as_it_is():
     images = torch.full((1, 3, 64, 64), -1.0)
     sent = published(METHOD, images)
-    assert torch.equal(sent.images, channel.to_bytes(images))
+    assert torch.equal(sent.images, to_bytes(images))
     assert len(sent_bytes(sent)[0]) == 28
     assert torch.equal(recovered(METHOD, sent), sent.images)
 
@@ -220,7 +221,7 @@ def test_what_it_is():
     assert isinstance(METHOD, Reversible)
     assert METHOD.about.kind == "keyed"
     sent = published(METHOD, faces())
-    assert torch.equal(channel.to_bytes(sent.floats), sent.images)
+    assert torch.equal(to_bytes(sent.floats), sent.images)
 
 
 def test_the_visible_method_is_chosen_by_name():
@@ -228,4 +229,4 @@ def test_the_visible_method_is_chosen_by_name():
         overrides = ["anonymizer=encrypted_crop", "anonymizer@anonymizer.visible=blackout", "parser=ellipse"]
         method = instantiate(compose("config", overrides=overrides).anonymizer, _convert_="all")
     assert method.visible.filter == Blackout()
-    assert torch.equal(recovered(method, published(method, faces())), channel.to_bytes(faces()))
+    assert torch.equal(recovered(method, published(method, faces())), to_bytes(faces()))

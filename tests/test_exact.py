@@ -1,4 +1,4 @@
-"""The exact loop on the embedded model: what is recovered from a real PNG file, and what both sides have to agree on."""
+"""The exact loop on the bundled model: what is recovered from a real PNG file, and what both sides have to agree on."""
 
 import logging
 from dataclasses import replace
@@ -6,18 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from keyanon import images as channel
-from keyanon.attacks import FloatChannel, NoKey, WrongKey, heedless
-from keyanon.datasets import embedded_faces
-from keyanon.diffusion import LatentDiffusion
-from keyanon.exact import Exact, filled, pixels, public_noise
-from keyanon.headers import BadHeader, Header
-from keyanon.keys import Nobody, experiment_key, nonce_for
-from keyanon.refinement import Refinement, ToneCurve
-from keyanon.scorers import psnr_face
-from keyanon.seams import Seam
-from keyanon.solvers import DDIM
-from keyanon.transforms import BandRotation
+from keyanon.attacks.views import FloatChannel, NoKey, WrongKey, heedless
+from keyanon.channel.headers import BadHeader, Header
+from keyanon.channel.keys import Nobody, experiment_key
+from keyanon.channel.nonces import nonce_for
+from keyanon.channel.pixels import read_png, to_bytes, to_floats, write_png
+from keyanon.diffusion.model import LatentDiffusion
+from keyanon.diffusion.solvers import DDIM
+from keyanon.faces.datasets import bundled_faces
+from keyanon.measures.scorers import psnr_face
+from keyanon.methods.exact import Exact, filled, pixels, public_noise
+from keyanon.methods.refinement import Refinement, ToneCurve
+from keyanon.methods.seams import Seam
+from keyanon.methods.transforms import BandRotation
 from keyanon.types import Published, Reconstructs, Reversible
 from tests.conftest import CentreFace
 
@@ -27,7 +28,7 @@ KEYS = [experiment_key()] * 2
 @pytest.fixture(scope="module")
 def method() -> Exact:
     return Exact(
-        LatentDiffusion("embedded:faces128"),
+        LatentDiffusion("bundled:faces128"),
         DDIM(10, "karras", 5e-7),
         CentreFace(),
         BandRotation(),
@@ -39,7 +40,7 @@ def method() -> Exact:
 
 @pytest.fixture(scope="module")
 def pictures() -> torch.Tensor:
-    dataset = embedded_faces()
+    dataset = bundled_faces()
     return torch.stack([dataset.load(id) for id in dataset.ids[:2]])
 
 
@@ -57,10 +58,8 @@ def test_contract(method, pictures, published, face):
     assert isinstance(method, Reversible)
     assert isinstance(method, Reconstructs)
     assert published.images.dtype == torch.uint8
-    assert torch.equal(
-        published.images[~face.expand_as(pictures)], channel.to_bytes(pictures)[~face.expand_as(pictures)]
-    )
-    assert (psnr_face(channel.to_floats(published.images), pictures, face) < 25).all()
+    assert torch.equal(published.images[~face.expand_as(pictures)], to_bytes(pictures)[~face.expand_as(pictures)])
+    assert (psnr_face(to_floats(published.images), pictures, face) < 25).all()
 
 
 def test_latents_come_back_exactly(method, pictures):
@@ -76,9 +75,9 @@ def test_latents_come_back_exactly(method, pictures):
 
 def test_the_face_comes_back_from_the_file(method, pictures, published, face, tmp_path):
     for i, (image, header) in enumerate(zip(published.images, published.headers, strict=True)):
-        channel.write_png(tmp_path / f"{i}.png", image, header)
-    read = [channel.read_png(tmp_path / f"{i}.png") for i in range(2)]
-    received = channel.to_floats(torch.stack([image for image, _ in read]))
+        write_png(tmp_path / f"{i}.png", image, header)
+    read = [read_png(tmp_path / f"{i}.png") for i in range(2)]
+    received = to_floats(torch.stack([image for image, _ in read]))
     recovered = method.recover(received, [header for _, header in read], KEYS)
     assert (psnr_face(recovered, method.reconstruct(pictures), face) > 40).all()
 
@@ -89,7 +88,7 @@ def test_a_residual_brings_back_what_rounding_loses(method, pictures, face):
     quality = []
     for sender in (rounded, with_residual):
         published = sender.anonymize(pictures, KEYS, ["a", "b"])
-        recovered = sender.recover(channel.to_floats(published.images), published.headers, KEYS)
+        recovered = sender.recover(to_floats(published.images), published.headers, KEYS)
         quality.append(psnr_face(recovered, sender.reconstruct(pictures), face))
     assert (quality[1] > quality[0] + 6).all()
 
@@ -105,7 +104,7 @@ def test_a_wrong_key_does_not_give_the_face(method, pictures, published, face):
 
 def test_without_a_key_the_published_face_is_all_there_is(method, published, face):
     """The loop closes: inverted and denoised as it is, z'_T gives z'_0 again."""
-    floats = channel.to_floats(published.images)
+    floats = to_floats(published.images)
     seen = NoKey()(published, [Nobody()] * 2, method)
     as_received = method.received(floats, [Header.unpack(header) for header in published.headers])
     assert (psnr_face(seen, as_received.clamp(-1, 1), face) > 40).all()
@@ -120,10 +119,10 @@ def test_a_picture_does_not_depend_on_its_batch(method, pictures, published):
 def test_what_is_verified_is_what_the_receiver_gets(method, pictures, face):
     sender = replace(method, floor=0.0, solver=DDIM(2, "karras"))
     published = sender.anonymize(pictures, KEYS, ["a", "b"])
-    recovered = sender.recover(channel.to_floats(published.images), published.headers, KEYS)
+    recovered = sender.recover(to_floats(published.images), published.headers, KEYS)
     achieved = psnr_face(
-        channel.to_floats(channel.to_bytes(recovered)),
-        channel.to_floats(channel.to_bytes(sender.reconstruct(pictures))),
+        to_floats(to_bytes(recovered)),
+        to_floats(to_bytes(sender.reconstruct(pictures))),
         face,
     )
     torch.testing.assert_close(published.measured["verified_psnr"].float(), achieved)
@@ -147,7 +146,7 @@ def test_both_sides_know_the_same_background(method, pictures, published, backgr
     one = replace(method, background=background)
     header = [Header.unpack(header) for header in published.headers]
     mask, nonces = torch.stack([h.mask for h in header]), [h.nonce for h in header]
-    sender, receiver = one.known(pictures, mask, nonces), one.known(channel.to_floats(published.images), mask, nonces)
+    sender, receiver = one.known(pictures, mask, nonces), one.known(to_floats(published.images), mask, nonces)
     for mine, theirs in zip(sender.path, receiver.path, strict=True):
         assert torch.equal(mine, theirs)
 
@@ -170,7 +169,7 @@ def test_public_noise_is_normal_and_a_function_of_the_nonce():
 
 
 def test_headers_without_a_mask_and_cropped_pictures_are_refused(method, published):
-    images = channel.to_floats(published.images)
+    images = to_floats(published.images)
     with pytest.raises(BadHeader, match="no face mask"):
         heedless(method).recover(images, [Header(bytes(24)).pack()] * 2, KEYS)
     with pytest.raises(BadHeader, match="resized or cropped"):

@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.preflight import missing_parts
+from experiments.harness.preflight import missing_parts
 from experiments.tables import read_paper
-from keyanon import images as channel
-from keyanon.attacks import Jpeg, NearKey, NoKey, WrongKey
-from keyanon.baselines.external import (
+from keyanon.attacks.views import Jpeg, NearKey, NoKey, WrongKey
+from keyanon.channel.headers import BadHeader, Header
+from keyanon.channel.keys import MasterKey, Nobody
+from keyanon.channel.nonces import OneForAll
+from keyanon.channel.pixels import from_pil, to_bytes, to_floats, write_png
+from keyanon.methods.baselines.external import (
     BadMethod,
     External,
     Ready,
@@ -26,8 +29,6 @@ from keyanon.baselines.external import (
     whole_number,
     without,
 )
-from keyanon.headers import BadHeader, Header
-from keyanon.keys import MasterKey, Nobody, OneForAll
 from keyanon.runner import RunFiles, generate
 from keyanon.types import About, Anonymizer, Image, Published, Reversible
 from tests.conftest import ROOT, CentreFace, smooth_picture
@@ -40,7 +41,7 @@ OBTAIN = "Get it from example.org; weights: example.org/w."
 
 def noise(*size: int, seed: int = 0) -> Image:
     levels = torch.randint(0, 256, size, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    return channel.to_floats(levels)
+    return to_floats(levels)
 
 
 IMAGES = noise(3, 3, 8, 8)
@@ -87,7 +88,7 @@ def sent(method: Anonymizer, images: Image = IMAGES, key: MasterKey = KEY, ids=I
 
 def back(method: Reversible, published: Published, key: MasterKey = KEY) -> torch.Tensor:
     keys = [key] * len(published.images)
-    return channel.to_bytes(method.recover(channel.to_floats(published.images), published.headers, keys))
+    return to_bytes(method.recover(to_floats(published.images), published.headers, keys))
 
 
 # The program's work
@@ -95,7 +96,7 @@ def back(method: Reversible, published: Published, key: MasterKey = KEY) -> torc
 
 def test_the_key_brings_every_bit_back_and_nothing_is_left(method, tmp_path):
     published = sent(method)
-    original = channel.to_bytes(IMAGES)
+    original = to_bytes(IMAGES)
     assert (published.images != original).float().mean() > 0.9
     assert torch.equal(back(method, published), original)
     assert list((tmp_path / "tmp").iterdir()) == []
@@ -104,15 +105,15 @@ def test_the_key_brings_every_bit_back_and_nothing_is_left(method, tmp_path):
 
 def test_another_key_or_the_nearest_gives_something_else(method):
     published = sent(method)
-    original = channel.to_bytes(IMAGES)
+    original = to_bytes(IMAGES)
     for attack in (WrongKey(), NearKey()):
-        assert (channel.to_bytes(attack(published, [KEY] * 3, method)) != original).float().mean() > 0.9
+        assert (to_bytes(attack(published, [KEY] * 3, method)) != original).float().mean() > 0.9
     with pytest.raises(BadHeader, match="not the picture's key"):
         back(method, published, MasterKey(bytes(32)))
 
 
 def test_a_damaged_file_still_goes_through_the_program(method):
-    smooth = torch.stack([channel.from_pil(smooth_picture(seed, 8)) for seed in range(3)])
+    smooth = torch.stack([from_pil(smooth_picture(seed, 8)) for seed in range(3)])
     published = sent(method, smooth)
     assert Jpeg(50)(published, [KEY] * 3, method).shape == smooth.shape
 
@@ -123,7 +124,7 @@ def test_order_batch_and_repetition_do_not_matter(method):
     repeated = sent(method, IMAGES[[1, 0, 0]], ids=[IDS[1], IDS[0], IDS[0]])
     assert torch.equal(repeated.images, together.images[[1, 0, 0]])
     assert len(seen(method)["pictures"]) == 2
-    assert torch.equal(back(method, repeated), channel.to_bytes(IMAGES[[1, 0, 0]]))
+    assert torch.equal(back(method, repeated), to_bytes(IMAGES[[1, 0, 0]]))
 
 
 def test_names_are_whole_numbers_of_their_own(method):
@@ -155,25 +156,25 @@ def test_a_method_without_key_is_given_none_and_publishes_no_header(method):
     keyless = replace(method, secret=None, command=copying, recovery=copying)
     published = sent(keyless)
     assert published.headers == (b"",) * 3
-    assert torch.equal(published.images, channel.to_bytes(IMAGES))
-    assert torch.equal(back(keyless, published), channel.to_bytes(IMAGES))
-    assert torch.equal(back(keyless, published, MasterKey(bytes(32))), channel.to_bytes(IMAGES))
+    assert torch.equal(published.images, to_bytes(IMAGES))
+    assert torch.equal(back(keyless, published), to_bytes(IMAGES))
+    assert torch.equal(back(keyless, published, MasterKey(bytes(32))), to_bytes(IMAGES))
 
 
 def test_without_a_key_a_method_that_has_none_recovers_and_others_show_what_is_published(method):
     inverting = [sys.executable, "-c", INVERT, "{images}", "{output}"]
     keyless = replace(method, secret=None, command=inverting, recovery=inverting)
     published, nobody = sent(keyless), [Nobody()] * 3
-    assert torch.equal(published.images, 255 - channel.to_bytes(IMAGES))
-    assert torch.equal(channel.to_bytes(NoKey()(published, nobody, keyless)), channel.to_bytes(IMAGES))
+    assert torch.equal(published.images, 255 - to_bytes(IMAGES))
+    assert torch.equal(to_bytes(NoKey()(published, nobody, keyless)), to_bytes(IMAGES))
     published = sent(method)
     starts = seen(method)["starts"]
-    assert torch.equal(channel.to_bytes(NoKey()(published, nobody, method)), published.images)
+    assert torch.equal(to_bytes(NoKey()(published, nobody, method)), published.images)
     assert seen(method)["starts"] == starts
 
 
 def test_pictures_are_resized_to_what_the_program_reads(method):
-    images = torch.stack([channel.from_pil(smooth_picture(seed, 16)) for seed in range(3)])
+    images = torch.stack([from_pil(smooth_picture(seed, 16)) for seed in range(3)])
     published = sent(replace(method, size=32), images)
     assert seen(method)["sizes"] == [[32, 32]]
     assert published.images.shape == (3, 3, 16, 16)
@@ -217,13 +218,13 @@ def test_no_folder_holds_the_key_while_the_program_runs(method, tmp_path):
     """So none does if keyanon is killed then. The program finds it nowhere below the folder of temporary files."""
     script = 'for key in $(cut -d" " -f2 "$3"); do grep -rF "$key" "$4" && exit 7; done; test -s "$3" && cp "$1"/* "$2"'
     looking = ["sh", "-c", script, "sh", "{images}", "{output}", "{key}", str(tmp_path / "tmp")]
-    assert torch.equal(sent(replace(method, command=looking)).images, channel.to_bytes(IMAGES))
+    assert torch.equal(sent(replace(method, command=looking)).images, to_bytes(IMAGES))
 
 
 def test_many_keys_fit(method):
     copying = ["sh", "-c", 'test $(cut -d" " -f2 < "$3" | tr -d "\\n" | wc -c) = 120000 && cp "$1"/* "$2"', "sh"]
     many = replace(method, secret=Secret(40_000 * 4), command=[*copying, "{images}", "{output}", "{key}"])
-    assert torch.equal(sent(many).images, channel.to_bytes(IMAGES))
+    assert torch.equal(sent(many).images, to_bytes(IMAGES))
 
 
 def test_one_key_for_all_starts_the_program_once(method):
@@ -231,7 +232,7 @@ def test_one_key_for_all_starts_the_program_once(method):
     published = sent(shared)
     assert seen(shared)["starts"] == 1
     assert int(seen(shared)["key"]) < 2**64
-    assert torch.equal(back(shared, published), channel.to_bytes(IMAGES))
+    assert torch.equal(back(shared, published), to_bytes(IMAGES))
     assert seen(shared)["starts"] == 2
 
 
@@ -239,7 +240,7 @@ def test_a_program_of_one_key_starts_once_for_each_key(method):
     shared = replace(method, secret=Secret(64, per_picture=False))
     published = sent(shared)
     assert seen(shared)["starts"] == 3
-    assert torch.equal(back(shared, published), channel.to_bytes(IMAGES))
+    assert torch.equal(back(shared, published), to_bytes(IMAGES))
 
 
 @pytest.mark.parametrize(
@@ -355,8 +356,8 @@ def test_a_run_that_was_stopped_by_a_crash_leaves_no_picture_of_the_batch(method
         generate(run, Three(), Three.ids, crashing, KEY, {}, CentreFace(), 4)
     assert RunFiles(run).ids("anonymized") == []
     assert generate(run, Three(), Three.ids, method, KEY, {"wrong_key": WrongKey()}, CentreFace(), 4) == {}
-    assert torch.equal(RunFiles(run).read_all("recovered", Three.ids), channel.to_bytes(IMAGES))
-    assert not torch.equal(RunFiles(run).read_all("wrong_key", Three.ids), channel.to_bytes(IMAGES))
+    assert torch.equal(RunFiles(run).read_all("recovered", Three.ids), to_bytes(IMAGES))
+    assert not torch.equal(RunFiles(run).read_all("wrong_key", Three.ids), to_bytes(IMAGES))
 
 
 def test_all_that_is_missing_is_said_before_a_run(method, tmp_path):
@@ -412,10 +413,10 @@ def test_no_shell_reads_a_command(method):
 def ready(tmp_path) -> ReversibleReady:
     """Inverted pictures, and the originals as recovered ones."""
     ids = ["a", "a.b", "sub/c"]
-    for folder, pixels in (("any", 255 - channel.to_bytes(IMAGES)), ("rec", channel.to_bytes(IMAGES))):
+    for folder, pixels in (("any", 255 - to_bytes(IMAGES)), ("rec", to_bytes(IMAGES))):
         (tmp_path / folder / "sub").mkdir(parents=True)
         for id, picture in zip(ids, pixels, strict=True):
-            channel.write_png(tmp_path / folder / f"{id}.png", picture)
+            write_png(tmp_path / folder / f"{id}.png", picture)
     about = replace(ABOUT, source="github.com/nobody/nothing")
     return ReversibleReady(about=about, anonymized=str(tmp_path / "any"), recovered=str(tmp_path / "rec"))
 
@@ -425,8 +426,8 @@ READY_IDS = ["a", "a.b", "sub/c"]
 
 def test_ready_made_pictures_are_found_by_id(ready):
     published = sent(ready, ids=READY_IDS)
-    assert torch.equal(published.images, 255 - channel.to_bytes(IMAGES))
-    assert torch.equal(back(ready, published), channel.to_bytes(IMAGES))
+    assert torch.equal(published.images, 255 - to_bytes(IMAGES))
+    assert torch.equal(back(ready, published), to_bytes(IMAGES))
     irreversible = Ready(about=ABOUT, anonymized=ready.anonymized)
     assert not isinstance(irreversible, Reversible)
     assert torch.equal(sent(irreversible, ids=READY_IDS).images, published.images)
@@ -435,13 +436,13 @@ def test_ready_made_pictures_are_found_by_id(ready):
 
 def test_equal_published_pictures_keep_their_own_recoveries(ready):
     for id in READY_IDS:
-        channel.write_png(Path(ready.anonymized, f"{id}.png"), torch.zeros(3, 8, 8, dtype=torch.uint8))
-    assert torch.equal(back(ready, sent(ready, ids=READY_IDS)), channel.to_bytes(IMAGES))
+        write_png(Path(ready.anonymized, f"{id}.png"), torch.zeros(3, 8, 8, dtype=torch.uint8))
+    assert torch.equal(back(ready, sent(ready, ids=READY_IDS)), to_bytes(IMAGES))
 
 
 def test_without_a_key_ready_made_pictures_are_as_published(ready):
     published = sent(ready, ids=READY_IDS)
-    assert torch.equal(channel.to_bytes(NoKey()(published, [Nobody()] * 3, ready)), published.images)
+    assert torch.equal(to_bytes(NoKey()(published, [Nobody()] * 3, ready)), published.images)
 
 
 @pytest.mark.parametrize("attack", [WrongKey(), NearKey(), Jpeg(50)])
@@ -451,7 +452,7 @@ def test_attacks_on_ready_made_pictures_cannot_be_measured(ready, attack):
 
 
 def test_ready_made_pictures_of_another_size_are_resized_if_asked(ready):
-    images = torch.stack([channel.from_pil(smooth_picture(seed, 4)) for seed in range(3)])
+    images = torch.stack([from_pil(smooth_picture(seed, 4)) for seed in range(3)])
     with pytest.raises(BadMethod, match=r"ready-made, a: .*a\.png has 8x8 pixels, expected 4x4; anonymizer\.size"):
         sent(ready, images, ids=READY_IDS)
     assert sent(replace(ready, size=8), images, ids=READY_IDS).images.shape == (3, 3, 4, 4)

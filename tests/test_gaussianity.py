@@ -13,21 +13,10 @@ from scipy import stats
 from torch import Tensor
 
 from experiments import tables
-from experiments.gaussianity import (
-    CONTROL,
-    FACE,
-    MEASURES,
-    WHOLE,
-    drawn,
-    measure,
-    measured,
-    mmd2,
-    neighbour_correlation,
-    patches,
-    run,
-)
-from keyanon.parsing import EllipseParser
-from keyanon.solvers import DDIM, NoiseSchedule
+from experiments.gaussianity import CONTROL, FACE, WHOLE, measured, run
+from keyanon.diffusion.solvers import DDIM, NoiseSchedule
+from keyanon.faces.parsing import EllipseParser
+from keyanon.measures.gaussianity import MEASURES, generator_of, measure, mmd2, neighbour_correlation, patches
 from tests.conftest import ROOT, smooth_picture
 from tests.test_solvers import SCHEDULE, gaussian_eps
 
@@ -210,7 +199,7 @@ class GaussianPictures:
         return None
 
     def load(self, id: str) -> Tensor:
-        return torch.from_numpy(self.variance**0.5 * drawn(id, "picture").standard_normal((3, 40, 40)))
+        return torch.from_numpy(self.variance**0.5 * generator_of(id, "picture").standard_normal((3, 40, 40)))
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +279,7 @@ def test_from_pictures_to_a_table(in_folder, tiny_ldm):
     markdown = (in_folder / "results" / "tables" / "tiny.md").read_text()
     assert "## folder: random weights; backbone ldm_ffhq; mask from ellipse; 3 pictures; mmd2 of 2 x 2" in markdown
     assert "### Inverted noise: picture measures, mean" in markdown
-    assert "embedded model" not in markdown
+    assert "bundled model" not in markdown
     (in_folder / "results" / "tables" / "tiny.md").unlink()
     tables.build("tiny")
     assert (in_folder / "results" / "tables" / "tiny.md").read_text() == markdown
@@ -328,5 +317,5 @@ def test_missing_parts_are_listed_before_any_work(in_folder, capsys):
 def test_default_composes_and_names_its_rows():
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("gaussianity")
-    assert cfg.backbone.source.startswith("embedded:")
+    assert cfg.backbone.source.startswith("bundled:")
     assert {name: one.tolerance for name, one in cfg.inversions.items()} == {"naive": None, "exact": 1e-5}

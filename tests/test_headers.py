@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from benchmarks.fuzz_headers import KEY, PIXELS, fuzz, specimen
-from keyanon.headers import FIXED, MAX_BYTES, MAX_PARTS, TAG_BYTES, BadHeader, Header, seal, unseal
-from keyanon.keys import FlippedSigns, MasterKey, Recipe, experiment_key
+from keyanon.attacks.views import FlippedSigns
+from keyanon.channel.headers import FIXED, MAX_BYTES, MAX_PARTS, TAG_BYTES, BadHeader, Header, seal, unseal
+from keyanon.channel.keys import MasterKey, Recipe, experiment_key
 
 NONCES = st.binary(min_size=24, max_size=24)
 MASKS = st.tuples(st.integers(1, 64), st.integers(1, 64)).flatmap(lambda size: arrays(bool, (1, *size)))

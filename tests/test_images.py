@@ -10,7 +10,17 @@ import PIL.Image
 import pytest
 import torch
 
-from keyanon.images import HEADER_CHUNK, from_pil, jpeg, open_rgb, read_png, resize, to_bytes, to_floats, write_png
+from keyanon.channel.pixels import (
+    HEADER_CHUNK,
+    from_pil,
+    jpeg,
+    open_rgb,
+    read_png,
+    resize,
+    to_bytes,
+    to_floats,
+    write_png,
+)
 from keyanon.types import BadPicture
 
 
@@ -169,7 +179,7 @@ def test_oversized_and_ambiguous_headers_are_bad_pictures(tmp_path, monkeypatch)
     path.write_bytes(with_chunks(path.read_bytes(), (HEADER_CHUNK, bytes(2**20 + 1))))
     with pytest.raises(BadPicture, match="header has 1048577 bytes"):
         read_png(path)
-    monkeypatch.setattr("keyanon.images.MAX_FILE", 1000)
+    monkeypatch.setattr("keyanon.channel.pixels.MAX_FILE", 1000)
     with pytest.raises(BadPicture, match="are more than 1000"):
         read_png(path)
     with pytest.raises(ValueError, match="header would have 1048577 bytes"):

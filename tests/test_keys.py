@@ -20,23 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import keys as command
-from keyanon import images as channel
-from keyanon.headers import BadHeader, Header, seal
-from keyanon.keys import (
-    BadKey,
-    FlippedSigns,
-    MasterKey,
-    OneForAll,
-    PerIdentity,
-    Recipe,
-    experiment_key,
-    nonce_for,
-    normals,
-    read_key,
-    signs,
-    write_key,
-    write_new_key,
-)
+from keyanon.attacks.views import FlippedSigns
+from keyanon.channel.headers import BadHeader, Header, seal
+from keyanon.channel.keys import BadKey, MasterKey, Recipe, experiment_key, read_key, write_key, write_new_key
+from keyanon.channel.nonces import OneForAll, PerIdentity, nonce_for
+from keyanon.channel.pixels import write_png
+from keyanon.channel.streams import normals, signs
 from tests.conftest import ROOT
 
 SECRETS, NONCES = st.binary(min_size=32, max_size=32), st.binary(min_size=24, max_size=24)
@@ -302,7 +291,7 @@ def test_the_commands_make_keys_and_print_only_fingerprints(run, tmp_path):
     pixels = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     for authenticate in (True, False):
         header = seal([Header(bytes(24))], pixels, [read_key(tmp_path / "derived")], authenticate)[0]
-        channel.write_png(tmp_path / f"{authenticate}.png", pixels[0], header)
+        write_png(tmp_path / f"{authenticate}.png", pixels[0], header)
     told = run("derive", tmp_path / "again", "--picture", tmp_path / "True.png", stdin="my secret")
     assert told == made[1]
     assert (tmp_path / "again").read_bytes() == (tmp_path / "derived").read_bytes()
@@ -326,13 +315,13 @@ def test_the_commands_make_keys_and_print_only_fingerprints(run, tmp_path):
 def test_keys_of_published_pictures(tmp_path, key):
     pixels = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     path = tmp_path / "x.png"
-    channel.write_png(path, pixels[0], seal([Header(bytes(24))], pixels, [CHEAP.derive("p")], False)[0])
+    write_png(path, pixels[0], seal([Header(bytes(24))], pixels, [CHEAP.derive("p")], False)[0])
     assert command.key_of(path, "p") == CHEAP.derive("p")
     assert command.key_of(path, "q") == CHEAP.derive("q")  # tagless: nothing tells
-    channel.write_png(path, pixels[0], seal([Header(bytes(24))], pixels, [key], True)[0])
+    write_png(path, pixels[0], seal([Header(bytes(24))], pixels, [key], True)[0])
     with pytest.raises(BadKey, match="does not come from a password"):
         command.key_of(path, "p")
-    channel.write_png(path, pixels[0])
+    write_png(path, pixels[0])
     with pytest.raises(BadHeader, match="no keyanon header"):
         command.key_of(path, "p")
 

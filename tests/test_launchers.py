@@ -13,8 +13,8 @@ import pytest
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from experiments.harness.shards import FailedShard, Shards, settled
 from experiments.run import alone, own_card, varied
-from experiments.shards import FailedShard, Shards, settled
 from keyanon import runner
 from keyanon.types import Scores
 from tests.conftest import ROOT, smooth_picture

@@ -7,13 +7,13 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from hydra.utils import instantiate
 
-from experiments.preflight import missing_parts
-from keyanon.baselines.ldfa import FaceBox, Ldfa, feathered, window
-from keyanon.baselines.sampling import drawn, mean, spread
-from keyanon.diffusion import BadModel, LatentDiffusion
-from keyanon.images import to_bytes
-from keyanon.keys import MasterKey
-from keyanon.recognition import Detection
+from experiments.harness.preflight import missing_parts
+from keyanon.channel.keys import MasterKey
+from keyanon.channel.pixels import to_bytes
+from keyanon.diffusion.model import BadModel, LatentDiffusion
+from keyanon.faces.detection import Detection
+from keyanon.methods.baselines.ldfa import FaceBox, Ldfa, feathered, window
+from keyanon.methods.baselines.sampling import drawn, mean, spread
 from keyanon.types import Anonymizer
 from tests.conftest import CentreFace
 from tests.test_configs import composed

@@ -7,8 +7,8 @@ from scipy.stats import ks_2samp
 from sklearn.linear_model import Ridge
 from torch.nn.functional import interpolate
 
-from keyanon.images import to_bytes, to_floats
-from keyanon.learned import STRENGTHS, deanonymizer, duals, noise_features, ridge, unit
+from keyanon.attacks.learned import STRENGTHS, deanonymizer, duals, noise_features, ridge, unit
+from keyanon.channel.pixels import to_bytes, to_floats
 
 TRAINED, UNSEEN = slice(0, 160), slice(160, 240)
 

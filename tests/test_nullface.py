@@ -9,12 +9,12 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from hydra.utils import instantiate
 
-from experiments.preflight import missing_parts
-from keyanon.baselines.nullface import FaceIdAdapter, NoiseInversion, NullFace, NullFaceCore
-from keyanon.baselines.sampling import drawn
-from keyanon.diffusion import BadModel, LatentDiffusion
-from keyanon.images import to_bytes
-from keyanon.solvers import NoiseSchedule
+from experiments.harness.preflight import missing_parts
+from keyanon.channel.pixels import to_bytes
+from keyanon.diffusion.model import BadModel, LatentDiffusion
+from keyanon.diffusion.solvers import NoiseSchedule
+from keyanon.methods.baselines.nullface import FaceIdAdapter, NoiseInversion, NullFace, NullFaceCore
+from keyanon.methods.baselines.sampling import drawn
 from keyanon.types import Anonymizer, Image, Mask
 from keyanon.weights import CARDS
 from tests.conftest import CentreFace, PixelRecognizer

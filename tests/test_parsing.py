@@ -12,8 +12,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import keyanon  # noqa: F401  (before transformers: it makes torchvision importable)
-from keyanon.images import from_pil
-from keyanon.parsing import (
+from keyanon.channel.pixels import from_pil
+from keyanon.faces.parsing import (
     CLASSES,
     PAPER_CLASSES,
     REGIONS,

@@ -4,7 +4,7 @@ import PIL.Image
 import pytest
 import torch
 
-from experiments.plots import contact_sheet, share_curve
+from experiments.harness.plots import contact_sheet, share_curve
 
 
 def flat(value: int, size: int = 32) -> torch.Tensor:

@@ -5,8 +5,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import open_dict, read_write
 
-from experiments import preflight
-from experiments.preflight import NOT_READY, WholeSweep, choices
+from experiments.harness import preflight
+from experiments.harness.preflight import NOT_READY, WholeSweep, choices
 from tests.test_configs import CONF
 
 
@@ -24,7 +24,7 @@ def test_a_sweep_of_which_nothing_is_missing_begins():
 
 
 def test_everything_that_any_cell_lacks_is_told_once(capsys):
-    swept = {"anonymizer": "identity,signflip,g2face", "dataset": "embedded,lfw", "solver.steps": "2,3"}
+    swept = {"anonymizer": "identity,signflip,g2face", "dataset": "bundled,lfw", "solver.steps": "2,3"}
     with pytest.raises(SystemExit) as ended:
         begin(swept, "parser=ellipse", "recognizers=[]", "scorers=[psnr]", "backbone.source=/nowhere/model")
     assert ended.value.code == NOT_READY

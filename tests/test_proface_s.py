@@ -13,23 +13,14 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file
 
 from experiments.train_proface_s import loss, rms, through_a_file, train, unlike
-from keyanon import images as channel
-from keyanon.attacks import FloatChannel, NoKey, PartialKey, WrongKey
-from keyanon.baselines.classical import GaussianBlur
-from keyanon.baselines.proface_s import (
-    WEIGHTS,
-    HidingNetwork,
-    ProFaceS,
-    gain,
-    haar,
-    hide,
-    reveal,
-    unhaar,
-)
-from keyanon.datasets import embedded_faces
-from keyanon.headers import BadHeader, Header
-from keyanon.keys import Nobody, experiment_key
-from keyanon.scorers import psnr, ssim
+from keyanon.attacks.views import FloatChannel, NoKey, PartialKey, WrongKey
+from keyanon.channel.headers import BadHeader, Header
+from keyanon.channel.keys import Nobody, experiment_key
+from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.faces.datasets import bundled_faces
+from keyanon.measures.scorers import psnr, ssim
+from keyanon.methods.baselines.classical import GaussianBlur
+from keyanon.methods.baselines.proface_s import WEIGHTS, HidingNetwork, ProFaceS, gain, haar, hide, reveal, unhaar
 from keyanon.types import Image, Published, Reversible
 from keyanon.weights import WrongWeights
 from tests.conftest import ROOT
@@ -146,7 +137,7 @@ def test_authors_signs_are_the_same_for_all_pictures_of_a_key():
 
 @pytest.fixture(scope="module")
 def faces() -> Image:
-    dataset = embedded_faces()
+    dataset = bundled_faces()
     return torch.stack([dataset.load(id) for id in dataset.ids[:3]])
 
 
@@ -167,24 +158,24 @@ def test_contract(method, faces, published):
     assert isinstance(method, Reversible)
     assert published.images.shape == faces.shape
     assert published.floats is not None
-    assert torch.equal(channel.to_bytes(published.floats), published.images)
+    assert torch.equal(to_bytes(published.floats), published.images)
     assert len({Header.unpack(header).nonce for header in published.headers}) == 3
     assert (method.about.kind, method.about.key_bits, method.about.effective_key_bits) == ("keyed", 128 * 128, 256)
 
 
 def test_it_looks_like_the_obfuscation(faces, published):
-    view = channel.to_floats(published.images)
+    view = to_floats(published.images)
     assert dB(view, blurred(faces)) > 35 > 30 > dB(view, faces)
     torch.testing.assert_close(published.measured["obfuscated_psnr"].mean().item(), dB(view, blurred(faces)))
 
 
 def test_only_the_key_recovers(method, faces, published):
     heedless = replace(method, authenticate=False)
-    recovered = method.recover(channel.to_floats(published.images), published.headers, KEYS)
+    recovered = method.recover(to_floats(published.images), published.headers, KEYS)
     wrong = WrongKey()(published, KEYS, heedless)
     half = PartialKey(0.5)(published, KEYS, heedless)  # half of the signs wrong: no better than a guess
     assert dB(recovered, faces) > 28
-    assert dB(recovered, faces) > dB(channel.to_floats(published.images), faces) + 5
+    assert dB(recovered, faces) > dB(to_floats(published.images), faces) + 5
     assert max(dB(wrong, faces), dB(half, faces)) < 15
     everywhere = torch.ones_like(faces[:, :1], dtype=torch.bool)
     assert ssim(wrong, faces, everywhere).max() < 0.4
@@ -192,7 +183,7 @@ def test_only_the_key_recovers(method, faces, published):
 
 def test_without_a_key_the_network_shows_more_than_under_a_wrong_one(method, faces, published):
     """Zeros are the mean of all keys."""
-    floats = channel.to_floats(published.images)
+    floats = to_floats(published.images)
     seen = NoKey()(published, [Nobody()] * 3, method)
     zeros = torch.zeros(3, 1, 128, 128)
     torch.testing.assert_close(seen, reveal(method.network, floats, zeros))
@@ -203,7 +194,7 @@ def test_without_a_key_the_network_shows_more_than_under_a_wrong_one(method, fac
 def test_floats_carry_more_than_bytes(method, faces, published):
     heedless = replace(method, authenticate=False)
     from_floats = FloatChannel()(published, KEYS, heedless)
-    from_bytes = method.recover(channel.to_floats(published.images), published.headers, KEYS)
+    from_bytes = method.recover(to_floats(published.images), published.headers, KEYS)
     assert dB(from_floats, faces) > dB(from_bytes, faces)
 
 
@@ -212,7 +203,7 @@ def test_weights_trained_through_files_lose_less_in_files(faces):
     for name in WEIGHTS:
         method = ProFaceS(BLUR, name, authenticate=False)
         published = method.anonymize(faces, KEYS, IDS)
-        from_bytes = method.recover(channel.to_floats(published.images), published.headers, KEYS)
+        from_bytes = method.recover(to_floats(published.images), published.headers, KEYS)
         losses[name] = dB(FloatChannel()(published, KEYS, method), faces) - dB(from_bytes, faces)
     assert losses["proface_s_rounded"] < losses["proface_s"]
 
@@ -224,23 +215,23 @@ def test_a_picture_does_not_depend_on_its_batch(method, faces, published):
 
 
 def test_a_changed_picture_or_another_key_is_refused(method, published):
-    floats, tampered = channel.to_floats(published.images), published.images.clone()
+    floats, tampered = to_floats(published.images), published.images.clone()
     tampered[2, 0, 0, 0] ^= 1
     with pytest.raises(BadHeader, match="picture 3 of 3"):
-        method.recover(channel.to_floats(tampered), published.headers, KEYS)
+        method.recover(to_floats(tampered), published.headers, KEYS)
     with pytest.raises(BadHeader, match="not the picture's key"):
         method.recover(floats, published.headers, [KEY, KEY, experiment_key(1)])
     bare = replace(method, authenticate=False).anonymize(floats, KEYS, IDS)
     with pytest.raises(BadHeader, match="no tag"):
-        method.recover(channel.to_floats(bare.images), bare.headers, KEYS)
+        method.recover(to_floats(bare.images), bare.headers, KEYS)
 
 
 def test_twice_the_size_and_the_authors_key():
-    dataset = embedded_faces(256)
+    dataset = bundled_faces(256)
     face = dataset.load(dataset.ids[0])[None]
     method = ProFaceS(BLUR, kdf="authors")
     published = method.anonymize(face, [KEY], ["a"])
-    assert dB(method.recover(channel.to_floats(published.images), published.headers, [KEY]), face) > 28
+    assert dB(method.recover(to_floats(published.images), published.headers, [KEY]), face) > 28
 
 
 def test_odd_sizes_are_refused():
@@ -268,7 +259,7 @@ def test_cards_tell_where_the_weights_are():
 def test_a_file_rounds_and_passes_gradients():
     x = drawn(0, 1, 3, 8, 8).mul(1.2).requires_grad_()
     y = through_a_file(x)
-    torch.testing.assert_close(y, channel.to_floats(channel.to_bytes(x)))
+    torch.testing.assert_close(y, to_floats(to_bytes(x)))
     y.sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
 

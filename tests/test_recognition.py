@@ -18,24 +18,13 @@ import torch
 from onnx import TensorProto, helper
 
 import keyanon  # noqa: F401  (before facenet_pytorch: it makes torchvision importable)
-from keyanon.images import from_pil, resize
-from keyanon.recognition import (
-    FACES128_TEMPLATE,
-    ArcFaceOnnx,
-    Detection,
-    DlibDetector,
-    DlibResNet,
-    FaceNet,
-    MtcnnDetector,
-    align,
-    arcface_crop,
-    facenet_crop,
-    import_dlib,
-    to_pixels,
-    with_places_of,
-)
+from keyanon.channel.pixels import from_pil, resize
+from keyanon.faces.alignment import FACES128_TEMPLATE, align
+from keyanon.faces.detection import Detection, DlibDetector, MtcnnDetector, import_dlib, to_pixels
+from keyanon.faces.onnx import open_onnx
+from keyanon.faces.recognition import ArcFaceOnnx, DlibResNet, FaceNet, arcface_crop, facenet_crop, with_places_of
 from keyanon.types import BadPicture, Recognizer
-from keyanon.weights import Card, MissingWeights, Release, locate, missing, named, open_onnx
+from keyanon.weights import Card, MissingWeights, Release, locate, missing, named
 from tests.conftest import PixelRecognizer
 
 ROOT = Path(__file__).parents[1]
@@ -251,7 +240,7 @@ def test_a_network_sees_all_faces_of_a_batch_at_once_if_it_can(tmp_path, face, m
             seen.extend(len(part) for part in given.values())
             return session.run(wanted, given)
 
-    monkeypatch.setattr("keyanon.recognition.open_onnx", lambda path, device: Watched())
+    monkeypatch.setattr("keyanon.faces.recognition.open_onnx", lambda path, device: Watched())
     rows = recognizer.embed(torch.stack([picture(seed=i) for i in range(3)]))
     assert rows.isfinite().all()
     assert seen == sizes

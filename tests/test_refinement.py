@@ -5,10 +5,10 @@ import torch
 from diffusers import AutoencoderKL
 from scipy.optimize import lsq_linear
 
-from keyanon.block_dct import BlockDCT
-from keyanon.diffusion import LatentDiffusion
-from keyanon.images import to_bytes, to_floats
-from keyanon.refinement import Refinement, ToneCurve, channel_weights, descend, project_blocks, through_jpeg
+from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.diffusion.block_dct import BlockDCT
+from keyanon.diffusion.model import LatentDiffusion
+from keyanon.methods.refinement import Refinement, ToneCurve, channel_weights, descend, project_blocks, through_jpeg
 
 
 def test_the_usual_curve_reads_bytes_as_usual():
@@ -215,6 +215,6 @@ def test_learned_refinement_does_not_depend_on_the_batch(learned):
 
 
 def test_encoding_passes_gradients_to_pictures_alone():
-    backbone, images = LatentDiffusion("embedded:faces128"), torch.zeros(1, 3, 8, 8)
+    backbone, images = LatentDiffusion("bundled:faces128"), torch.zeros(1, 3, 8, 8)
     assert not backbone.encode(images).requires_grad
     assert backbone.encode(images.requires_grad_()).requires_grad

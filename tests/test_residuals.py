@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from keyanon.headers import BadHeader
-from keyanon.residuals import coded, decoded
+from keyanon.channel.headers import BadHeader
+from keyanon.methods.residuals import coded, decoded
 
 
 @pytest.fixture

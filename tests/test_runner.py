@@ -13,14 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from keyanon.anonymizers import SignFlip
-from keyanon.attacks import FloatChannel, WrongKey
-from keyanon.diffusion import LatentDiffusion
-from keyanon.images import from_pil, open_rgb, read_png, to_bytes, to_floats, write_png
-from keyanon.keys import experiment_key
-from keyanon.runner import SCORE_SCHEMA, RunFiles, begun_ahead, enrol, generate, read_parts, score, scored
-from keyanon.scorers import Against
-from keyanon.solvers import DDIM
+from keyanon.attacks.views import FloatChannel, WrongKey
+from keyanon.batching import begun_ahead
+from keyanon.channel.keys import experiment_key
+from keyanon.channel.pixels import from_pil, open_rgb, read_png, to_bytes, to_floats, write_png
+from keyanon.diffusion.model import LatentDiffusion
+from keyanon.diffusion.solvers import DDIM
+from keyanon.measures.scorers import Against
+from keyanon.methods.signflip import SignFlip
+from keyanon.runner import SCORE_SCHEMA, RunFiles, enrol, generate, read_parts, score, scored
 from keyanon.types import Embeddings, Image, Picture
 from tests.conftest import LDM_NOISE, CentreFace, PixelRecognizer, smooth_picture
 
@@ -194,7 +195,7 @@ def test_a_picture_that_cannot_be_written_stops_the_run(tmp_path, dataset, metho
             raise OSError("no space left")
         write_png(path, *args)
 
-    monkeypatch.setattr("keyanon.images.write_png", full)
+    monkeypatch.setattr("keyanon.channel.pixels.write_png", full)
     with pytest.raises(OSError, match="no space left"):
         run(tmp_path, dataset, method)
     monkeypatch.undo()

@@ -8,11 +8,11 @@ import torch
 from hydra.utils import instantiate
 from torch.nn.functional import interpolate, layer_norm, linear
 
-from experiments.preflight import missing_parts
-from keyanon.baselines.salar import Farl, Salar, pulled
-from keyanon.baselines.sampling import drawn
-from keyanon.diffusion import LatentDiffusion
-from keyanon.images import from_pil, to_bytes
+from experiments.harness.preflight import missing_parts
+from keyanon.channel.pixels import from_pil, to_bytes
+from keyanon.diffusion.model import LatentDiffusion
+from keyanon.methods.baselines.salar import Farl, Salar, pulled
+from keyanon.methods.baselines.sampling import drawn
 from keyanon.types import Anonymizer, Image, Mask
 from keyanon.weights import CARDS, MissingWeights, WrongWeights
 from tests.conftest import CentreFace, smooth_picture

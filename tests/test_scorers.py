@@ -9,9 +9,19 @@ import torch
 from scipy.linalg import sqrtm
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from keyanon.images import to_bytes, to_floats
-from keyanon.recognition import Detection
-from keyanon.scorers import LPIPS, PSNR_CEILING, Detected, frechet_distance, mae, psnr, psnr_face, ssim, ssim_face
+from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.faces.detection import Detection
+from keyanon.measures.scorers import (
+    LPIPS,
+    PSNR_CEILING,
+    Detected,
+    frechet_distance,
+    mae,
+    psnr,
+    psnr_face,
+    ssim,
+    ssim_face,
+)
 from keyanon.weights import CARDS, Card, Release, WrongWeights
 
 PLAIN = [psnr, ssim, psnr_face, ssim_face, mae]

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from keyanon import images as channel
-from keyanon.attacks import NoKey
-from keyanon.baselines.scrambling import Scrambling, cut, joined, orders
-from keyanon.headers import BadHeader, Header, seal
-from keyanon.keys import MasterKey, Nobody, OneForAll
+from keyanon.attacks.views import NoKey
+from keyanon.channel.headers import BadHeader, Header, seal
+from keyanon.channel.keys import MasterKey, Nobody
+from keyanon.channel.nonces import OneForAll
+from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.methods.baselines.scrambling import Scrambling, cut, joined, orders
 from keyanon.types import Image, Mask, Reversible
 from tests.conftest import CentreFace
 
@@ -32,7 +33,7 @@ class Fixed:
 
 def noise(*size: int, seed: int = 0) -> Image:
     levels = torch.randint(0, 256, size, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    return channel.to_floats(levels)
+    return to_floats(levels)
 
 
 def published(method: Scrambling, images: Image, key: MasterKey = KEY):
@@ -40,7 +41,7 @@ def published(method: Scrambling, images: Image, key: MasterKey = KEY):
 
 
 def recovered(method: Scrambling, sent, key: MasterKey = KEY) -> torch.Tensor:
-    return channel.to_bytes(method.recover(channel.to_floats(sent.images), sent.headers, [key] * len(sent.images)))
+    return to_bytes(method.recover(to_floats(sent.images), sent.headers, [key] * len(sent.images)))
 
 
 MASKS = st.tuples(st.integers(1, 6), st.integers(1, 6)).flatmap(lambda size: arrays(bool, size))
@@ -52,7 +53,7 @@ def test_the_key_brings_every_bit_back(cells, block, inside, negative, seed):
     method = Scrambling(Fixed(torch.from_numpy(cells)), block, inside, negative)
     images = noise(2, 3, *(block * n for n in cells.shape), seed=seed)
     sent = published(method, images)
-    original = channel.to_bytes(images)
+    original = to_bytes(images)
     assert torch.equal(recovered(method, sent), original)
     face = torch.from_numpy(cells).repeat_interleave(block, 0).repeat_interleave(block, 1)
     assert torch.equal(sent.images[..., ~face], original[..., ~face])
@@ -65,7 +66,7 @@ def test_whole_blocks_move():
     images = noise(1, 3, 64, 64)
     before, after = (
         cut(pixels, 8)[0, 2:6, 2:6].reshape(16, -1)
-        for pixels in (channel.to_bytes(images), published(Scrambling(CentreFace()), images).images)
+        for pixels in (to_bytes(images), published(Scrambling(CentreFace()), images).images)
     )
     assert sorted(map(tuple, before.tolist())) == sorted(map(tuple, after.tolist()))
     assert not torch.equal(before, after)
@@ -75,7 +76,7 @@ def test_pixels_move_inside_their_block():
     images = noise(1, 3, 64, 64)
     before, after = (
         cut(pixels, 8)[0, 2:6, 2:6].reshape(16, 64, 3).tolist()
-        for pixels in (channel.to_bytes(images), published(Scrambling(CentreFace(), inside=True), images).images)
+        for pixels in (to_bytes(images), published(Scrambling(CentreFace(), inside=True), images).images)
     )
     assert sorted(sorted(block) for block in before) == sorted(sorted(block) for block in after)
     assert not {str(block) for block in before} & {str(block) for block in after}
@@ -85,7 +86,7 @@ def test_about_half_of_the_blocks_are_inverted():
     images = noise(1, 3, 256, 256)
     before, after = (
         cut(pixels, 4)[0, 16:48, 16:48].reshape(1024, -1).tolist()
-        for pixels in (channel.to_bytes(images), published(Scrambling(CentreFace(), 4, negative=True), images).images)
+        for pixels in (to_bytes(images), published(Scrambling(CentreFace(), 4, negative=True), images).images)
     )
     plain = {tuple(block) for block in before}
     inverted = {tuple(255 - value for value in block) for block in before}
@@ -108,7 +109,7 @@ def test_orders_are_orders_and_hang_on_key_nonce_and_purpose():
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 def test_cutting_and_joining_are_inverse(rows, columns, block):
-    pixels = channel.to_bytes(noise(2, 3, rows * block, columns * block))
+    pixels = to_bytes(noise(2, 3, rows * block, columns * block))
     assert torch.equal(joined(cut(pixels, block), block), pixels)
     first = cut(pixels, block)[0, -1, -1].T.reshape(3, block, block)
     assert torch.equal(first, pixels[0, :, -block:, -block:])
@@ -120,14 +121,14 @@ def test_a_wrong_key_is_refused_or_gives_something_else():
     with pytest.raises(BadHeader, match="picture 1 of 2: this is not the picture's key"):
         recovered(tagged, published(tagged, images), OTHER)
     wrong = recovered(plain, published(plain, images), OTHER)
-    assert (wrong != channel.to_bytes(images))[..., 16:48, 16:48].float().mean() > 0.8
-    assert torch.equal(wrong[..., :16, :], channel.to_bytes(images)[..., :16, :])
+    assert (wrong != to_bytes(images))[..., 16:48, 16:48].float().mean() > 0.8
+    assert torch.equal(wrong[..., :16, :], to_bytes(images)[..., :16, :])
 
 
 def test_without_a_key_the_scrambled_picture_is_all_there_is():
     method = Scrambling(CentreFace())
     sent = published(method, noise(2, 3, 64, 64))
-    assert torch.equal(channel.to_bytes(NoKey()(sent, [Nobody()] * 2, method)), sent.images)
+    assert torch.equal(to_bytes(NoKey()(sent, [Nobody()] * 2, method)), sent.images)
 
 
 def test_a_changed_picture_is_refused_or_comes_back_but_for_the_change():
@@ -139,7 +140,7 @@ def test_a_changed_picture_is_refused_or_comes_back_but_for_the_change():
     with pytest.raises(BadHeader, match="changed after publishing"):
         recovered(method, replace(sent, images=changed))
     back = recovered(replace(method, authenticate=False), replace(sent, images=changed))
-    assert (back != channel.to_bytes(images)).sum() == 1
+    assert (back != to_bytes(images)).sum() == 1
 
 
 def test_pictures_are_scrambled_apart_unless_they_share_a_nonce():
@@ -157,13 +158,13 @@ def test_a_picture_without_a_face_stays_as_it_is():
     images = torch.full((1, 3, 64, 64), -1.0)
     method = Scrambling(CentreFace(), inside=True, negative=True)
     sent = published(method, images)
-    assert torch.equal(sent.images, channel.to_bytes(images))
+    assert torch.equal(sent.images, to_bytes(images))
     assert torch.equal(recovered(method, sent), sent.images)
 
 
 def test_files_of_other_methods_are_refused():
     images = noise(1, 3, 64, 64)
-    pixels = channel.to_bytes(images)
+    pixels = to_bytes(images)
     method = Scrambling(CentreFace())
     for header in (Header(bytes(24)), Header(bytes(24), torch.ones(1, 16, 16, dtype=torch.bool))):
         with pytest.raises(BadHeader, match="no mask of the 8x8 blocks"):
@@ -181,4 +182,4 @@ def test_what_it_is():
     assert isinstance(method, Reversible)
     assert method.about.kind == "keyed"
     sent = published(method, noise(1, 3, 64, 64))
-    assert torch.equal(channel.to_bytes(sent.floats), sent.images)
+    assert torch.equal(to_bytes(sent.floats), sent.images)

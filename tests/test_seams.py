@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from keyanon.headers import BadHeader
-from keyanon.seams import FADE, LEVEL, Seam, edges
+from keyanon.channel.headers import BadHeader
+from keyanon.methods.seams import FADE, LEVEL, Seam, edges
 
 SIZE = 8
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from experiments import battery, tables
-from experiments.battery import best_of, in_batches
+from experiments import tables
 from experiments.security import run
+from keyanon.attacks import attackers
+from keyanon.attacks.attackers import best_of, in_batches
 from tests.conftest import ROOT
 
 CONF = str(ROOT / "conf")
@@ -28,7 +29,7 @@ TINY = [
 def in_process(*more: str) -> pd.DataFrame:
     with initialize_config_dir(CONF, version_base="1.3"):
         cfg = compose("security", overrides=[*TINY, *more])
-    return run(cfg, {"dataset": "embedded", "backbone": "faces128", "parser": "ellipse"})
+    return run(cfg, {"dataset": "bundled", "backbone": "faces128", "parser": "ellipse"})
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.Series, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder := tmp_path_factory.mktemp("security"))
         table = in_process("notes=[a tiny run]")
-    assert set(table.dataset) == {"embedded"}
+    assert set(table.dataset) == {"bundled"}
     return table.set_index(["anonymizer", "view", "scorer", "statistic"]).sort_index(), folder
 
 
@@ -89,7 +90,7 @@ def test_the_table_is_made_from_committed_files(made, monkeypatch):
     monkeypatch.chdir(folder)
     path = folder / "results" / "tables" / "tiny.md"
     markdown = path.read_text()
-    assert "## embedded: a tiny run; embedded model, which stands in for LDM-FFHQ; backbone faces128" in markdown
+    assert "## bundled: a tiny run; bundled model, which stands in for LDM-FFHQ; backbone faces128" in markdown
     assert "3 pictures; 2 files each; thresholds at FAR 0.001: pixel 0.9000" in markdown
     assert "suspects are the photographs themselves" in markdown
     path.unlink()
@@ -124,7 +125,7 @@ def test_methods_stand_side_by_side(made):
 def test_a_second_run_takes_what_the_first_has_kept(made, monkeypatch):
     table, folder = made
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(battery, "publish", None)
+    monkeypatch.setattr(attackers, "publish", None)
     again = in_process().set_index(["anonymizer", "view", "scorer", "statistic"]).sort_index()
     kept = table.drop(index="Argon2id", level="anonymizer")
     pd.testing.assert_frame_equal(again.drop(index="Argon2id", level="anonymizer"), kept)

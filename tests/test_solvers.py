@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from keyanon.solvers import DDIM, Known, NoiseSchedule, StoredPath, anderson
+from keyanon.diffusion.solvers import DDIM, Known, NoiseSchedule, StoredPath, anderson
 from tests.conftest import LDM_NOISE
 
 SCHEDULE = NoiseSchedule.of(DDIMScheduler(**LDM_NOISE))

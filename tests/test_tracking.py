@@ -8,8 +8,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from experiments.plots import contact_sheet
-from experiments.tracking import Off, Wandb, public_config
+from experiments.harness.plots import contact_sheet
+from experiments.harness.tracking import Off, Wandb, public_config
 
 ROOT = Path(__file__).parents[1]
 STATISTICS = pd.DataFrame(
@@ -27,7 +27,12 @@ def everything_below(folder: Path) -> bytes:
 
 def test_public_config_keeps_settings_and_drops_secrets_at_any_depth():
     config = {
-        "anonymizer": {"_target_": "keyanon.anonymizers.SignFlip", "steps": 50, "master_key": "cafe", "guidance": None},
+        "anonymizer": {
+            "_target_": "keyanon.methods.signflip.SignFlip",
+            "steps": 50,
+            "master_key": "cafe",
+            "guidance": None,
+        },
         "attacks": [{"quality": 75, "password": "hunter2"}],
         "key": {"fingerprint": "ab12", "bytes": "cafe"},
         "key_fingerprint": "ab12",
@@ -41,7 +46,7 @@ def test_public_config_keeps_settings_and_drops_secrets_at_any_depth():
         "sizes": (1, 2.5, True, "/etc/secret"),
     }
     assert public_config(config) == {
-        "anonymizer": {"_target_": "keyanon.anonymizers.SignFlip", "steps": 50, "guidance": None},
+        "anonymizer": {"_target_": "keyanon.methods.signflip.SignFlip", "steps": 50, "guidance": None},
         "attacks": [{"quality": 75}],
         "key_fingerprint": "ab12",
         "dataset": {"name": "lfw"},
@@ -65,7 +70,7 @@ def test_every_choice_on_the_command_line_makes_its_tracker(name):
 def test_off_imports_nothing_and_writes_nothing(tmp_path):
     code = """
 import sys, pandas
-from experiments.tracking import Off
+from experiments.harness.tracking import Off
 Off()("abc", {}, pandas.DataFrame(), None)
 assert "wandb" not in sys.modules, "wandb was imported"
 """

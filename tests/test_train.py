@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from keyanon.diffusion import LatentDiffusion
+from keyanon.diffusion.model import LatentDiffusion
 from tests.conftest import ROOT
 
 TINY_VAE = ["vae.block_out_channels=[4,4,4,8]", "vae.norm_num_groups=2", "vae.latent_channels=4"]

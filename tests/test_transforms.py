@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from scipy.fft import dct
 from scipy.stats import kstest
 
-from keyanon.headers import BadHeader
-from keyanon.keys import MasterKey, experiment_key
-from keyanon.transforms import (
+from keyanon.channel.headers import BadHeader
+from keyanon.channel.keys import MasterKey, experiment_key
+from keyanon.methods.transforms import (
     BandRotation,
     DctSignFlipping,
     NoiseFlipping,

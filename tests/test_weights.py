@@ -15,6 +15,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from keyanon.faces.onnx import open_onnx
 from keyanon.weights import (
     CARDS,
     Card,
@@ -28,7 +29,6 @@ from keyanon.weights import (
     main,
     missing,
     named,
-    open_onnx,
     resolve,
 )
 

@@ -1,0 +1,96 @@
+"""Figures: the contact sheet that shows at a glance what a run did, and the curve of the sweep of right signs."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from keyanon.channel.whole import write_whole
+
+GAP = 4
+FONT_SIZE = 14
+
+
+def contact_sheet(columns: Mapping[str, Sequence[Tensor]], path: Path) -> None:
+    """Write a labelled grid as PNG: a column for each view, a row for each picture, every pixel as it is.
+
+    Args:
+        columns: pictures (3 h w, uint8) of each view, the same ones in the same order.
+        path: the PNG; its folder is made if it does not exist.
+
+    Raises:
+        ValueError: no pictures, or a view has more of them than another.
+    """
+    counts = {view: len(pictures) for view, pictures in columns.items()}
+    if len(set(counts.values())) != 1 or 0 in counts.values():
+        raise ValueError(f"{path}: a contact sheet needs the same pictures of every view, got {counts}")
+    font = PIL.ImageFont.load_default(FONT_SIZE)
+    top = FONT_SIZE + 2 * GAP
+    height = max(picture.shape[1] for pictures in columns.values() for picture in pictures)
+    widths = {
+        view: max(round(font.getlength(view)), *(picture.shape[2] for picture in pictures))
+        for view, pictures in columns.items()
+    }
+    rows = next(iter(counts.values()))
+    size = (GAP + sum(width + GAP for width in widths.values()), top + rows * (height + GAP))
+    sheet = PIL.Image.new("RGB", size, "white")
+    draw = PIL.ImageDraw.Draw(sheet)
+    left = GAP
+    for view, pictures in columns.items():
+        draw.text((left + widths[view] / 2, GAP), view, fill="black", font=font, anchor="ma")
+        for row, picture in enumerate(pictures):
+            pixels = PIL.Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
+            sheet.paste(pixels, (left + (widths[view] - pixels.width) // 2, top + row * (height + GAP)))
+        left += widths[view] + GAP
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, buffer.getvalue())
+
+
+def share_curve(statistics: pd.DataFrame, prefix: str, path: Path) -> bool:
+    """Write the cosine, and the share that is accepted, over the share in the views' names as SVG.
+
+    Args:
+        statistics: rows with view, scorer, statistic, value, low and high; counted are those of views as "right signs  98.0 %",
+            the statistic `mean` and those that begin with `tar@`.
+        prefix: of the views' names, as "right signs ".
+        path: the SVG; nothing is written, and False returned, if there is no such view.
+    """
+    share = statistics["view"].str.extract(rf"^{prefix}\s*([\d.]+) %$")[0].astype(float)
+    rows = statistics.assign(share=share).dropna(subset="share").sort_values("share")
+    panels = {
+        "cosine to a clean picture": rows["statistic"] == "mean",
+        "share accepted": rows["statistic"].str.startswith("tar@"),
+    }
+    if rows.empty:
+        return False
+    figure = Figure(figsize=(9, 3.5), dpi=100, layout="constrained")
+    for axes, (title, chosen) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for scorer, line in rows[chosen].groupby("scorer"):
+            axes.plot(line["share"], line["value"], marker="o", markersize=3, label=scorer)
+            axes.fill_between(line["share"], line["low"], line["high"], alpha=0.2)
+        names = rows.loc[chosen, "statistic"].unique()
+        axes.set(
+            xlabel=f"{prefix.strip()}, %", ylabel=title if names[:1] == ["mean"] else f"{title} ({', '.join(names)})"
+        )
+        axes.grid(alpha=0.3)
+        axes.legend()
+    write_svg(figure, path)
+    return True
+
+
+def write_svg(figure: Figure, path: Path) -> None:
+    """Write a figure, the same bytes for the same numbers; its folder is made if it does not exist."""
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "keyanon"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, buffer.getvalue())

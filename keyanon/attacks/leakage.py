@@ -1,0 +1,395 @@
+"""What attackers without the key, or with a part of it, learn from published files: tensors and arrays in, numbers out.
+
+Everyone knows model, sampler, files and headers (Kerckhoffs). So everyone computes z'_T, the noise of a published picture
+(`noise`), and draws the picture of any other noise into the same background (`drawn`). What the holder of the key can do beyond
+that is to undo the keyed transform (`unlocked`).
+
+What an attack finds is an area under the ROC curve (0.5: nothing, 1: certainty), a D_sys (0: nothing, 1: certainty), a share of
+key bits (0.5: nothing), a cosine to be set beside that of strangers, or a time.
+"""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
+from jaxtyping import Bool, Int8
+from numpy.typing import ArrayLike, NDArray
+from scipy.linalg import orthogonal_procrustes
+from scipy.spatial.distance import cdist
+from scipy.stats import ks_2samp
+from torch import Tensor
+
+from keyanon.channel.headers import BadHeader, Header, unseal
+from keyanon.channel.keys import NONCE_BYTES
+from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.diffusion.solvers import Known
+from keyanon.measures.biometrics import RESAMPLES, Floats, Statistic, d_sys
+from keyanon.methods.exact import Exact, masks
+from keyanon.methods.signflip import SignFlip
+from keyanon.methods.transforms import coded, decoded
+from keyanon.types import Bytes, Image, Key, Latent, Mask
+
+Method = SignFlip | Exact
+Rows = NDArray[np.intp]
+QUANTILES = np.linspace(0, 1, 33)  # stand for the values of a channel
+FEWEST_CELLS = 8  # in common; fewer tell nothing
+COMPARED_SIGNS = 512
+
+
+# What anyone computes from a file
+def received(method: Method, images: Image, headers: Sequence[bytes]) -> Image:
+    """Published pictures as the method encodes them."""
+    if isinstance(method, SignFlip):
+        return images
+    return method.received(images, [Header.unpack(header) for header in headers])
+
+
+def noise(method: Method, images: Image, headers: Sequence[bytes]) -> tuple[Latent, Mask]:
+    """z'_T of `received` pictures and the face's cells; of original pictures z_T, by one who has them and the header."""
+    known = known_path(method, images, headers)
+    if isinstance(method, SignFlip):
+        return known.path[-1], known.mask
+    z0 = method.backbone.encode(images)
+    return method.solver.invert(method.backbone.eps, method.backbone.schedule, z0, known)[-1], known.mask
+
+
+def drawn(method: Method, images: Image, headers: Sequence[bytes], zT: Latent) -> Image:
+    """The pictures that the sampler makes of `zT` inside the face of `received` pictures."""
+    known, backbone = known_path(method, images, headers), method.backbone
+    if isinstance(method, SignFlip):
+        path, (_, down) = known if method.reinject else None, method.denoisers(images)
+        return backbone.decode(method.solver.sample(down, backbone.schedule, zT, path), method.quantize)
+    return method.face(method.solver.sample(backbone.eps, backbone.schedule, zT, known), images, known.mask)
+
+
+def unlocked(method: Method, zT: Latent, mask: Mask, headers: Sequence[bytes], keys: Sequence[Key]) -> Latent:
+    """z_T, if these are the right keys of z'_T."""
+    opened = [Header.unpack(header) for header in headers]
+    return method.transform.undo(
+        zT, mask, keys, [header.nonce for header in opened], [header.sent for header in opened]
+    )
+
+
+def known_path(method: Method, images: Image, headers: Sequence[bytes]) -> Known:
+    """The face's cells and the background's way through the levels; with the paper's method this inverts the pictures."""
+    opened = [Header.unpack(header) for header in headers]
+    if isinstance(method, Exact):
+        return method.known(images, masks(opened, images), [header.nonce for header in opened])
+    backbone, (up, _) = method.backbone, method.denoisers(images)
+    mask = method.parser.mask(images, backbone.latent_size(images)).to(images.device)
+    return Known(mask, method.solver.invert(up, backbone.schedule, backbone.encode(images)))
+
+
+# Linkage: do two files show one photograph? Does a file show this photograph?
+def layout_likeness(a: Latent, in_a: Mask, b: Latent, in_b: Mask) -> Floats:
+    """How alike |z| is, cell by cell, for all pictures of `a` and `b`: (n m), NaN where their faces share no FEWEST_CELLS.
+
+    Pearson's correlation over the common cells, averaged over channels. Flipped signs leave it at 1 up to what the loop loses;
+    it is the attack that signs cannot answer (recovery by phase retrieval works on the same |z|).
+    """
+    first, second = (z.abs().double().cpu().numpy() for z in (a, b))
+    here, there = (mask[:, 0].cpu().numpy() for mask in (in_a, in_b))
+    return np.array([[correlation(x, y, p & q) for y, q in zip(second, there)] for x, p in zip(first, here)])  # noqa: B905
+
+
+def correlation(x: Floats, y: Floats, inside: NDArray[np.bool_]) -> float:
+    if inside.sum() < FEWEST_CELLS:
+        return math.nan
+    p, q = x[:, inside], y[:, inside]
+    p, q = p - p.mean(1, keepdims=True), q - q.mean(1, keepdims=True)
+    return float(np.mean((p * q).sum(1) / np.maximum(np.linalg.norm(p, axis=1) * np.linalg.norm(q, axis=1), 1e-12)))
+
+
+def channel_norms(zT: Latent, mask: Mask) -> Floats:
+    """log of the root mean square of each channel in the face (n c): what rotations leave, if nothing takes it out."""
+    rows = [np.log(np.square(face).mean(1) + 1e-12) / 2 for face in faces(zT, mask)]
+    return np.stack(rows)
+
+
+def sorted_magnitudes(zT: Latent, mask: Mask) -> Floats:
+    """Quantiles of |z| in each channel of the face (n c*q): what permutations and flipped signs leave."""
+    rows = [np.quantile(np.abs(face), QUANTILES, axis=1).ravel() for face in faces(zT, mask)]
+    return np.stack(rows)
+
+
+def faces(zT: Latent, mask: Mask) -> list[Floats]:
+    """The values (c d) in each picture's face; one cell of NaN where there is none."""
+    inside = [z[:, cells].double().cpu().numpy() for z, cells in zip(zT, mask[:, 0], strict=True)]
+    return [face if face.size else np.full((len(face), 1), math.nan) for face in inside]
+
+
+def feature_likeness(a: Floats, b: Floats) -> Floats:
+    """Minus the distance of all rows of `a` (n k) and `b` (m k), each column in units of its spread over all of them."""
+    spread = np.nanstd(np.concatenate([a, b]), axis=0)
+    unit = np.where(spread > 0, spread, 1)
+    return -np.asarray(cdist(a / unit, b / unit))
+
+
+def linkage_statistics(scores: Floats, seed: int = 0) -> list[Statistic]:
+    """Are the scores (p n n) of one photograph (diagonals) above those of two? For p comparisons of n photographs.
+
+    `auc`: the chance that they are, 0.5 for systems that do not link. `d_sys` (Gomez-Barrero et al., IEEE TIFS 13(6), 2018) is
+    never below 0 and above it by chance alone: `d_sys by chance` is the mean, and the middle 95 %, of what it says when
+    photographs are paired with others. Bars: 1.0 where it links with certainty; 0.55 and 0.1 for leak-free. With
+    few photographs D_sys says little either way: below 100 scores of one photograph it has fewer than 10 bins, and it gave 0.18
+    to 7 that an AUC of 1 told apart. Photographs drawn again would put copies of a score into one bin, and D_sys above
+    itself: its interval is the jackknife's.
+    """
+    n = scores.shape[-1]
+
+    def at(measure: Callable[[Floats, Floats], float]) -> Callable[[Rows], float]:
+        def of(rows: Rows) -> float:
+            picked = scores[:, rows[:, None], rows[None]]
+            return measure(picked[:, rows[:, None] == rows[None]], picked[:, rows[:, None] != rows[None]])
+
+        return of
+
+    def shifted(by: int) -> float:
+        moved = np.roll(scores, by, axis=2)
+        return d_sys(moved[:, np.eye(n, dtype=bool)], moved[:, ~np.eye(n, dtype=bool)])
+
+    mated = scores[:, np.eye(n, dtype=bool)]
+    undefined = int(np.isnan(mated).sum())
+    counted = (mated.size - undefined, undefined)
+    chance = np.array([shifted(by) for by in range(1, n)])
+    known = chance[~np.isnan(chance)]
+    middle = (float(known.mean()), *map(float, np.percentile(known, [2.5, 97.5]))) if known.size else (math.nan,) * 3
+    return [
+        Statistic("auc", *counted, at(auc)(np.arange(n)), *interval(at(auc), n, seed=seed)),
+        Statistic("d_sys", *counted, at(d_sys)(np.arange(n)), *jackknife_interval(at(d_sys), n)),
+        Statistic("d_sys by chance", *counted, *middle),
+    ]
+
+
+def auc(mated: ArrayLike, nonmated: ArrayLike) -> float:
+    """The chance that a score of the first is above one of the second, ties counted half; NaN scores do not count."""
+    same, other = (values[~np.isnan(values)] for values in map(np.ravel, map(np.asarray, (mated, nonmated))))
+    if same.size == 0 or other.size == 0:
+        return math.nan
+    ranked = np.sort(other)
+    below, up_to = (np.searchsorted(ranked, same, side) for side in ("left", "right"))
+    return float((below + up_to).mean() / (2 * other.size))
+
+
+def auc_statistic(right: ArrayLike, wrong: ArrayLike, name: str = "auc", seed: int = 0) -> Statistic:
+    """`auc` of values (n a) against values (n b) of the same n pictures, with the interval of pictures drawn again."""
+    first, second = np.asarray(right, np.float64), np.asarray(wrong, np.float64)
+    undefined = int(np.isnan(first).sum())
+
+    def at(rows: Rows) -> float:
+        return auc(first[rows], second[rows])
+
+    n = len(first)
+    return Statistic(name, first.size - undefined, undefined, at(np.arange(n)), *interval(at, n, seed=seed))
+
+
+def interval(value: Callable[[Rows], float], n: int, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
+    """The middle 95 % of `value` when n pictures are drawn again with replacement; NaN for fewer than two."""
+    generator = np.random.default_rng(seed)
+    values = np.array([value(generator.integers(0, n, n)) for _ in range(resamples)] if n > 1 else [math.nan])
+    if np.isnan(values).all():
+        return math.nan, math.nan
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def jackknife_interval(value: Callable[[Rows], float], n: int) -> tuple[float, float]:
+    """`value` of n pictures, within [0, 1], and 1.96 standard errors to both sides, from leaving out each picture in turn."""
+    middle = value(np.arange(n))
+    if n < 3 or math.isnan(middle):
+        return math.nan, math.nan
+    without = np.array([value(np.delete(np.arange(n), i)) for i in range(n)])
+    error = math.sqrt((n - 1) / n * np.square(without - without.mean()).sum())
+    return max(0.0, middle - 1.96 * error), min(1.0, middle + 1.96 * error)
+
+
+# Known plaintext: some originals and their files are known, and the key stream is one for all
+@dataclass(frozen=True)
+class OneStream:
+    """A key as the authors use theirs: one stream for all pictures, whatever their nonces."""
+
+    key: Key
+
+    def stream(self, nonce: bytes, purpose: str, size: int) -> bytes:
+        return self.key.stream(bytes(NONCE_BYTES), purpose, size)
+
+
+def voted_signs(originals: Latent, published: Latent, mask: Mask) -> Int8[Tensor, "c u v"]:
+    """k as m pairs (m c u v) of z_T and z'_T show it in their faces (m 1 u v): 0 where none of them has a face.
+
+    sign(sum_j z_j z'_j): each pair votes for its sign(z z') with the weight |z z'|, as small entries are mostly error.
+    """
+    votes = (originals.double() * published.double() * mask).sum(0)
+    return votes.sign().to(torch.int8)
+
+
+def share_right(found: Tensor, truth: Tensor, inside: Bool[Tensor, "u v"]) -> float:
+    """The share of right signs (c u v) inside; a sign not found (0) is half right, as a coin would have it. NaN for no cell."""
+    agreement = (found * truth)[:, inside].double()
+    return float(((1 + agreement) / 2).mean())
+
+
+def rotated_back(
+    originals: Latent, published: Latent, sent: Sequence[bytes], turned: Latent, turned_sent: Sequence[bytes]
+) -> Latent:
+    """The faces (t c d) of `turned`, rotated back and with their norms, as m known pairs (m c d) of one key stream show them.
+
+    Q_c by the orthogonal Procrustes problem, min_Q |Q z_c - z'_c|^2 (Schoenemann, Psychometrika 31, 1966); with fewer pairs than
+    cells it is free on what they do not span, and any rotation will do there. Norms are sent XORed with bytes of the same
+    stream, so a known norm gives these bytes; each is taken from the pair where most others agree.
+    """
+    out = np.empty(tuple(turned.shape))
+    a, b, c = (z.double().cpu().numpy() for z in (originals, published, turned))
+    for i in range(a.shape[1]):
+        turn, _ = orthogonal_procrustes(b[:, i], a[:, i])
+        out[:, i] = c[:, i] @ turn
+    known = [coded(face.square().mean(1).sqrt()) for face in originals.double().cpu()]
+    streams = [
+        bytes(p ^ q for p, q in zip(code, cipher, strict=True)) for code, cipher in zip(known, sent, strict=True)
+    ]
+    stream = [Counter(column).most_common(1)[0][0] for column in zip(*streams, strict=True)]
+    norms = torch.stack([decoded(bytes(p ^ q for p, q in zip(stream, code, strict=True))) for code in turned_sent])
+    return (torch.from_numpy(out) * norms[:, :, None]).to(turned)
+
+
+# The authors' keys: 32 bits
+@dataclass(frozen=True)
+class SeededSigns:
+    """The authors' keys: torch's CPU generator from a seed below 2^32, Bernoulli(0.5) for each sign."""
+
+    seed: int
+
+    def stream(self, nonce: bytes, purpose: str, size: int) -> bytes:
+        bits = seeded_bits(torch.Generator(), self.seed, torch.full((8 * size,), 0.5))
+        return np.packbits(bits.numpy().astype(np.uint8)).tobytes()
+
+
+def seeded_bits(generator: torch.Generator, seed: int, half: Tensor) -> Tensor:
+    """One 0 or 1 for each entry of `half`; the first ones do not depend on how many there are."""
+    return torch.bernoulli(half, generator=generator.manual_seed(seed))
+
+
+def seed_search(products: Latent, inside: Bool[Tensor, "u v"], seeds: Iterable[int]) -> tuple[int, float, float]:
+    """The seed whose signs agree best with one known pair's `products` z z' (c u v) in the face, how well, and seeds/s.
+
+    Each of the first COMPARED_SIGNS signs of the face counts with the weight |z z'|. The agreement is in standard deviations of
+    what a wrong seed has; the luckiest of 2^32 wrong ones has about 6.2. One thread, no accelerator: a lower bound of what an
+    attacker does. -1 and NaN where there is no face.
+    """
+    places = inside.expand_as(products).flatten().nonzero()[:COMPARED_SIGNS, 0]
+    if len(places) == 0:
+        return -1, math.nan, math.nan
+    weights = products.flatten()[places]
+    spread, half, generator = weights.norm(), torch.full((int(places[-1]) + 1,), 0.5), torch.Generator()
+    best, agreement, tried, started = -1, -math.inf, 0, perf_counter()
+    for seed in seeds:
+        k = 2 * seeded_bits(generator, seed, half)[places] - 1
+        deviations = (k.dot(weights) / spread).item()
+        best, agreement = (seed, deviations) if deviations > agreement else (best, agreement)
+        tried += 1
+    return best, agreement, tried / (perf_counter() - started)
+
+
+# Wrong keys
+@dataclass(frozen=True)
+class NonceOff:
+    """The right key with a nonce that differs in one bit."""
+
+    key: Key
+    bit: int = 0
+
+    def stream(self, nonce: bytes, purpose: str, size: int) -> bytes:
+        off = bytearray(nonce)
+        off[self.bit // 8] ^= 1 << (self.bit % 8)
+        return self.key.stream(bytes(off), purpose, size)
+
+
+def same_law(a: ArrayLike, b: ArrayLike) -> list[Statistic]:
+    """Two-sample Kolmogorov-Smirnov test of values that do not depend on each other: `ks_d`, the largest gap, and `ks_p`, the
+    chance of such a gap where both are drawn alike. n counts both sides; NaN is left out.
+    """
+    first, second = np.ravel(np.asarray(a, np.float64)), np.ravel(np.asarray(b, np.float64))
+    undefined = int(np.isnan(first).sum() + np.isnan(second).sum())
+    first, second = first[~np.isnan(first)], second[~np.isnan(second)]
+    found = (math.nan, math.nan)
+    if first.size and second.size:
+        test = ks_2samp(first, second)
+        found = (float(test.statistic), float(test.pvalue))
+    names = ("ks_d", "ks_p")
+    return [
+        Statistic(name, first.size + second.size, undefined, value, math.nan, math.nan)
+        for name, value in zip(names, found, strict=True)
+    ]
+
+
+def share_needed(shares: ArrayLike, cosines: ArrayLike, threshold: float) -> Floats:
+    """The least share of right signs at which each picture's cosines (n s) pass the threshold, drawn as a line over the rising
+    shares (s); the first share where it is passed from the start, NaN where it never is.
+    """
+    x, y = np.asarray(shares, np.float64), np.asarray(cosines, np.float64)
+    needed = np.full(len(y), math.nan)
+    for i, row in enumerate(y):
+        known = ~np.isnan(row)
+        at, height = x[known], row[known]
+        above = np.flatnonzero(height > threshold)
+        if above.size and above[0] == 0:
+            needed[i] = at[0]
+        elif above.size:
+            j = above[0]
+            rise = (threshold - height[j - 1]) / (height[j] - height[j - 1])
+            needed[i] = at[j - 1] + rise * (at[j] - at[j - 1])
+    return needed
+
+
+# What is left without a face
+def blanked(images: Image, face: Mask) -> Image:
+    """The face's pixels (b 1 h w) in the mean colour of the others."""
+    rest = (~face).to(images)
+    mean = (images * rest).sum((2, 3), keepdim=True) / rest.sum((2, 3), keepdim=True).clamp(min=1)
+    return torch.where(face, mean, images)
+
+
+# Changed files
+def one_bit_off(images: Image, headers: Sequence[bytes]) -> Image:
+    """Pictures with the lowest bit of one byte changed, somewhere else in each."""
+    pixels = to_bytes(images)
+    for picture, header in zip(pixels, headers, strict=True):
+        place = int.from_bytes(hashlib.sha256(header).digest()[:8], "big") % picture.numel()
+        picture.view(-1)[place] ^= 1
+    return to_floats(pixels)
+
+
+def neighbours(header: bytes) -> list[bytes]:
+    """All headers that differ from this one in one bit."""
+    number, size = int.from_bytes(header, "big"), len(header)
+    return [(number ^ (1 << bit)).to_bytes(size, "big") for bit in range(8 * size)]
+
+
+def without_tag(header: bytes) -> bytes:
+    return replace(Header.unpack(header), tag=b"").pack()
+
+
+def is_refused(header: bytes, picture: Bytes, key: Key) -> bool:
+    """Whether the owner of the key, who looks at tags, is told that something is wrong."""
+    try:
+        unseal([header], picture[None], [key], authenticate=True)
+    except BadHeader:
+        return True
+    return False
+
+
+# Passwords
+def argon2_seconds(iterations: int, memory: int, lanes: int, guesses: int) -> list[float]:
+    """What each of `guesses` passwords costs on this machine by Argon2id (RFC 9106), `memory` in KiB; raises MemoryError."""
+    seconds = []
+    for i in range(guesses):
+        started = perf_counter()
+        Argon2id(salt=bytes(16), length=32, iterations=iterations, lanes=lanes, memory_cost=memory).derive(b"%d" % i)
+        seconds.append(perf_counter() - started)
+    return seconds

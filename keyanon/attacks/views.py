@@ -1,0 +1,114 @@
+"""What others make of a published picture; each attack, or bad channel, gives one more view.
+
+Every attack sees the published file and its header. Those with a wrong key measure what a guess gives away, the one without a key
+what there is to see for all; the JPEG ones hand a damaged file to the rightful owner. None of them heeds the tag, which would stop
+them all.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from keyanon.channel.headers import FIXED
+from keyanon.channel.keys import MasterKey
+from keyanon.channel.pixels import jpeg, to_floats
+from keyanon.channel.streams import SIGNS
+from keyanon.types import Image, Key, Published, Reversible, RunsWithoutKey
+
+
+@dataclass(frozen=True)
+class WrongKey:
+    """Recovery with a random, unrelated master key, another one for each picture and `trial`."""
+
+    trial: int = 0
+
+    def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
+        # Of the header only what comes before the pixels are known: a tag would make the key depend on their last bit.
+        starts = [header[:FIXED] for header in published.headers]
+        wrong = [MasterKey(hashlib.sha256(b"wrong key %d|" % self.trial + start).digest()) for start in starts]
+        return heedless(method).recover(to_floats(published.images), published.headers, wrong)
+
+
+@dataclass(frozen=True)
+class NearKey:
+    """Recovery with the nearest wrong master key: one bit of it differs."""
+
+    bit: int = 0
+
+    def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
+        near = [key.with_bit_flipped(self.bit) for key in keys if isinstance(key, MasterKey)]
+        if len(near) != len(keys):
+            raise TypeError("near_key flips a bit of a master key; this run has other keys")
+        return heedless(method).recover(to_floats(published.images), published.headers, near)
+
+
+@dataclass(frozen=True)
+class PartialKey:
+    """Recovery by one who holds the right signs but for a fraction of them, which are wrong (1.0: every sign).
+
+    A method that draws no signs from its key (rotation, permutation, noise flip) is recovered as with the right key.
+    """
+
+    wrong: float
+
+    def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
+        partial = [FlippedSigns(key, self.wrong) for key in keys]
+        return heedless(method).recover(to_floats(published.images), published.headers, partial)
+
+
+@dataclass(frozen=True)
+class NoKey:
+    """What one sees who runs the receiver without any key, where that gives anything; else the published picture, which is all
+    that such a one has: of a scrambled face, of an encrypted crop, of a program that asks for a key, of ready-made pictures.
+    """
+
+    def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
+        images = to_floats(published.images)
+        return method.without_key(images, published.headers) if isinstance(method, RunsWithoutKey) else images
+
+
+@dataclass(frozen=True)
+class Jpeg:
+    """Recovery with the right key from a file that was saved as JPEG on its way."""
+
+    quality: int
+
+    def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
+        damaged = torch.stack([jpeg(picture, self.quality) for picture in published.images])
+        return heedless(method).recover(to_floats(damaged), published.headers, keys)
+
+
+@dataclass(frozen=True)
+class FloatChannel:
+    """Recovery with the right key from the decoder's unrounded floats, as the authors measure it. No file carries these."""
+
+    def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
+        if published.floats is None:
+            raise ValueError("recovered_float: this anonymizer publishes no floats")
+        return heedless(method).recover(published.floats, published.headers, keys)
+
+
+def heedless(method: Reversible) -> Reversible:
+    """The method as one uses it who does not heed the tag: an attacker, or an owner who wants what is left of a damaged file."""
+    return replace(method, authenticate=False) if hasattr(method, "authenticate") else method  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class FlippedSigns:
+    """The right key with a fraction of the signs, drawn at random for each picture, wrong: what a partial attack would hold."""
+
+    key: Key
+    fraction: float
+
+    def stream(self, nonce: bytes, purpose: str, size: int) -> bytes:
+        right = self.key.stream(nonce, purpose, size)
+        if purpose != SIGNS:
+            return right
+        wrong = np.zeros(8 * size, np.uint8)
+        wrong[: round(self.fraction * 8 * size)] = 1
+        seed = int.from_bytes(hashlib.sha256(b"flipped signs" + nonce).digest()[:8], "big")
+        np.random.default_rng(seed).shuffle(wrong)
+        return bytes(a ^ b for a, b in zip(right, np.packbits(wrong).tobytes(), strict=True))

@@ -1,0 +1,1 @@
+"""What passes between sender and receiver: pixels, header, key, nonce."""

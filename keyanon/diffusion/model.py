@@ -1,0 +1,278 @@
+"""Latent diffusion models in the layout of diffusers: encode, decode, and eps(z, t).
+
+    z0 = E(x),   x = D(z0),   eps(z_t, t) the noise in z_t
+
+One class reads them all: LDM-FFHQ and LDM-CelebAHQ (VQModel + UNet2DModel), Stable Diffusion with an empty prompt (AutoencoderKL +
+UNet2DConditionModel), and this project's own models on the block-DCT latent. A network trained to predict v is turned to eps:
+eps = a v + s z_t (arXiv 2202.00512, appendix D).
+"""
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2DModel, VQModel
+from huggingface_hub import snapshot_download
+from torch import Tensor
+
+from keyanon.batching import in_chunks
+from keyanon.diffusion.block_dct import BLOCK, BlockDCT
+from keyanon.diffusion.solvers import NoiseSchedule
+from keyanon.types import Image, Latent
+from keyanon.weights import MissingWeights, offline
+
+log = logging.getLogger(__name__)
+Precision = Literal["fp32", "tf32", "bf16"]
+WEIGHT_FILES = ("*.safetensors", "*.bin")
+
+
+class BadModel(Exception):
+    """A model folder that lacks a part or holds one this project cannot use."""
+
+
+@dataclass(frozen=True)
+class LatentDiffusion:
+    """An unconditional latent diffusion model; nothing is read until it is first used.
+
+    Args:
+        source: a folder, a hub id, or `bundled:NAME` for a model that this package ships.
+        subfolder: where in the repository the model is, "" for its top.
+        noise: noise schedule for repositories that ship none (the authors take LDM-CelebAHQ's for LDM-FFHQ); arguments of
+            diffusers' DDIMScheduler.
+        precision: of the denoising network's arithmetic. Latents, the solver and the autoencoder stay in fp32.
+        licence: of the weights, for the message when they are missing.
+        compile: the denoising network by torch.compile, at its first use: minutes, and a C++ compiler on a CPU. Results differ
+            from the uncompiled network's by rounding: sender and receiver should do the same. Gains: docs/performance.md.
+    """
+
+    source: str
+    subfolder: str = ""
+    noise: Mapping[str, Any] | None = None
+    precision: Precision = "fp32"
+    device: str = "cpu"
+    licence: str = "see the model's page"
+    revision: str | None = None
+    compile: bool = False
+    evaluations: Counter[int] = field(default_factory=Counter, init=False, repr=False, compare=False)
+    """How many pictures the network has seen at each timestep."""
+    fits: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """How many pictures can be encoded, decoded, ... at once, where it turned out that there are too many for the memory."""
+
+    def encode(self, images: Image) -> Latent:
+        """z0 = E(x): the mean where the encoder gives a distribution, unquantized where it has a codebook.
+
+        Gradients reach pictures that ask for them; the weights ask for none.
+        """
+        return in_chunks(self._encode, images.to(self.device), fits=self.fits)
+
+    def _encode(self, images: Image) -> Latent:
+        autoencoder = self.autoencoder
+        with arithmetic("fp32"):
+            encoded = autoencoder.encode(images)
+        if isinstance(autoencoder, BlockDCT):
+            z0: Latent = encoded
+        elif isinstance(autoencoder, VQModel):
+            z0 = encoded.latents
+        else:
+            z0 = encoded.latent_dist.mode() * autoencoder.config.scaling_factor
+        return z0
+
+    def decode(self, latents: Latent, quantize: bool = True) -> Image:
+        """x = D(z0), unclipped; `quantize` snaps to the codebook first, where there is one, as diffusers does by default."""
+        with torch.no_grad(), arithmetic("fp32"):
+            return in_chunks(lambda part: self._decode(part, quantize), latents, fits=self.fits)
+
+    def _decode(self, latents: Latent, quantize: bool) -> Image:
+        autoencoder = self.autoencoder
+        if isinstance(autoencoder, BlockDCT):
+            images: Image = autoencoder.decode(latents)
+        elif isinstance(autoencoder, VQModel):
+            images = autoencoder.decode(latents, force_not_quantize=not quantize).sample
+        else:
+            images = autoencoder.decode(latents / autoencoder.config.scaling_factor).sample
+        return images
+
+    def latent_size(self, images: Image) -> tuple[int, int]:
+        """(rows, columns) of the latents of `images`."""
+        autoencoder, (height, width) = self.autoencoder, images.shape[-2:]
+        learned = not isinstance(autoencoder, BlockDCT)
+        factor = 2 ** (len(autoencoder.config.block_out_channels) - 1) if learned else BLOCK
+        return height // factor, width // factor
+
+    def eps(self, z: Latent, t: int) -> Latent:
+        """The network's estimate of the noise in z at the timestep t, in fp32."""
+        self.evaluations[t] += len(z)
+        out = in_chunks(lambda part: self._network(part, t), z, fits=self.fits, few_sizes=self.compile)
+        return self.as_noise(out, z, t)
+
+    def as_noise(self, out: Latent, z: Latent, t: int) -> Latent:
+        """The noise in z, of what a network that predicts what this one does says of it."""
+        if self._predicts_v:
+            abar = self.schedule.abar[t]
+            out = abar**0.5 * out + (1 - abar) ** 0.5 * z
+        return out
+
+    def _network(self, z: Latent, t: int) -> Latent:
+        with torch.no_grad(), arithmetic(self.precision):
+            steps = torch.full((z.shape[0],), t, device=z.device)
+            prompt = () if self.condition is None else (self.condition.expand(z.shape[0], -1, -1),)
+            out: Latent = self.unet(z.to(self._dtype), steps, *prompt).sample.float()
+        return out.clone() if self.compile else out  # a CUDA graph overwrites what it gave at the next call
+
+    @cached_property
+    def schedule(self) -> NoiseSchedule:
+        return NoiseSchedule.of(self._scheduler)
+
+    @cached_property
+    def autoencoder(self) -> Any:
+        for name, kind in (("latent", BlockDCT), ("vqvae", VQModel), ("vae", AutoencoderKL)):
+            if (self.folder / name / "config.json").is_file():
+                kind = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}.get(self._class_of(name), kind)
+                if kind is BlockDCT:
+                    return BlockDCT.from_config(BlockDCT.load_config(self.folder / name))
+                net = kind.from_pretrained(self.folder / name)
+                return net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        raise BadModel(f"{self.folder}: no autoencoder (expected one of the folders latent, vqvae, vae)")
+
+    @cached_property
+    def unet(self) -> Any:
+        if not (self.folder / "unet" / "config.json").is_file():
+            raise BadModel(f"{self.folder}: no denoising network (expected the folder unet)")
+        kind = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}.get(self._class_of("unet"))
+        if kind is None:
+            raise BadModel(f"{self.folder}/unet: {self._class_of('unet')} is no network this project runs")
+        net = kind.from_pretrained(self.folder / "unet", torch_dtype=self._dtype)
+        net = net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        return compiled(net) if self.compile else net
+
+    @cached_property
+    def condition(self) -> Tensor | None:
+        """The text encoder's answer to the empty prompt (1 tokens d), None for an unconditional network."""
+        if self._class_of("unet") != "UNet2DConditionModel":
+            return None
+        try:
+            from transformers import CLIPTextModel, CLIPTokenizer
+        except ImportError:
+            raise BadModel(
+                f"{self.source} needs the package transformers: pip install 'keyanon[stable-diffusion]'"
+            ) from None
+        tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
+        tokens = tokenizer("", padding="max_length", return_tensors="pt", max_length=tokenizer.model_max_length)
+        encoder = CLIPTextModel.from_pretrained(self.folder / "text_encoder").eval()
+        with torch.no_grad():
+            embedding: Tensor = encoder(tokens.input_ids).last_hidden_state
+        return embedding.to(self.device, self._dtype)
+
+    @cached_property
+    def sha256(self) -> str:
+        """One digest over the names and contents of the configuration and weight files."""
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.glob("*/*")):
+            if path.suffix in {".json", ".safetensors", ".bin"}:
+                with path.open("rb") as file:
+                    part = hashlib.file_digest(file, "sha256").digest()
+                digest.update(f"{path.parent.name}/{path.name}".encode() + part)
+        return digest.hexdigest()
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the model is on this machine, fetched from the hub if need be; raises MissingWeights."""
+        found = self._local()
+        if found is not None:
+            return found
+        if not self.source.startswith("bundled:") and not Path(self.source).is_absolute() and not offline():
+            try:
+                top = snapshot_download(self.source, revision=self.revision, allow_patterns=self._patterns())
+                return Path(top) / self.subfolder
+            except Exception as error:
+                raise MissingWeights(f"{self._message()}\n  download failed: {error}") from error
+        raise MissingWeights(self._message())
+
+    def missing(self) -> str | None:
+        """What a preflight says if the model is not on this machine, None if it is; downloads nothing."""
+        return None if self._local() is not None else self._message()
+
+    def _local(self) -> Path | None:
+        if self.source.startswith("bundled:"):
+            folder = Path(str(files("keyanon"))) / "assets" / self.source.removeprefix("bundled:")
+        elif Path(self.source).is_dir():
+            folder = Path(self.source) / self.subfolder
+        else:
+            try:
+                top = snapshot_download(
+                    self.source, revision=self.revision, allow_patterns=self._patterns(), local_files_only=True
+                )
+            except Exception:  # hub ids are not paths; the hub's many error classes all mean: not in the cache
+                return None
+            folder = Path(top) / self.subfolder
+        has_weights = any(any((folder / "unet").glob(pattern)) for pattern in WEIGHT_FILES)
+        return folder if has_weights else None
+
+    def _patterns(self) -> list[str]:
+        prefix = f"{self.subfolder}/" if self.subfolder else ""
+        parts = ("unet", "vqvae", "vae", "latent", "scheduler", "text_encoder", "tokenizer")
+        return [f"{prefix}{part}/*" for part in parts]
+
+    def _message(self) -> str:
+        where = f"{self.source} (folder {self.subfolder})" if self.subfolder else self.source
+        name = self.source.rstrip("/").split("/")[-1]
+        return (
+            f"diffusion model {where}: not on this machine. Licence: {self.licence}.\n"
+            f"  fetch it with: hf download {self.source}  (or set backbone.source to a folder that holds {name}'s files)"
+        )
+
+    def _class_of(self, part: str) -> str:
+        name: str = json.loads((self.folder / part / "config.json").read_text())["_class_name"]
+        return name
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @cached_property
+    def _scheduler(self) -> Any:
+        if (self.folder / "scheduler" / "scheduler_config.json").is_file():
+            return DDIMScheduler.from_config(DDIMScheduler.load_config(self.folder / "scheduler"))
+        if self.noise is None:
+            raise BadModel(
+                f"{self.folder}: no folder scheduler, and backbone.noise does not say which noise schedule to use"
+            )
+        return DDIMScheduler(**self.noise)
+
+    @property
+    def _predicts_v(self) -> bool:
+        kind: str = self._scheduler.config.prediction_type
+        if kind not in {"epsilon", "v_prediction"}:
+            raise BadModel(f"{self.folder}: prediction_type {kind}; this project runs epsilon and v_prediction")
+        return kind == "v_prediction"
+
+
+@contextmanager
+def arithmetic(precision: Precision) -> Iterator[None]:
+    """Products of fp32 numbers in TF32 for "tf32" and in fp32 otherwise, where PyTorch's own default is TF32 for convolutions."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def compiled(net: torch.nn.Module) -> Any:
+    """`net` through torch.compile, for few sizes of the batch and never in part: on a CPU with the convolutions' weights laid out
+    once and for all, elsewhere as CUDA graphs, which launch all kernels at once.
+    """
+    on_cpu = next(net.parameters()).device.type == "cpu"
+    how: dict[str, Any] = {"options": {"freezing": True}} if on_cpu else {"mode": "reduce-overhead"}
+    return torch.compile(net, dynamic=False, fullgraph=True, **how)

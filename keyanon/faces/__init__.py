@@ -1,0 +1,1 @@
+"""Pictures of faces: where they come from, where the face is, whose it is."""

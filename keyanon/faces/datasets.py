@@ -1,0 +1,375 @@
+"""Faces by id, in a committed order: CelebA-HQ, FFHQ, LFW, two pictures a person, any folder, or what packages ship.
+
+Which pictures and in which order is said by a list, `keyanon/lists/NAME.txt` or a file of your own; without a list ids
+are sorted, so that no order ever comes from a disk. Pictures stay where they were downloaded. A dataset can be made
+without them: it looks for them when it is first asked, and then raises FileNotFoundError where none of its pictures is
+there, and BadPicture for a single one that is missing or broken.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+import PIL.Image
+
+from keyanon.channel.pixels import from_pil, open_rgb, resize
+from keyanon.faces.alignment import align
+from keyanon.faces.detection import MtcnnDetector
+from keyanon.faces.layouts import CELEBAHQ, FFHQ_LAYOUTS, LFW_LAYOUT, SUFFIXES, Member, members, person
+from keyanon.types import BadPicture, Picture
+from keyanon.weights import Package
+
+LISTS = Path(__file__).with_name("lists")
+SMALLEST = 16  # pixels: a picture with a shorter side shows no face
+Crop = Sequence[float]  # left, top, right, bottom as fractions of the picture's width and height
+
+
+@dataclass(frozen=True)
+class CelebAHQ:
+    """CelebA-HQ, 1024 px, as CelebAMask-HQ has it (CelebA-HQ-img/0.jpg to 29999.jpg), or flat: N.jpg or N.png.
+
+    Lee et al., MaskGAN, CVPR 2020, https://github.com/switchablenorms/CelebAMask-HQ. It comes without identities. The
+    authors resize bilinearly, we with Lanczos.
+    """
+
+    root: str | None
+    size: int = 256
+    list: str = "celebahq"
+    crop: Crop | None = None
+
+    @cached_property
+    def ids(self) -> Sequence[str]:
+        return CELEBAHQ.present(self.root, read_list(self.list))
+
+    @property
+    def gallery(self) -> Sequence[str]:
+        return ()
+
+    def identity(self, id: str) -> str | None:
+        return None
+
+    def load(self, id: str) -> Picture:
+        path = CELEBAHQ.find(self.root, id)
+        return prepare(open_rgb(path), path, self.size, self.crop)
+
+
+@dataclass(frozen=True)
+class FFHQ:
+    """FFHQ in its official folders of 1000, images1024x1024/00000/00000.png or thumbnails128x128/..., or flat.
+
+    Karras et al., StyleGAN, CVPR 2019, https://github.com/NVlabs/ffhq-dataset.
+    """
+
+    root: str | None
+    size: int = 256
+    version: Literal["images1024x1024", "thumbnails128x128"] = "images1024x1024"
+    list: str = "ffhq"
+    crop: Crop | None = None
+
+    @cached_property
+    def ids(self) -> Sequence[str]:
+        return FFHQ_LAYOUTS[self.version].present(self.root, read_list(self.list))
+
+    @property
+    def gallery(self) -> Sequence[str]:
+        return ()
+
+    def identity(self, id: str) -> str | None:
+        return None
+
+    def load(self, id: str) -> Picture:
+        path = FFHQ_LAYOUTS[self.version].find(self.root, id)
+        return prepare(open_rgb(path), path, self.size, self.crop)
+
+
+@dataclass(frozen=True)
+class LFW:
+    """Labeled Faces in the Wild, 250 px, Person/Person_0001.jpg, in the pairs of its official files.
+
+    Huang et al., 2007, https://vis-www.cs.umass.edu/lfw. The first picture of each pair is in the gallery, the second
+    is anonymized; each is listed once, where it first comes up. A picture may be both.
+
+    Args:
+        root: the folder that holds the pictures and the files of pairs.
+        size: of the pictures, pixels.
+        pairs: files of pairs in `root`, in LFW's own format or as CSV (name,i,j for a match, name,i,name,j for a
+            mismatch). The two by default hold 1,100 + 500 matches, the authors' 1,600 (their matchpairs.csv will do as
+            well). `pairs.txt` is the protocol View 2: 10 folds of 300 matches and then 300 mismatches.
+        mismatches: take the pairs of two persons too.
+        transform: `authors`: Resize 256, CenterCrop 200, Resize, bilinear; `lanczos`: `crop`, then one Lanczos resize.
+        crop: only with `lanczos`.
+    """
+
+    root: str | None
+    size: int = 256
+    pairs: Sequence[str] = ("pairsDevTrain.txt", "pairsDevTest.txt")
+    mismatches: bool = False
+    transform: Literal["authors", "lanczos"] = "authors"
+    crop: Crop | None = None
+
+    def __post_init__(self) -> None:
+        if self.transform not in ("authors", "lanczos"):
+            raise ValueError(f"transform is 'authors' or 'lanczos', not {self.transform!r}")
+        if self.transform == "authors" and self.crop is not None:
+            raise ValueError("the authors' transform has a crop of its own; take transform=lanczos with crop")
+
+    @cached_property
+    def comparisons(self) -> Sequence[tuple[str, str]]:
+        """The listed pairs (gallery id, probe id), in the files' order."""
+        listed = [pair for name in self.pairs for pair in read_pairs(LFW_LAYOUT.file(self.root, name))]
+        wanted = [(a, b) for a, b in listed if self.mismatches or person(a) == person(b)]
+        if not wanted:
+            raise ValueError(f"{self.root}: no pairs in {', '.join(self.pairs)}")
+        LFW_LAYOUT.present(self.root, [id for pair in wanted for id in pair])
+        return wanted
+
+    @cached_property
+    def ids(self) -> Sequence[str]:
+        return tuple(dict.fromkeys(second for _, second in self.comparisons))
+
+    @cached_property
+    def gallery(self) -> Sequence[str]:
+        return tuple(dict.fromkeys(first for first, _ in self.comparisons))
+
+    def identity(self, id: str) -> str | None:
+        return person(id)
+
+    def load(self, id: str) -> Picture:
+        path = LFW_LAYOUT.find(self.root, id)
+        picture = open_rgb(path)
+        if self.transform == "lanczos":
+            return prepare(picture, path, self.size, self.crop)
+        bilinear = PIL.Image.Resampling.BILINEAR
+        cropped = picture.resize((256, 256), bilinear).crop((28, 28, 228, 228))
+        return from_pil(cropped.resize((self.size, self.size), bilinear))
+
+
+@dataclass(frozen=True)
+class PairsFolder:
+    """Two pictures of each person, Person_Name_0001.webp: the first by name is in the gallery, the second anonymized.
+
+    `root` is a folder of pictures or of tar files, or a tar file. Without `list` all of its pictures are taken.
+    """
+
+    root: str | None
+    size: int = 256
+    list: str | None = None
+    crop: Crop | None = None
+
+    @cached_property
+    def ids(self) -> Sequence[str]:
+        return tuple(second for _, second in self._pairs)
+
+    @cached_property
+    def gallery(self) -> Sequence[str]:
+        return tuple(first for first, _ in self._pairs)
+
+    def identity(self, id: str) -> str | None:
+        return person(id)
+
+    def load(self, id: str) -> Picture:
+        return load_member(self._members, id, self.root, self.size, self.crop)
+
+    @cached_property
+    def _members(self) -> dict[str, "Member"]:
+        return members(self.root)
+
+    @cached_property
+    def _pairs(self) -> Sequence[tuple[str, str]]:
+        pictures = defaultdict(set)
+        for id in listed(self._members, self.list, self.root):
+            pictures[person(id)].add(id)
+        for name, ids in pictures.items():
+            if len(ids) != 2:
+                raise ValueError(f"{self.root}: {name} has {len(ids)} pictures ({', '.join(sorted(ids))}), expected 2")
+        return [(min(ids), max(ids)) for _, ids in sorted(pictures.items())]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of pictures or of tar files, or a tar file; ids are file names without suffix, sorted unless listed."""
+
+    root: str | None
+    size: int = 256
+    list: str | None = None
+    crop: Crop | None = None
+
+    @cached_property
+    def ids(self) -> Sequence[str]:
+        return listed(self._members, self.list, self.root)
+
+    @property
+    def gallery(self) -> Sequence[str]:
+        return ()
+
+    def identity(self, id: str) -> str | None:
+        return None
+
+    def load(self, id: str) -> Picture:
+        return load_member(self._members, id, self.root, self.size, self.crop)
+
+    @cached_property
+    def _members(self) -> dict[str, "Member"]:
+        return members(self.root)
+
+
+def bundled_faces(size: int = 128) -> Folder:
+    """256 synthetic faces that the bundled model drew and this package ships (experiments/faces.py); nobody's pictures."""
+    return Folder(str(Path(__file__).parents[1] / "assets" / "faces"), size)
+
+
+@dataclass(frozen=True)
+class InstalledPhotographs:
+    """Nine faces of real people, on the photographs (`PHOTOGRAPHS`) that packages keyanon depends on ship.
+
+    Each is found by MTCNN when it is loaded, and aligned as UTKFace is, which the bundled model knows. None of them is
+    part of this repository, and the photographs remain their owners': publish no picture made of them without asking.
+    """
+
+    size: int = 128
+
+    @cached_property
+    def ids(self) -> Sequence[str]:
+        files = {photograph.file for photograph in PHOTOGRAPHS.values()}
+        if not any(file.find() for file in files):
+            packages = " ".join(sorted({file.requirement for file in files}))
+            raise FileNotFoundError(
+                f"none of the photographs is installed; looked for {', '.join(sorted(map(str, files)))}. "
+                f"Remedy: `pip install {packages}`"
+            )
+        return tuple(PHOTOGRAPHS)
+
+    @property
+    def gallery(self) -> Sequence[str]:
+        return ()
+
+    def identity(self, id: str) -> str | None:
+        return None
+
+    def load(self, id: str) -> Picture:
+        if id not in PHOTOGRAPHS:
+            raise BadPicture(f"there is no photograph {id}; there are {', '.join(PHOTOGRAPHS)}")
+        file, crop = PHOTOGRAPHS[id].file, PHOTOGRAPHS[id].crop
+        path = file.find()
+        if path is None:
+            raise BadPicture(f"{id} is missing: {file}")
+        picture = from_pil(open_rgb(path))
+        left, top, right, bottom = pixels(crop, picture.shape[2], picture.shape[1])
+        (face,) = self._detector.detect(picture[None, :, top:bottom, left:right])
+        if face is None:
+            raise BadPicture(f"{path}: no face found for {id}")
+        return align(picture, face.points + np.array([left, top]), self.size)
+
+    @cached_property
+    def _detector(self) -> MtcnnDetector:
+        return MtcnnDetector()
+
+
+def read_list(name: str) -> tuple[str, ...]:
+    """The ids of the committed list `name`, or of the file at the path `name`.
+
+    One id a line, with or without a picture's suffix; `#` begins a comment; `0..29999` stands for all whole numbers
+    from the first to the last, `00000..69999` for the same with as many digits each.
+    """
+    committed = LISTS / f"{name}.txt"
+    path = committed if committed.is_file() else Path(name).expanduser()
+    if not path.is_file():
+        there = ", ".join(sorted(file.stem for file in LISTS.glob("*.txt")))
+        raise FileNotFoundError(f"no list of ids {name!r}: neither a file nor one of the committed lists {there}")
+    ids: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry = line.partition("#")[0].strip()
+        if span := re.fullmatch(r"(\d+)\.\.(\d+)", entry):
+            first, last = span.groups()
+            ids += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+        elif entry:
+            ids.append(entry.removesuffix(suffix) if (suffix := PurePosixPath(entry).suffix) in SUFFIXES else entry)
+    if not ids:
+        raise ValueError(f"{path}: a list without ids")
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{path}: {Counter(ids).most_common(1)[0][0]} is listed twice")
+    return tuple(ids)
+
+
+def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
+    """The pairs of ids in a file of LFW's format, or the same as CSV; counts and column names are passed over."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        fields = [field for field in re.split(r"[\t, ]+", line.strip()) if field]
+        match fields:
+            case [name, i, j] if i.isdecimal() and j.isdecimal():
+                yield lfw_id(name, i), lfw_id(name, j)
+            case [first, i, second, j] if i.isdecimal() and j.isdecimal():
+                yield lfw_id(first, i), lfw_id(second, j)
+            case [*counts] if number > 1 and not all(count.isdecimal() for count in counts):
+                raise ValueError(f"{path}, line {number}: {line!r} is no pair (name i j, or name i name j)")
+
+
+def lfw_id(name: str, number: str) -> str:
+    return f"{name}_{int(number):04}"
+
+
+def prepare(picture: PIL.Image.Image, path: Path, size: int, crop: Crop | None) -> Picture:
+    """Crop to fractions (to the nearest pixel), then a square of `size` pixels."""
+    if crop is not None:
+        picture = picture.crop(pixels(crop, *picture.size))
+    if min(picture.size) < SMALLEST:
+        raise BadPicture(f"{path}: {picture.width} x {picture.height} pixels, less than {SMALLEST}")
+    return from_pil(resize(picture, size))
+
+
+def pixels(crop: Crop, width: int, height: int) -> tuple[int, int, int, int]:
+    """A crop in pixels, to the nearest; ValueError where it is not inside the picture."""
+    left, top, right, bottom = crop
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise ValueError(f"crop is left, top, right, bottom as fractions of the picture, not {list(crop)}")
+    return round(left * width), round(top * height), round(right * width), round(bottom * height)
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """A picture file in a package, and the part of it around one face: the only one there."""
+
+    file: Package
+    crop: Crop = (0, 0, 1, 1)
+
+
+GROUP = Package("insightface", "insightface", "data/images/t1.jpg")
+
+# All the faces whose box, as MtcnnDetector finds it on the whole photograph, is at least 80 px wide; one package after
+# the other, and in the group from left to right.
+PHOTOGRAPHS = {
+    "skimage-astronaut": Photograph(Package("scikit-image", "skimage", "data/astronaut.png")),
+    "matplotlib-grace_hopper": Photograph(
+        Package("matplotlib", "matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
+    ),
+    "insightface-Tom_Hanks_54745": Photograph(
+        Package("insightface", "insightface", "data/images/Tom_Hanks_54745.png"),
+    ),
+    "insightface-t1-0": Photograph(GROUP, (0.00, 0.24, 0.18, 0.50)),
+    "insightface-t1-1": Photograph(GROUP, (0.17, 0.11, 0.33, 0.37)),
+    "insightface-t1-2": Photograph(GROUP, (0.32, 0.23, 0.49, 0.53)),
+    "insightface-t1-3": Photograph(GROUP, (0.54, 0.32, 0.70, 0.60)),
+    "insightface-t1-4": Photograph(GROUP, (0.68, 0.00, 0.82, 0.29)),
+    "insightface-t1-5": Photograph(GROUP, (0.85, 0.25, 1.00, 0.51)),
+}
+
+
+def listed(found: dict[str, Member], name: str | None, root: str | None) -> Sequence[str]:
+    """All ids found, sorted; or those of the list `name`, if a single one of them was found."""
+    if name is None:
+        return tuple(sorted(found))
+    ids = read_list(name)
+    if not any(id in found for id in ids):
+        raise FileNotFoundError(f"{root} holds none of the {len(ids)} pictures of the list {name}, such as {ids[0]}")
+    return ids
+
+
+def load_member(found: dict[str, Member], id: str, root: str | None, size: int, crop: Crop | None) -> Picture:
+    if id not in found:
+        raise BadPicture(f"{root} holds no picture {id}")
+    return prepare(found[id].open_rgb(), found[id].path, size, crop)

@@ -1,0 +1,142 @@
+"""Where collections of faces keep their pictures: published folder layouts, flat folders and tar files."""
+
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import PIL.Image
+
+from keyanon.channel.pixels import open_rgb
+from keyanon.types import BadPicture
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def person(id: str) -> str:
+    """Person_Name of Person_Name_0001."""
+    return id.rpartition("_")[0]
+
+
+# Where pictures are: published folder layouts, and flat folders or tar files.
+@dataclass(frozen=True)
+class Layout:
+    """Where below a root a collection keeps the picture `id` (of `person`), and how to get the collection."""
+
+    name: str
+    places: tuple[str, ...]
+    variable: str
+    source: str
+
+    def paths(self, root: str | None, id: str) -> list[Path]:
+        return [self.folder(root) / place.format(id=id, person=person(id)) for place in self.places]
+
+    def folder(self, root: str | None) -> Path:
+        if root is None:
+            raise FileNotFoundError(f"{self.name}: no folder given. {self.remedy}")
+        if not Path(root).expanduser().is_dir():
+            raise FileNotFoundError(f"{self.name}: there is no folder {root}. {self.remedy}")
+        return Path(root).expanduser()
+
+    def find(self, root: str | None, id: str) -> Path:
+        """The picture's file; raises BadPicture."""
+        paths = self.paths(root, id)
+        for path in paths:
+            if path.is_file():
+                return path
+        raise BadPicture(f"{self.name}: {id} is missing; looked for {', '.join(map(str, paths))}")
+
+    def present(self, root: str | None, ids: Iterable[str]) -> tuple[str, ...]:
+        """The ids as they are, if a single one of the pictures is there; else FileNotFoundError."""
+        ids = tuple(ids)
+        if not any(path.is_file() for id in ids for path in self.paths(root, id)):
+            looked = ", ".join(str(path.relative_to(self.folder(root))) for path in self.paths(root, ids[0]))
+            raise FileNotFoundError(
+                f"{self.name}: {root} holds none of the {len(ids)} pictures listed; looked for {looked} and so on. "
+                + self.remedy
+            )
+        return ids
+
+    def file(self, root: str | None, name: str) -> Path:
+        path = self.folder(root) / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{self.name}: there is no {path}. {self.remedy}")
+        return path
+
+    @property
+    def remedy(self) -> str:
+        return f"Set dataset.root=/path or {self.variable}. To be had: {self.source}"
+
+
+CELEBAHQ = Layout(
+    name="CelebA-HQ",
+    places=("CelebA-HQ-img/{id}.jpg", "{id}.jpg", "{id}.png"),
+    variable="KEYANON_CELEBAHQ",
+    source="CelebAMask-HQ.zip, linked from https://github.com/switchablenorms/CelebAMask-HQ (research only).",
+)
+FFHQ_LAYOUTS = {
+    version: Layout(
+        name="FFHQ",
+        places=(f"{version}/{{id:.2}}000/{{id}}.png", f"{version}/{{id}}.png", "{id:.2}000/{id}.png", "{id}.png"),
+        variable="KEYANON_FFHQ",
+        source=f"{version}, linked from https://github.com/NVlabs/ffhq-dataset.",
+    )
+    for version in ("images1024x1024", "thumbnails128x128")
+}
+LFW_LAYOUT = Layout(
+    name="LFW",
+    places=("{person}/{id}.jpg", "lfw/{person}/{id}.jpg", "lfw_funneled/{person}/{id}.jpg"),
+    variable="KEYANON_LFW",
+    source="lfw.tgz, pairs.txt, pairsDevTrain.txt and pairsDevTest.txt from https://vis-www.cs.umass.edu/lfw, in one "
+    "folder; or the folder lfw_home that scikit-learn's fetch_lfw_pairs(funneled=False) leaves.",
+)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A picture file, or the part of an uncompressed tar file that holds one."""
+
+    path: Path
+    archive: Path | None = None
+    start: int = 0
+    length: int = 0
+
+    def open_rgb(self) -> PIL.Image.Image:
+        if self.archive is None:
+            return open_rgb(self.path)
+        with self.archive.open("rb") as file:
+            file.seek(self.start)
+            return open_rgb(self.path, file.read(self.length))
+
+
+def members(root: str | None) -> dict[str, Member]:
+    """The pictures in a folder, in the tar files of a folder, or in a tar file, by file name without suffix."""
+    if root is None:
+        raise FileNotFoundError("no folder of pictures given. Set dataset.root=/path, to a folder or a tar file")
+    place = Path(root).expanduser()
+    if not place.exists():
+        raise FileNotFoundError(f"there is no {place}. Set dataset.root=/path, to a folder of pictures or a tar file")
+    found: dict[str, Member] = {}
+    for file in sorted(place.iterdir()) if place.is_dir() else [place]:
+        for member in tar_members(file) if file.suffix == ".tar" else [Member(file)]:
+            if member.path.suffix.lower() not in SUFFIXES or member.path.name.startswith("."):
+                continue
+            if member.path.stem in found:
+                both = f"{found[member.path.stem].path} and {member.path}"
+                raise ValueError(f"two pictures have the id {member.path.stem}: {both}; rename one of them")
+            found[member.path.stem] = member
+    if not found:
+        raise FileNotFoundError(
+            f"{place} holds no picture; looked for *{', *'.join(SUFFIXES)} in it or in its tar files"
+        )
+    return found
+
+
+def tar_members(archive: Path) -> Iterator[Member]:
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            for part in tar:
+                if part.isfile():
+                    yield Member(archive / part.name, archive, part.offset_data, part.size)
+    except tarfile.TarError as error:
+        raise ValueError(f"{archive}: not an uncompressed tar file ({error})") from error

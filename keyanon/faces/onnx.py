@@ -1,0 +1,29 @@
+"""Networks in ONNX, on the device of the run."""
+
+import functools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@functools.cache
+def open_onnx(path: Path, device: torch.device) -> Any:
+    """An onnxruntime session on a device's execution provider; warns where onnxruntime does not have that provider."""
+    import onnxruntime
+
+    fallback = "CPUExecutionProvider"
+    wanted = f"{device.type.upper()}ExecutionProvider"
+    providers = sorted({wanted, fallback} & set(onnxruntime.get_available_providers()), key=fallback.__eq__)
+    card = {} if device.index is None else {"device_id": device.index}
+    options = [{} if name == fallback else card for name in providers]
+    session = onnxruntime.InferenceSession(str(path), providers=providers, provider_options=options)
+    if wanted not in session.get_providers():
+        warnings.warn(
+            f"{path.name} runs on {', '.join(session.get_providers())}: this onnxruntime has no working {wanted} "
+            f"for the device {device.type!r}. See 'Running on a GPU' in the README.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return session

@@ -1,0 +1,215 @@
+"""Face masks: which pixels are the face, by a parser's classes, by landmarks, or by a fixed shape; one label map.
+
+Parsers look at pictures one by one, so that a mask does not depend on its batch, and on the device of the pictures.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from scipy.spatial import ConvexHull
+from skimage.draw import polygon2mask
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from keyanon.channel.pixels import to_bytes
+from keyanon.faces.detection import DlibDetector, Points
+from keyanon.faces.onnx import open_onnx
+from keyanon.types import Image, Mask
+from keyanon.weights import Card, named, resolve
+
+# CelebAMask-HQ's classes in the order of BiSeNet's outputs (https://github.com/yakhyo/face-parsing, utils/common.py).
+CLASSES = (
+    "background", "skin", "l_brow", "r_brow", "l_eye", "r_eye", "eye_g", "l_ear", "r_ear", "ear_r",
+    "nose", "mouth", "u_lip", "l_lip", "neck", "neck_l", "cloth", "hair", "hat",
+)  # fmt: skip
+TIGHT = ("skin", "l_brow", "r_brow", "l_eye", "r_eye", "eye_g", "nose", "mouth", "u_lip", "l_lip")
+PAPER_CLASSES = (*TIGHT, "l_ear", "r_ear", "neck")  # the authors' 13
+WITH_HAIR = (*PAPER_CLASSES, "hair")
+REGIONS = {"tight": TIGHT, "paper": PAPER_CLASSES, "with_hair": WITH_HAIR, "glasses": ("eye_g",)}
+Region = Literal["tight", "paper", "with_hair", "glasses"]
+Reduction = Literal["bilinear>0", "nearest", "area>0.5"]
+IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+IMAGENET_DEVIATION = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+
+@dataclass(frozen=True)
+class BiSeNetParser:
+    """The authors' parser: BiSeNet (ResNet-34) at 512 px in ONNX, the classes of `region`, brought to size by `reduce`.
+
+    `weights` is a path to the card's file.
+    """
+
+    region: Region = "paper"
+    reduce: Reduction = "bilinear>0"
+    card: str | Card = "bisenet"
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        check_arguments(self.region, self.reduce)
+
+    def cards(self) -> tuple[Card, ...]:
+        return (named(self.card),)
+
+    def mask(self, images: Image, size: tuple[int, int]) -> Mask:
+        return torch.cat([reduce_mask(self._parse(image), size, self.reduce) for image in torch.split(images, 1)])
+
+    def _parse(self, image: Image) -> Mask:
+        session = open_onnx(self._path, image.device)
+        logits = session.run(None, {session.get_inputs()[0].name: imagenet512(image).cpu().numpy()})[0]
+        if logits.shape[1] != len(CLASSES):
+            raise ValueError(f"{self._path}: a face parser gives {len(CLASSES)} classes, this gives {logits.shape[1]}")
+        wanted = [CLASSES.index(name) for name in REGIONS[self.region]]
+        return torch.from_numpy(np.isin(logits.argmax(1, keepdims=True), wanted)).to(image.device)
+
+    @cached_property
+    def _path(self) -> Path:
+        return resolve(named(self.card), self.weights)
+
+
+@dataclass(frozen=True)
+class SegFormerParser:
+    """SegFormer (MiT-B5) at 512 px; its classes are found by name in its config, because their order is its own.
+
+    `weights` is a local folder with the card's files.
+    """
+
+    region: Region = "paper"
+    reduce: Reduction = "bilinear>0"
+    card: str | Card = "segformer"
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        check_arguments(self.region, self.reduce)
+
+    def cards(self) -> tuple[Card, ...]:
+        return (named(self.card),)
+
+    def mask(self, images: Image, size: tuple[int, int]) -> Mask:
+        return torch.cat([reduce_mask(self._parse(image), size, self.reduce) for image in torch.split(images, 1)])
+
+    def _parse(self, image: Image) -> Mask:
+        model = self._model.to(image.device)
+        wanted = class_indices(model.config.id2label, REGIONS[self.region])
+        with torch.inference_mode():
+            logits = model(pixel_values=imagenet512(image)).logits
+        labels = interpolate(logits, (512, 512), mode="bilinear", align_corners=False).argmax(1, keepdim=True)
+        return torch.isin(labels, torch.tensor(wanted, device=image.device))
+
+    @cached_property
+    def _model(self) -> Any:
+        from transformers import SegformerForSemanticSegmentation
+
+        folder = resolve(named(self.card), self.weights)
+        return SegformerForSemanticSegmentation.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True
+        ).eval()
+
+
+@dataclass(frozen=True)
+class LandmarkParser:
+    """The face from dlib's 68 landmarks: jaw to brows, and a forehead above them.
+
+    It needs no parser's weights and covers skin, brows, eyes, glasses, nose, mouth and lips: no ears, neck or hair.
+    The forehead is `forehead` times as high as the face from chin to brows: by the rule of thirds the hairline is at
+    0.5; 0.4 takes less of the hair in; 0 ends the mask at the brows.
+    """
+
+    forehead: float = 0.4
+    reduce: Reduction = "bilinear>0"
+    detector: DlibDetector = field(default_factory=DlibDetector)
+
+    def __post_init__(self) -> None:
+        check_arguments("tight", self.reduce)
+
+    def cards(self) -> tuple[Card, ...]:
+        return self.detector.cards()
+
+    def mask(self, images: Image, size: tuple[int, int]) -> Mask:
+        height, width = images.shape[-2:]
+        found = self.detector.landmarks68(images)
+        masks = torch.zeros(len(images), 1, height, width, dtype=torch.bool)
+        for mask, landmarks in zip(masks, found, strict=True):
+            if landmarks is not None:
+                outline = face_outline(landmarks, self.forehead)
+                mask[0] = torch.from_numpy(polygon2mask((height, width), outline[:, ::-1]))
+        return reduce_mask(masks.to(images.device), size, self.reduce)
+
+
+@dataclass(frozen=True)
+class EllipseParser:
+    """No parser at all: the same ellipse on every picture, seen or not. For aligned crops such as faces128, and tests.
+
+    `centre` and `axes` (half-axes) are in fractions of width and height. The defaults fit the mean LandmarkParser
+    mask of 296 UTKFace crops (intersection over union 0.85 with it); forehead and hair above the brows are within.
+    """
+
+    centre: tuple[float, float] = (0.5, 0.4)
+    axes: tuple[float, float] = (0.44, 0.6)
+    reduce: Reduction = "bilinear>0"
+
+    def __post_init__(self) -> None:
+        check_arguments("tight", self.reduce)
+
+    def cards(self) -> tuple[Card, ...]:
+        return ()
+
+    def mask(self, images: Image, size: tuple[int, int]) -> Mask:
+        y, x = (torch.arange(n, device=images.device).add(0.5) / n for n in images.shape[-2:])
+        (across, down), (right, low) = self.centre, self.axes
+        inside = ((x[None, :] - across) / right) ** 2 + ((y[:, None] - down) / low) ** 2 <= 1
+        return reduce_mask(inside.expand(len(images), 1, -1, -1), size, self.reduce)
+
+
+def reduce_mask(mask: Mask, size: tuple[int, int], how: Reduction) -> Mask:
+    """A mask (b, 1, h, w) at another size.
+
+    "bilinear>0" is the authors' (torchvision's antialiased bilinear, then every cell that the face touches): it
+    dilates the face by up to one cell. "nearest" takes each cell's centre, "area>0.5" the majority of its pixels.
+    """
+    values = mask.float()
+    match how:
+        case "bilinear>0":
+            return interpolate(values, size, mode="bilinear", align_corners=False, antialias=True) > 0
+        case "nearest":
+            return interpolate(values, size, mode="nearest-exact") > 0
+        case "area>0.5":
+            return interpolate(values, size, mode="area") > 0.5
+
+
+def face_outline(landmarks: Points, forehead: float) -> Points:
+    """The convex outline (n, 2) around jaw, brows, and the brows moved up the face by `forehead` times its height.
+
+    The height is that from the chin to between the brows; the outer ends of the brows move half as far as the middle.
+    """
+    jaw, brows, chin = landmarks[:17], landmarks[17:27], landmarks[8]
+    up = brows[4:6].mean(0) - chin
+    arch = 1 - 0.5 * np.linspace(-1, 1, 10) ** 2
+    points = np.concatenate([jaw, brows, brows + forehead * arch[:, None] * up])
+    corners: Points = points[ConvexHull(points).vertices]
+    return corners
+
+
+def class_indices(names: dict[int, str], wanted: Collection[str]) -> list[int]:
+    """The outputs of a network whose class names are `names` that belong to the `wanted` classes."""
+    absent = set(wanted) - set(names.values())
+    if absent:
+        raise ValueError(f"this parser has no class {', '.join(sorted(absent))}; it has {', '.join(names.values())}")
+    return [int(index) for index, name in names.items() if name in wanted]
+
+
+def imagenet512(images: Image) -> Tensor:
+    """Published bytes at 512 px (bilinear), with ImageNet's mean and standard deviation."""
+    unit = to_bytes(images).float() / 255
+    large = interpolate(unit, (512, 512), mode="bilinear", align_corners=False, antialias=True)
+    return (large - IMAGENET_MEAN.to(large)) / IMAGENET_DEVIATION.to(large)
+
+
+def check_arguments(region: str, reduce: str) -> None:
+    for given, known in ((region, get_args(Region)), (reduce, get_args(Reduction))):
+        if given not in known:
+            raise ValueError(f"{given!r} is none of {', '.join(known)}")

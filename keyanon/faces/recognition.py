@@ -1,0 +1,200 @@
+"""Face detection, alignment and recognition: pictures in, unit rows out, and rows of NaN where no face was found.
+
+A detector's thresholds are never lowered until something turns up: no face found is a result, counted in every table.
+(The authors' code does lower them, so that every picture gets a box.) Pictures are clipped and rounded to 8 bits
+first, as a published file is. Coordinates are in pixels of the picture given, x to the right and y down.
+
+Models run on the device of the pictures given to them, and are loaded at first use: making an object needs no weights.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from keyanon.faces.detection import (
+    Detector,
+    DlibDetector,
+    KnownPlaces,
+    MtcnnDetector,
+    Pixels,
+    Points,
+    import_dlib,
+    to_pixels,
+)
+from keyanon.faces.onnx import open_onnx
+from keyanon.types import Embeddings, Image, Recognizer
+from keyanon.weights import Card, named, resolve
+
+
+@dataclass(frozen=True)
+class FaceNet:
+    """FaceNet (Inception-ResNet v1) of facenet-pytorch, 512 numbers: the face's box, margin 14, 160 px, not aligned.
+
+    The paper's recognizer, with its preprocessing. `weights` is a path to the card's file; other weights have a Card of
+    their own.
+    """
+
+    card: str | Card
+    detector: Detector = field(default_factory=lambda: MtcnnDetector(padding=0.0))
+    weights: str | None = None
+
+    @property
+    def name(self) -> str:
+        return named(self.card).name
+
+    def cards(self) -> tuple[Card, ...]:
+        return (named(self.card), *self.detector.cards())
+
+    def embed(self, images: Image) -> Embeddings:
+        faces = self.detector.detect(images)
+        found = zip(to_pixels(images), faces, strict=True)
+        crops = [None if face is None else facenet_crop(pixels, face.box) for pixels, face in found]
+        return _rows(crops, lambda batch: self._encode(batch.to(images.device)), 512, images.device)
+
+    def _encode(self, crops: Tensor) -> Tensor:
+        with torch.inference_mode():
+            rows: Tensor = self._model.to(crops.device)(crops)
+        return rows
+
+    @cached_property
+    def _model(self) -> Any:
+        from facenet_pytorch import InceptionResnetV1
+
+        state = torch.load(resolve(named(self.card), self.weights), map_location="cpu", weights_only=True)
+        model = InceptionResnetV1(pretrained=None)
+        model.load_state_dict({key: value for key, value in state.items() if not key.startswith("logits.")})
+        return model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class ArcFaceOnnx:
+    """Any ArcFace-family network in ONNX: five points onto the 112 px template, (x / 255 - 0.5) / 0.5, RGB.
+
+    Aligned by InsightFace's own norm_crop (a least-squares similarity, black outside the picture); the authors fit
+    the same transform with OpenCV's robust estimator. `weights` is a path to the card's file.
+    """
+
+    card: str | Card
+    detector: Detector = field(default_factory=MtcnnDetector)
+    weights: str | None = None
+
+    @property
+    def name(self) -> str:
+        return named(self.card).name
+
+    def cards(self) -> tuple[Card, ...]:
+        return (named(self.card), *self.detector.cards())
+
+    def embed(self, images: Image) -> Embeddings:
+        session = open_onnx(self._path, images.device)
+        dimension = arcface_dimension(self._path, session)
+        faces = self.detector.detect(images)
+        found = zip(to_pixels(images), faces, strict=True)
+        crops = [None if face is None else arcface_crop(pixels, face.points) for pixels, face in found]
+        return _rows(crops, lambda batch: run_arcface(session, batch), dimension, images.device)
+
+    @cached_property
+    def _path(self) -> Path:
+        return resolve(named(self.card), self.weights)
+
+
+@dataclass(frozen=True)
+class DlibResNet:
+    """dlib's face recognition network, 128 numbers, from its 150 px chip aligned by 68 landmarks.
+
+    dlib compares by distance (same person below 0.6); rows here are made unit and compared by cosine, where impostors
+    lie high (mean 0.84 on LFW): use a threshold calibrated on clean pairs, as every table does.
+    """
+
+    card: str | Card = "dlib"
+    detector: "DlibDetector | KnownPlaces" = field(default_factory=DlibDetector)
+    weights: str | None = None
+
+    @property
+    def name(self) -> str:
+        return named(self.card).name
+
+    def cards(self) -> tuple[Card, ...]:
+        return (named(self.card), *self.detector.cards())
+
+    def embed(self, images: Image) -> Embeddings:
+        landmarks = self.detector.landmarks68(images)
+        rows = [
+            None if points is None else self._describe(pixels, points)
+            for pixels, points in zip(to_pixels(images), landmarks, strict=True)
+        ]
+        return _rows(rows, lambda batch: batch, 128, images.device)
+
+    def _describe(self, pixels: Pixels, landmarks: Points) -> Tensor:
+        dlib = import_dlib()
+        parts = [dlib.point(int(x), int(y)) for x, y in landmarks]
+        shape = dlib.full_object_detection(dlib.rectangle(0, 0, pixels.shape[1], pixels.shape[0]), parts)
+        return torch.tensor(list(self._model.compute_face_descriptor(pixels, shape)))
+
+    @cached_property
+    def _model(self) -> Any:
+        return import_dlib().face_recognition_model_v1(str(resolve(named(self.card), self.weights)))
+
+
+def with_places_of(images: Image, recognizer: Recognizer) -> Recognizer:
+    """`recognizer`, looking for faces where they are on `images`, whatever is there now; one without a detector as it is."""
+    if not isinstance(recognizer, FaceNet | ArcFaceOnnx | DlibResNet):
+        return recognizer
+    return replace(recognizer, detector=KnownPlaces(tuple(recognizer.detector.detect(images))))
+
+
+def facenet_crop(pixels: Pixels, box: Points) -> Tensor:
+    """A face box with facenet-pytorch's margin of 14, (3, 160, 160), (x - 127.5) / 128."""
+    from facenet_pytorch import extract_face, fixed_image_standardization
+
+    face: Tensor = extract_face(PIL.Image.fromarray(pixels), box, image_size=160, margin=14)
+    standard: Tensor = fixed_image_standardization(face)
+    return standard
+
+
+def arcface_crop(pixels: Pixels, points: Points) -> Tensor:
+    """A face on the ArcFace template, (3, 112, 112) in [-1, 1]."""
+    from insightface.utils.face_align import norm_crop
+
+    face = norm_crop(pixels, points.astype(np.float32), image_size=112)
+    return torch.from_numpy(face).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def arcface_dimension(path: Path, session: Any) -> int:
+    """The length of a network's embedding; ValueError names the file that is no ArcFace network."""
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    taken, given = [tensor.shape for tensor in inputs], [tensor.shape for tensor in outputs]
+    one_row = len(given) == 1 and len(given[0]) == 2 and isinstance(given[0][1], int)
+    if len(taken) != 1 or list(taken[0][1:]) != [3, 112, 112] or not one_row:
+        raise ValueError(
+            f"{path}: an ArcFace network takes (n, 3, 112, 112) and gives (n, d); this takes {taken}, gives {given}"
+        )
+    return int(given[0][1])
+
+
+def run_arcface(session: Any, crops: Tensor) -> Tensor:
+    """Rows of a batch of crops; one at a time where the graph has a fixed batch size of 1."""
+    (taken,) = session.get_inputs()
+    step = 1 if taken.shape[0] == 1 else len(crops)
+    runs = [session.run(None, {taken.name: part.numpy()})[0] for part in torch.split(crops, step)]
+    return torch.from_numpy(np.concatenate(runs))
+
+
+def _rows(
+    crops: Sequence[Tensor | None], encode: Callable[[Tensor], Tensor], dimension: int, device: torch.device
+) -> Embeddings:
+    """Unit rows where there is a crop, rows of NaN where there is none."""
+    rows = torch.full((len(crops), dimension), torch.nan, device=device)
+    found = [i for i, crop in enumerate(crops) if crop is not None]
+    if found:
+        batch = torch.stack([crop for crop in crops if crop is not None])
+        rows[found] = normalize(encode(batch).to(device, torch.float32))
+    return rows

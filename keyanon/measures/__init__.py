@@ -1,0 +1,1 @@
+"""How alike, whose, how Gaussian: numbers from pictures."""

@@ -1,0 +1,90 @@
+"""Is noise Gaussian? Statistics of a latent's entries, compared with N(0, I).
+
+ks_d                    largest gap between the distribution functions of its entries and of N(0, 1) (Kolmogorov, Smirnov)
+ks_passed               1 where that gap does not reject N(0, 1) at 5 %; severe, as a latent has thousands of entries
+mmd2                    squared maximum mean discrepancy between its 2 x 2 patches and as many of normal noise
+mean, variance, skewness, excess_kurtosis     of its entries; 0, 1, 0, 0 for N(0, 1)
+neighbour_correlation   of vertically and horizontally adjacent entries of a channel, averaged over channels
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+from scipy.spatial.distance import pdist, squareform
+
+Floats = NDArray[np.floating[Any]]
+
+Bools = NDArray[np.bool_]
+
+LEVEL = 0.05  # of the Kolmogorov-Smirnov test
+
+PATCH = 2
+
+MEASURES = (
+    "ks_d", "ks_passed", "mmd2", "mean", "variance", "skewness", "excess_kurtosis", "neighbour_correlation",
+)  # fmt: skip
+
+
+def measure(z: Floats, inside: Bools, generator: np.random.Generator) -> dict[str, float]:
+    """MEASURES of one latent (c u v) over its cells `inside` (u v); all NaN where these hold no patch.
+
+    `generator` draws the normal patches of mmd2.
+    """
+    values, pieces = z[:, inside].ravel(), patches(z, inside)
+    if len(pieces) < 2:
+        return dict.fromkeys(MEASURES, np.nan)
+    ks = stats.ks_1samp(values, stats.norm.cdf)
+    numbers = (
+        ks.statistic,
+        ks.pvalue >= LEVEL,
+        mmd2(pieces, generator.standard_normal(pieces.shape)),
+        values.mean(),
+        values.var(),
+        stats.skew(values),
+        stats.kurtosis(values),
+        neighbour_correlation(z, inside),
+    )
+    return dict(zip(MEASURES, map(float, numbers), strict=True))
+
+
+def mmd2(x: Floats, y: Floats) -> float:
+    """Squared maximum mean discrepancy of two samples (n d) and (m d), unbiased, so it may be negative.
+
+    The kernel is exp(-|a - b|^2 / (2 s^2)), s the median distance in the pooled sample (Gretton et al., A kernel two-sample
+    test, JMLR 13, 2012, lemma 6).
+    """
+    squared = pdist(np.concatenate([x, y]), "sqeuclidean")
+    kernel = squareform(np.exp(-squared / (2 * np.median(squared))))  # 0 on the diagonal: no point is its own neighbour
+    n, m = len(x), len(y)
+    within = kernel[:n, :n].sum() / (n * (n - 1)) + kernel[n:, n:].sum() / (m * (m - 1))
+    return float(within - 2 * kernel[:n, n:].mean())
+
+
+def patches(z: Floats, inside: Bools) -> Floats:
+    """The patches (n PATCH^2) of every channel of a latent (c u v) that lie whole inside (u v), side by side."""
+
+    def tiled(planes: Any) -> Any:
+        channels, rows, columns = len(planes), planes.shape[1] // PATCH, planes.shape[2] // PATCH
+        cut = planes[:, : rows * PATCH, : columns * PATCH].reshape(channels, rows, PATCH, columns, PATCH)
+        return cut.swapaxes(2, 3).reshape(channels, rows * columns, PATCH**2)
+
+    taken: Floats = tiled(z)[:, tiled(inside[None])[0].all(axis=1)].reshape(-1, PATCH**2)
+    return taken
+
+
+def neighbour_correlation(z: Floats, inside: Bools) -> float:
+    """Pearson's correlation of vertically and horizontally adjacent cells of a latent (c u v), averaged over its channels.
+
+    Both cells of a pair lie inside (u v).
+    """
+    down, across = inside[1:] & inside[:-1], inside[:, 1:] & inside[:, :-1]
+    first = np.concatenate([z[:, :-1][:, down], z[:, :, :-1][:, across]], axis=1)
+    second = np.concatenate([z[:, 1:][:, down], z[:, :, 1:][:, across]], axis=1)
+    return float(np.mean([stats.pearsonr(a, b).statistic for a, b in zip(first, second, strict=True)]))
+
+
+def generator_of(id: str, purpose: str) -> np.random.Generator:
+    """Random numbers that hang on a picture's id."""
+    return np.random.default_rng([*purpose.encode(), *id.encode()])

@@ -1,0 +1,155 @@
+"""How alike two pictures are, one number each: PSNR, SSIM, mean absolute error, LPIPS; and how far apart two sets are.
+
+Every scorer takes (view, original, face) as `keyanon.types.Scorer` has it: RGB in [-1, 1], and the original's face at
+pixel size. `*_face` measures on the face only, NaN where there is none: a background pasted back lifts numbers of whole
+pictures.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.functional.image.lpips import _NoTrainLpips
+
+from keyanon.faces.detection import Detector
+from keyanon.types import Image, Mask, Scorer, Scores
+from keyanon.weights import Card, missing, named, resolve
+
+PSNR_CEILING = 10 * math.log10(12 * 255**2)  # 58.9 dB
+SSIM_BORDER = 5  # pixels: half of its window
+
+
+def psnr(view: Image, original: Image, face: Mask) -> Scores:
+    """Peak signal-to-noise ratio in dB over the whole picture, up to PSNR_CEILING; higher is more alike.
+
+    Equal pictures have an infinite ratio, and then no mean. They get the ceiling, the ratio that rounding to 8 bits
+    alone leaves (a mean squared error of 1/12 of a squared level): files do not know their pictures any better.
+    """
+    return psnr_face(view, original, torch.ones_like(face))
+
+
+def psnr_face(view: Image, original: Image, face: Mask) -> Scores:
+    """`psnr` over the face's pixels; NaN where there are none."""
+    error = _mean_where(face, (view - original).square())
+    return (10 * torch.log10(4 / error)).clamp(max=PSNR_CEILING)
+
+
+def ssim(view: Image, original: Image, face: Mask) -> Scores:
+    """Structural similarity over the whole picture, in [-1, 1], 1 for equal pictures; higher is more alike.
+
+    As Wang et al., IEEE TIP 13(4), 2004: Gaussian window of σ = 1.5 on 11 x 11 pixels, K = 0.01 and 0.03, biased
+    variances, mean over the windows that lie inside the picture; for each colour channel of RGB in [0, 1], then their
+    mean. Equals skimage's structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+    data_range=1, channel_axis=...). NaN for pictures of less than 11 pixels.
+    """
+    inside = slice(SSIM_BORDER, -SSIM_BORDER)
+    return _ssim_map(view, original)[..., inside, inside].mean(dim=(1, 2, 3))
+
+
+def ssim_face(view: Image, original: Image, face: Mask) -> Scores:
+    """`ssim` over the windows centred on the face's pixels, mirrored at the picture's border; NaN where it has none."""
+    return _mean_where(face, _ssim_map(view, original))
+
+
+@dataclass(frozen=True)
+class Against:
+    """A scorer that compares with another view of the same picture instead of with the original.
+
+    Against `reconstructed`, D(E(x)), it tells what recovery loses from what the autoencoder loses.
+    """
+
+    view: str
+    scorer: Scorer
+
+    def __call__(self, view: Image, original: Image, face: Mask) -> Scores:
+        """`original` is the picture of that other view here."""
+        return self.scorer(view, original, face)
+
+
+def mae(view: Image, original: Image, face: Mask) -> Scores:
+    """Mean absolute error over the whole picture on the [-1, 1] scale, so in [0, 2]; lower is more alike."""
+    return (view - original).abs().mean(dim=(1, 2, 3))
+
+
+@dataclass(frozen=True)
+class LPIPS:
+    """Learned perceptual distance over the whole picture, from 0 (equal), rarely above 1; lower is more alike.
+
+    Zhang et al., CVPR 2018, version 0.1 on AlexNet: torchmetrics ships the linear heads, `card` (or the file `path`) is
+    AlexNet. It is read at the first call; raises MissingWeights, WrongWeights.
+    """
+
+    card: str | Card = "lpips_alexnet"
+    path: str | None = None
+
+    def missing(self) -> str | None:
+        """What a preflight says if AlexNet is not on this machine, None if it is; downloads nothing."""
+        return missing(named(self.card), self.path)
+
+    def __call__(self, view: Image, original: Image, face: Mask) -> Scores:
+        network = _alexnet_lpips(self.card, self.path).to(view.device)
+        distances: Tensor = network(view, original)  # b 1 1 1
+        return distances.flatten()
+
+
+@dataclass(frozen=True)
+class Detected:
+    """1 where `detector` finds a face on the view, else 0; the mean is the detection rate, higher is better."""
+
+    detector: Detector
+
+    def cards(self) -> tuple[Card, ...]:
+        return self.detector.cards()
+
+    def __call__(self, view: Image, original: Image, face: Mask) -> Scores:
+        return torch.tensor([float(found is not None) for found in self.detector.detect(view)])
+
+
+def frechet_distance(a: ArrayLike, b: ArrayLike) -> float:
+    """Fréchet distance of the Gaussians fitted to two sets of embeddings (n d), (m d): from 0, in their unit squared.
+
+    |μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½), in float64, with covariances divided by n - 1 (Heusel et al., NeurIPS
+    2017; on Inception features it is the FID). Rows of NaN are left out; NaN where fewer than two rows stay.
+    """
+    first, second = (np.asarray(rows, np.float64) for rows in (a, b))
+    first, second = (rows[~np.isnan(rows).any(axis=1)] for rows in (first, second))
+    if min(len(first), len(second)) < 2:
+        return math.nan
+    # With Σ = RᵀR from the QR decomposition of centred rows, tr (Σ_a Σ_b)^½ is the sum of R_a R_bᵀ's singular values.
+    root_a, root_b = _root(first), _root(second)
+    common = np.linalg.svdvals(root_a @ root_b.T).sum()
+    apart = np.square(first.mean(axis=0) - second.mean(axis=0)).sum()
+    return float(apart + np.square(root_a).sum() + np.square(root_b).sum() - 2 * common)
+
+
+def _root(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The upper triangle R whose RᵀR is the covariance of the rows."""
+    return np.asarray(np.linalg.qr(rows - rows.mean(axis=0), mode="r")) / math.sqrt(len(rows) - 1)
+
+
+def _ssim_map(view: Image, original: Image) -> Image:
+    """The similarity of the windows around each pixel. In [0, 1], as black has to be 0 in its term of luminance."""
+    _, similarities = structural_similarity_index_measure(
+        (view + 1) / 2, (original + 1) / 2, data_range=1.0, reduction="none", return_full_image=True
+    )
+    return similarities
+
+
+def _mean_where(mask: Mask, values: Image) -> Scores:
+    """The mean over channels and the mask's pixels (b 1 h w) of each picture; 0 / 0 = NaN where it has none."""
+    return (values * mask).sum(dim=(1, 2, 3)) / (mask.sum(dim=(1, 2, 3)) * values.shape[1])
+
+
+@functools.cache
+def _alexnet_lpips(card: str | Card, path: str | None) -> torch.nn.Module:
+    """Torchmetrics' network would download and unpickle AlexNet: it gets AlexNet from a checked file."""
+    alexnet = torch.load(resolve(named(card), path), map_location="cpu", weights_only=True)
+    network = _NoTrainLpips(net="alex", pnet_rand=True)
+    layers = {name: alexnet[f"features.{name.partition('.')[2]}"] for name in network.net.state_dict()}
+    network.net.load_state_dict(layers)
+    return network

@@ -1,0 +1,1 @@
+"""Anonymizers: the paper's, ours, and the rivals."""

@@ -1,0 +1,64 @@
+"""Controls, between which every method has to lie: nothing done, and no face left.
+
+`Identity` publishes the picture. `Blackout` and `MeanFace` are filters for `keyanon.methods.baselines.classical.Obfuscation`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+
+from keyanon.channel.pixels import to_bytes
+from keyanon.faces.alignment import FACES128_TEMPLATE, align
+from keyanon.faces.datasets import bundled_faces
+from keyanon.faces.detection import Detector, MtcnnDetector
+from keyanon.types import About, Image, Key, Mask, Picture, Published
+
+
+@dataclass(frozen=True)
+class Identity:
+    """No anonymization at all: what a measure says when everything is shown."""
+
+    @property
+    def about(self) -> About:
+        return About("control", "-", None, None, "-", "-", "-")
+
+    def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
+        return Published(to_bytes(images).cpu(), (b"",) * len(ids))
+
+
+@dataclass(frozen=True)
+class Blackout:
+    """Black in place of the face."""
+
+    def __call__(self, images: Image, face: Mask) -> Image:
+        return torch.full_like(images, -1)
+
+
+@dataclass(frozen=True)
+class MeanFace:
+    """The same face for everyone: the mean of the 256 synthetic faces that the package ships, and so nobody's.
+
+    It is turned, scaled and shifted to the five points that `detector` finds. Where it finds none the picture counts as aligned, as
+    the bundled faces are. Beyond the mean picture's border its edge is continued.
+    """
+
+    detector: Detector = field(default_factory=MtcnnDetector)
+
+    def __call__(self, images: Image, face: Mask) -> Image:
+        mean, (height, width) = mean_of_the_bundled_faces(), images.shape[-2:]
+        side = max(height, width)
+        out = torch.empty_like(images)
+        for picture, found in zip(out, self.detector.detect(images), strict=True):
+            template = FACES128_TEMPLATE if found is None else (found.points + 0.5) / side
+            points = FACES128_TEMPLATE * mean.shape[-1] - 0.5
+            picture[:] = align(mean, points, side, template)[:, :height, :width]
+        return out
+
+
+@cache
+def mean_of_the_bundled_faces() -> Picture:
+    """3 x 128 x 128."""
+    faces = bundled_faces()
+    return torch.stack([faces.load(id) for id in faces.ids]).mean(0)

@@ -1,0 +1,130 @@
+"""The lock of the early literature: the face cut in square blocks, and these put in a secret order.
+
+    b_1 .. b_n the blocks of the face,    b'_i = S_i b_p(i),    p a secret order
+    S_i does nothing or, if asked for, puts the pixels of the block in a secret order and inverts it (x -> 255 - x) or not
+
+Bytes only move, so the key brings every bit back from the 8-bit file. Which blocks are the face's is in the public header. Only an
+order is hidden: everyone sees which colours the face has and, of whole blocks, what is in them. Without the key these are put
+together again as a jigsaw puzzle is, even inverted ones (Chuman, Kurihara and Kiya, On the security of block scrambling-based EtC
+systems against extended jigsaw puzzle solver attacks, IEICE Transactions on Information and Systems, 2018).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64, UInt8
+from torch import Tensor
+
+from keyanon.channel.headers import BadHeader, Header, seal, unseal
+from keyanon.channel.nonces import Nonces, nonce_for
+from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.channel.streams import signs
+from keyanon.types import About, FaceParser, Image, Key, Published
+
+MAX_CELLS = 256  # a side: what a header's mask can have
+
+
+@dataclass(frozen=True)
+class Scrambling:
+    """Keyed block scrambling; a wrong key, where `authenticate` is False, gives another scrambled face.
+
+    Args:
+        parser: what finds the face; asked for masks of one cell a block.
+        block: side of a block in pixels; 1 puts all pixels of the face in one secret order. ValueError where a picture is
+            no whole number of blocks.
+        inside: put the pixels of each block in an order of its own.
+        negative: invert half of the blocks, by a secret bit each.
+        nonces: which pictures share a key stream. With one shared, a known pair gives the order away.
+        authenticate: publish with a tag, and refuse to recover without a good one.
+    """
+
+    parser: FaceParser
+    block: int = 8
+    inside: bool = False
+    negative: bool = False
+    nonces: Nonces = nonce_for
+    authenticate: bool = True
+
+    @property
+    def about(self) -> About:
+        return About("keyed", "8-bit file + header", 256, 256, "-", "-", "Chuman, Kurihara and Kiya, IEICE 2018")
+
+    def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
+        pixels = to_bytes(images).cpu()
+        images = to_floats(pixels)
+        nonces = [self.nonces(key, id, picture) for key, id, picture in zip(keys, ids, images, strict=True)]
+        mask = self.parser.mask(images, self.grid(images)).cpu()
+        blocks = cut(pixels, self.block)
+        for picture, cells, key, nonce in zip(blocks, mask[:, 0], keys, nonces, strict=True):
+            face = picture[cells]
+            order, inner, inverted = self.lock(key, nonce, face)
+            face = face[order].gather(1, inner)
+            picture[cells] = torch.where(inverted, 255 - face, face)
+        published = joined(blocks, self.block)
+        headers = [Header(nonce, cells) for nonce, cells in zip(nonces, mask, strict=True)]
+        # what would be published unrounded is just the same
+        return Published(published, seal(headers, published, keys, self.authenticate), to_floats(published))
+
+    def recover(self, images: Image, headers: Sequence[bytes], keys: Sequence[Key]) -> Image:
+        """The originals, to the bit where the files are as published; raises BadHeader."""
+        pixels = to_bytes(images).cpu()
+        opened = unseal(headers, pixels, keys, self.authenticate)
+        grid = self.grid(images)
+        blocks = cut(pixels, self.block)
+        for picture, header, key in zip(blocks, opened, keys, strict=True):
+            if header.mask is None or header.mask.shape[1:] != grid:
+                raise BadHeader(
+                    f"the header carries no mask of the {grid[0]}x{grid[1]} blocks of this picture: the file was published by "
+                    "another method or with other anonymizer.block, or resized after it was published"
+                )
+            cells = header.mask[0]
+            face = picture[cells]
+            order, inner, inverted = self.lock(key, header.nonce, face)
+            face = torch.where(inverted, 255 - face, face)
+            face = face.scatter(1, inner, face)
+            picture[cells] = torch.empty_like(face).index_copy_(0, order, face)
+        return to_floats(joined(blocks, self.block))
+
+    def lock(
+        self, key: Key, nonce: bytes, face: UInt8[Tensor, "n p 3"]
+    ) -> tuple[Int64[Tensor, " n"], Int64[Tensor, "n p 3"], Bool[Tensor, "n 1 1"]]:
+        """The order of the face's n blocks, that of the p pixels of each, and which of them are inverted."""
+        n, p, _ = face.shape
+        inner = orders(key, nonce, "scrambling|pixels", n, p) if self.inside else torch.arange(p).expand(n, p)
+        inverted = signs(key, nonce, (n,)) < 0 if self.negative else torch.zeros(n, dtype=torch.bool)
+        return (
+            orders(key, nonce, "scrambling|blocks", 1, n)[0],
+            inner[..., None].expand(n, p, 3),
+            inverted[:, None, None],
+        )
+
+    def grid(self, images: Image) -> tuple[int, int]:
+        """Rows and columns of blocks."""
+        height, width = images.shape[-2:]
+        if height % self.block or width % self.block or max(height, width) > MAX_CELLS * self.block:
+            raise ValueError(
+                f"anonymizer.block={self.block}: a picture of {height}x{width} pixels does not consist of such blocks, at most "
+                f"{MAX_CELLS} a side; take another dataset.size or anonymizer.block"
+            )
+        return height // self.block, width // self.block
+
+
+def orders(key: Key, nonce: bytes, purpose: str, rows: int, n: int) -> Int64[Tensor, "rows n"]:
+    """A secret order of n things for each row: that of 64-bit words, as in keyanon.methods.transforms.orders."""
+    words = np.frombuffer(key.stream(nonce, purpose, 8 * rows * n), "<u8").reshape(rows, n)
+    return torch.from_numpy(words.argsort(axis=1, kind="stable"))
+
+
+def cut(pixels: UInt8[Tensor, "b 3 h w"], block: int) -> UInt8[Tensor, "b rows columns p 3"]:
+    """Pictures as blocks, each its pixels row by row."""
+    b, _, height, width = pixels.shape
+    apart = pixels.reshape(b, 3, height // block, block, width // block, block)
+    return apart.permute(0, 2, 4, 3, 5, 1).reshape(b, height // block, width // block, block**2, 3)
+
+
+def joined(blocks: UInt8[Tensor, "b rows columns p 3"], block: int) -> UInt8[Tensor, "b 3 h w"]:
+    b, rows, columns, _, _ = blocks.shape
+    apart = blocks.reshape(b, rows, columns, block, block, 3)
+    return apart.permute(0, 5, 1, 3, 2, 4).reshape(b, 3, rows * block, columns * block)

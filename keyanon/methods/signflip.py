@@ -1,0 +1,119 @@
+"""The paper's method: flip signs of the inverted noise inside the face (arXiv 2510.01031).
+
+    z_0 = E(x),   z_0 .. z_T by DDIM inversion                                            (eq. 5)
+    z'_T = M * (k * z_T) + (1 - M) * z_T,   k in {-1, +1}^d from the secret key            (eq. 3, 6)
+    z'_0 by DDIM sampling, each step followed by z'_t := M * z'_t + (1 - M) * z_t          (eq. 4, 7)
+    x' = D(z'_0), published as an 8-bit picture
+
+Recovery is the same map on x', since k * k = 1. It is not exact: the inversion only approximates the sampler, the background
+path of x' is not that of x, the mask is estimated anew, and the autoencoder and 8 bits lie in between.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+import torch
+
+from keyanon.channel.headers import BadHeader, Header, seal, unseal
+from keyanon.channel.keys import Nobody
+from keyanon.channel.nonces import Nonces, nonce_for
+from keyanon.channel.pixels import to_bytes
+from keyanon.diffusion.controlnet import MaskControl
+from keyanon.diffusion.model import LatentDiffusion
+from keyanon.diffusion.solvers import Known, Solver
+from keyanon.methods.transforms import Involution, SignFlipping, Transform, Unchanged
+from keyanon.types import About, Denoiser, FaceParser, Image, Key, Mask, Published
+
+
+@dataclass(frozen=True)
+class SignFlip:
+    """The method as the authors' code runs it; every choice they made is an argument.
+
+    Args:
+        backbone, solver, parser: the diffusion model, the discretization (theirs: 50 DDIM steps), what finds the face. The
+            parser holds the classes and how the mask reaches latent size.
+        reinject: write the background's own inversion back at every step (eq. 7); without it only the noise outside the
+            mask is kept.
+        mask_at_recovery: "reparsed" looks for the face on the anonymized picture, as they do; "header" sends the mask along.
+        quantize: snap the latent to the autoencoder's codebook before decoding, diffusers' default and theirs.
+        control: shows the network the mask of the picture at hand, found by `parser` at pixel size; None shows it none.
+        transform: of the noise inside the mask, under the key; one that is its own inverse.
+        nonces: which pictures share a key stream.
+        source: of the method, for the comparison's columns.
+        authenticate: publish with a tag, and refuse to recover without a good one.
+    """
+
+    backbone: LatentDiffusion
+    solver: Solver
+    parser: FaceParser
+    reinject: bool = True
+    mask_at_recovery: Literal["reparsed", "header"] = "reparsed"
+    quantize: bool = True
+    control: MaskControl | None = None
+    transform: Transform = field(default_factory=SignFlipping)
+    nonces: Nonces = nonce_for
+    source: str = "arXiv 2510.01031"
+    authenticate: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.transform, Involution):
+            names = ", ".join(kind.__name__ for kind in get_args(Involution))
+            raise ValueError(f"anonymizer.transform: {self.transform} is not its own inverse; take one of {names}")
+
+    @property
+    def about(self) -> About:
+        return About("keyed", "8-bit file + header", 256, 256, "no licence given", self.backbone.licence, self.source)
+
+    def missing(self) -> str | None:
+        """What a preflight says if the control network is not here."""
+        return self.control.lacking(self.backbone) if self.control is not None else None
+
+    def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
+        """Published pictures of `images` under one key each."""
+        nonces = [self.nonces(key, id, picture) for key, id, picture in zip(keys, ids, images, strict=True)]
+        images = images.to(self.backbone.device)
+        mask = self.parser.mask(images, self.backbone.latent_size(images))
+        out = self.flip(images, mask, keys, nonces)
+        kept = [m.cpu() if self.mask_at_recovery == "header" else None for m in mask]
+        headers = [Header(nonce, m) for nonce, m in zip(nonces, kept, strict=True)]
+        published = to_bytes(out).cpu()
+        return Published(published, seal(headers, published, keys, self.authenticate), out.cpu())
+
+    def recover(self, images: Image, headers: Sequence[bytes], keys: Sequence[Key]) -> Image:
+        """Original faces from published pictures, their headers and keys; raises BadHeader."""
+        opened = unseal(headers, to_bytes(images), keys, self.authenticate)
+        if self.mask_at_recovery == "header":
+            masks = [header.mask for header in opened]
+            if any(mask is None for mask in masks):
+                raise BadHeader("the header carries no face mask, and anonymizer.mask_at_recovery=header needs one")
+            mask = torch.stack([m for m in masks if m is not None])
+        else:
+            mask = self.parser.mask(images.to(self.backbone.device), self.backbone.latent_size(images))
+        return self.flip(images, mask, keys, [header.nonce for header in opened]).cpu()
+
+    def without_key(self, images: Image, headers: Sequence[bytes]) -> Image:
+        """Published pictures inverted and denoised with their noise as it is."""
+        keyless = replace(self, transform=Unchanged(), authenticate=False)
+        return keyless.recover(images, headers, [Nobody()] * len(images))
+
+    def flip(self, images: Image, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> Image:
+        """Eq. 3 to 7, the same in both directions: pictures in, unclipped pictures out."""
+        up, down = self.denoisers(images)
+        z0 = self.backbone.encode(images)
+        path = self.solver.invert(up, self.backbone.schedule, z0)
+        mask = mask.to(z0.device)
+        flipped, _ = self.transform.apply(path[-1], mask, keys, nonces)
+        known = Known(mask, path) if self.reinject else None
+        return self.backbone.decode(self.solver.sample(down, self.backbone.schedule, flipped, known), self.quantize)
+
+    def denoisers(self, images: Image) -> tuple[Denoiser, Denoiser]:
+        """eps for inversion and for sampling."""
+        if self.control is None:
+            return self.backbone.eps, self.backbone.eps
+        height, width = images.shape[-2:]
+        return self.control.denoisers(self.backbone, self.parser.mask(images, (height, width)))
+
+    def reconstruct(self, images: Image) -> Image:
+        """D(E(x)): what the autoencoder alone makes of the pictures."""
+        return self.backbone.decode(self.backbone.encode(images), self.quantize).cpu()
