@@ -24,7 +24,7 @@ import yaml
 from tabulate import LATEX_ESCAPE_RULES, tabulate
 
 from keyanon.channel.whole import write_whole
-from keyanon.runner import read_costs
+from keyanon.run_folder import read_costs
 
 RESULTS = Path("results")
 CELL = ["dataset", "anonymizer", "view", "scorer", "statistic"]

@@ -84,7 +84,7 @@ class Shards:
     def unfinished(self, arguments: Sequence[str]) -> list[str]:
         """A line for each shard that is not done, with the command that runs it alone: `arguments`, and which shard."""
         return [
-            f"shard {shard} {told(status)}: {shlex.join(['python', '-m', 'experiments.run', *arguments, f'shard={shard}'])}"
+            f"shard {shard} {described(status)}: {shlex.join(['python', '-m', 'experiments.run', *arguments, f'shard={shard}'])}"
             for shard, status in self.read().items()
             if status["state"] != DONE
         ]
@@ -101,7 +101,7 @@ class FailedShard(CompactHydraException):
         return "\n- ".join([f"{problem}\nnot done:", *shards.unfinished(arguments)])
 
 
-def told(status: Mapping[str, Any]) -> str:
+def described(status: Mapping[str, Any]) -> str:
     if status["state"] == FAILED:
         return f"failed ({status['error']}); again"
     if status["state"] == RUNNING:
@@ -109,7 +109,7 @@ def told(status: Mapping[str, Any]) -> str:
     return "is missing"
 
 
-def settled(read: Callable[[], Seen], act: Callable[[Seen], object]) -> None:
+def until_unchanged(read: Callable[[], Seen], act: Callable[[Seen], object]) -> None:
     """Act on what is read until it reads the same afterwards: of all that do so at once, the last has seen what the others did."""
     seen = None
     while (found := read()) != seen:

@@ -1,7 +1,6 @@
 """From one number per picture to the numbers of a table: means and rates with 95 % intervals over identities."""
 
-import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,66 +12,69 @@ import pyarrow.compute as pc
 from keyanon.channel.whole import write_whole
 from keyanon.measures import biometrics
 from keyanon.measures.biometrics import Floats, Statistic
-from keyanon.runner import ORIGINAL, read_parts
-from keyanon.types import Dataset
+from keyanon.run_folder import ORIGINAL, read_parts
+
+People = Callable[[Iterable[str]], Sequence[str]]  # who is on each picture
 
 COLUMNS = ["view", "scorer", "statistic", "n", "undefined", "value", "low", "high"]
 
 
-def write_statistics(
-    folder: Path, galleries: Mapping[str, Path], dataset: Dataset, ids: Sequence[str], far: float
+def write_parquets(
+    folder: Path, statistics: Sequence[tuple[str, str, Statistic]], scores: pd.DataFrame
 ) -> pd.DataFrame:
-    """scores.parquet and statistics.parquet of a run folder, of the pictures `ids`, from its parts and the recognizers'
-    `galleries`; returns the statistics.
-    """
-    scores = of(ids, read_parts(folder / "scores")).to_pandas()
-    rows = [
-        {"view": view, "scorer": scorer, **asdict(statistic)}
-        for view, scorer, statistic in [
-            *averages(scores, dataset),
-            *verification(folder, galleries, dataset, ids, far),
-        ]
-    ]
-    statistics = pd.DataFrame(rows)[COLUMNS]
-    for name, table in (("scores", scores), ("statistics", statistics)):
-        buffer = io.BytesIO()
-        table.to_parquet(buffer, index=False)
-        write_whole(folder / f"{name}.parquet", buffer.getvalue())
-    return statistics
+    """statistics.parquet, by view and scorer, and scores.parquet of a cell; returns the statistics."""
+    rows = [{"view": view, "scorer": scorer, **asdict(statistic)} for view, scorer, statistic in statistics]
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    for name, frame in (("scores", scores), ("statistics", table)):
+        write_whole(folder / f"{name}.parquet", frame.to_parquet(index=False))
+    return table
 
 
-def averages(scores: pd.DataFrame, dataset: Dataset) -> Iterator[tuple[str, str, Statistic]]:
-    """Mean, spread, median and 10th percentile of each view and scorer."""
+def averages(scores: pd.DataFrame, people: People) -> Iterator[tuple[str, str, Statistic]]:
+    """Mean, spread, median and 10th percentile of each view and scorer; `people` says who is on pictures."""
     for (view, scorer), rows in scores.groupby(["view", "scorer"], sort=True):
-        values, people = rows["value"].to_numpy(), [dataset.identity(id) or id for id in rows["id"]]
+        values, who = rows["value"].to_numpy(), people(rows["id"])
         for statistic in (
             biometrics.mean_statistic,
             biometrics.std_statistic,
             biometrics.quantile_statistic,
             biometrics.p10_statistic,
         ):
-            yield str(view), str(scorer), statistic(values, people)
+            yield str(view), str(scorer), statistic(values, who)
+
+
+def scores_of_enrolled(enrolled: Mapping[str, Path], ids: Sequence[str]) -> pd.DataFrame:
+    """Each recognizer's cosine of originals with themselves: 1, or NaN where it finds no face."""
+    frames = [pd.DataFrame({"id": [], "view": [], "scorer": [], "value": []})]
+    for name, folder in enrolled.items():
+        rows = of(ids, read_parts(folder / "embeddings"))
+        own = {"id": rows["id"].to_pylist(), "view": ORIGINAL, "scorer": name}
+        frames.append(pd.DataFrame(own | {"value": np.square(vectors(rows)).sum(1)}))
+    return pd.concat(frames[1:] or frames, ignore_index=True)
 
 
 def verification(
-    folder: Path, galleries: Mapping[str, Path], dataset: Dataset, ids: Sequence[str], far: float
+    folder: Path, enrolled: Mapping[str, Path], gallery: Sequence[str], ids: Sequence[str], people: People, far: float
 ) -> Iterator[tuple[str, str, Statistic]]:
     """Rates of each view against the clean gallery, at the threshold that clean pictures give; nothing without a gallery.
 
     Memory holds one recognizer's embeddings at a time.
     """
-    for recognizer, place in sorted(galleries.items()):
-        gallery, probes = read_parts(place / "embeddings"), of(ids, read_parts(folder / "embeddings", recognizer))
-        if not (gallery.num_rows and probes.num_rows):
+    for recognizer, place in sorted(enrolled.items()):
+        known = read_parts(place / "embeddings")
+        portraits, clean = of(gallery, known), of(ids, known)
+        if not (portraits.num_rows and clean.num_rows):
             continue
-        enrolled, enrolled_people = vectors(gallery), people(gallery, dataset)
-        clean = probes.filter(pc.equal(probes["view"], ORIGINAL))
+        gallery_vectors, gallery_people = vectors(portraits), people(portraits["id"].to_pylist())
         clean_vectors = vectors(clean)
-        for view in sorted(pc.unique(probes["view"]).to_pylist()):
-            seen = probes.filter(pc.equal(probes["view"], view))
+        probes = of(ids, read_parts(folder / "embeddings", recognizer))
+        views = {ORIGINAL: clean} | {
+            view: probes.filter(pc.equal(probes["view"], view)) for view in pc.unique(probes["view"]).to_pylist()
+        }
+        for view, seen in sorted(views.items()):
             calibration = clean_vectors[pc.index_in(seen["id"], value_set=clean["id"]).to_numpy()]
             for statistic in biometrics.verification_statistics(
-                vectors(seen), enrolled, people(seen, dataset), enrolled_people, calibration, far
+                vectors(seen), gallery_vectors, people(seen["id"].to_pylist()), gallery_people, calibration, far
             ):
                 yield view, recognizer, statistic
 
@@ -85,7 +87,3 @@ def vectors(rows: pa.Table) -> Floats:
     """Embeddings (n d)."""
     values = np.concatenate([chunk.flatten().to_numpy() for chunk in rows["embedding"].chunks])
     return values.reshape(rows.num_rows, -1).astype(np.float64)
-
-
-def people(rows: pa.Table, dataset: Dataset) -> list[str]:
-    return [dataset.identity(id) or id for id in rows["id"].to_pylist()]

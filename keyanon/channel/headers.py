@@ -45,10 +45,11 @@ class BadHeader(Exception):
 
 @dataclass(frozen=True)
 class Header:
-    """The nonce of a picture's key stream and, where the method keeps them, the face mask (1 u v) at latent size,
-    what the
-    keyed transform sends along (keyanon/methods/transforms.py), the jumps at the face's border (keyanon/methods/seams.py), what the pixels lack
-    of the latent (keyanon/methods/residuals.py), how the key comes from a password, and the tag.
+    """The nonce of a picture's key stream and what else a receiver needs besides pixels and key.
+
+    Where the method keeps them: the face `mask` (1 u v) at latent size, what the keyed transform `sent` along
+    (keyanon/methods/transforms.py), the jumps at the face's border (seams.py), how the key comes from a password (`recipe`), the
+    `tag`, and what the pixels lack of the latent (residuals.py).
     """
 
     nonce: bytes
