@@ -10,10 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-from keyanon.channel.headers import BadHeader, Header, unseal
 from keyanon.channel.keys import SALT_BYTES, BadKey, MasterKey, Recipe, read_key, write_key, write_new_key
-from keyanon.channel.pixels import read_png
-from keyanon.types import BadPicture
+from keyanon.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         print(args.action(args).fingerprint)
-    except (BadKey, BadHeader, BadPicture, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"keyanon: {error}")
 
 
@@ -59,6 +57,9 @@ def derive(args: argparse.Namespace) -> MasterKey:
 
 def key_of(picture: Path, password: str) -> MasterKey:
     """The key of a published picture, by the recipe in its header; BadHeader if its tag says that this is not the password."""
+    from keyanon.channel.headers import Header, unseal  # they import torch: seconds, that the other commands do without
+    from keyanon.channel.pixels import read_png
+
     pixels, packed = read_png(picture)
     header = Header.unpack(packed)
     if header.recipe is None:

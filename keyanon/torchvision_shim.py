@@ -3,27 +3,37 @@
 PyPI serves one torchvision wheel, linked to CUDA. Beside CPU torch its compiled operators cannot load, `import torchvision`
 raises "operator torchvision::nms does not exist", and with it `diffusers`, `torchmetrics`, `transformers` and `facenet_pytorch`
 fail to import (pytorch/vision#9085). The only operator this project needs is non-maximum suppression, so we declare it
-with a plain torch kernel before torchvision is first imported. With matching builds this module does nothing.
+with a plain torch kernel when torchvision is first imported. With matching builds this module does nothing, and neither torch nor
+torchvision is imported by it before somebody else asks for torchvision.
 """
 
-import importlib.util
 import sys
+from collections.abc import Sequence
 from importlib import metadata
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-_library: torch.library.Library | None = None  # torch forgets the operators when this is collected
+_library: "torch.library.Library | None" = None  # torch forgets the operators when this is collected
 
 
 def builds_differ() -> bool:
     """True where torch is a CPU build and torchvision is not (read from the version's local part; nothing is imported)."""
-    if importlib.util.find_spec("torchvision") is None:
+    try:
+        vision = metadata.version("torchvision")
+    except metadata.PackageNotFoundError:
         return False
-    return metadata.version("torch").endswith("+cpu") and "+" not in metadata.version("torchvision")
+    return "+" not in vision and metadata.version("torch").endswith("+cpu")
 
 
-def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+def nms(boxes: "torch.Tensor", scores: "torch.Tensor", iou_threshold: float) -> "torch.Tensor":
     """Indices (int64, best first) of the boxes (n 4: x1 y1 x2 y2) kept by greedy suppression; torchvision.ops.nms' contract."""
+    import torch
+
     x1, y1, x2, y2 = boxes.unbind(1)
     areas = (x2 - x1) * (y2 - y1)
     order = scores.sort(descending=True, stable=True).indices
@@ -39,18 +49,45 @@ def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torc
     return torch.tensor(keep, dtype=torch.int64, device=boxes.device)
 
 
-def install() -> bool:
-    """Declare the missing operator if the builds differ; True if it had to. Safe to call twice."""
+def declare() -> None:
+    """Declare the operators that torchvision's Python code asks for while it is imported."""
     global _library
-    if _library is not None or not builds_differ():
-        return False
+    if _library is not None:
+        return
+    import torch
+
     _library = torch.library.Library("torchvision", "DEF")
     _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _library.impl("nms", nms, "CPU")
-    for name in [module for module in sys.modules if module.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]  # left half-initialized by an earlier failed import
-    import torchvision.extension
 
-    torchvision.extension._has_ops = lambda: True
-    return True
+
+class Loader(SourceFileLoader):
+    """Imports torchvision with its operators declared."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        for name in [name for name in sys.modules if name.startswith("torchvision.")]:
+            del sys.modules[name]  # left half-initialized by an earlier failed import
+        declare()
+        super().exec_module(module)
+        module.extension._has_ops = lambda: True
+
+
+class Finder(MetaPathFinder):
+    """Finds torchvision where the builds differ, and nothing else."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "torchvision" or not builds_differ():
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.origin is not None:
+            spec.loader = Loader(fullname, spec.origin)
+        return spec
+
+
+def install() -> None:
+    """Have torchvision imported with its operators. Safe to call twice; for a torchvision that is already here, too late."""
+    if not any(isinstance(finder, Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, Finder())

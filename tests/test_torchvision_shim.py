@@ -80,14 +80,26 @@ def test_builds_differ_only_for_cpu_torch_beside_the_plain_wheel(
 
 
 def test_nothing_is_declared_where_torchvision_is_absent(monkeypatch):
-    monkeypatch.setattr(torchvision_shim.importlib.util, "find_spec", lambda name: None)
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
     assert torchvision_shim.builds_differ() is False
 
 
+def test_with_matching_builds_the_ordinary_loader_is_found(monkeypatch):
+    monkeypatch.setattr(torchvision_shim, "builds_differ", lambda: False)
+    assert torchvision_shim.Finder().find_spec("torchvision", None) is None
+    monkeypatch.setattr(torchvision_shim, "builds_differ", lambda: True)
+    assert isinstance(torchvision_shim.Finder().find_spec("torchvision", None).loader, torchvision_shim.Loader)
+    assert torchvision_shim.Finder().find_spec("torch", None) is None
+
+
 def test_install_twice_changes_nothing():
-    before = torchvision_shim._library
-    assert torchvision_shim.install() is False  # `import keyanon` did it, or had no need to
-    assert torchvision_shim._library is before
+    before = list(sys.meta_path)  # `import keyanon` has installed it
+    torchvision_shim.install()
+    assert sys.meta_path == before
+    assert sum(isinstance(finder, torchvision_shim.Finder) for finder in before) == 1
 
 
 def test_the_packages_behind_it_import_and_use_it():
@@ -106,3 +118,13 @@ print(torchvision.ops.nms(boxes, torch.tensor([0.8, 0.9, 0.7]), 0.5).tolist())
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[1, 2]"
+
+
+def test_it_imports_nothing_before_torchvision_is_asked_for():
+    code = """
+import sys, keyanon, importlib.util
+importlib.util.find_spec("torchvision")  # as packages do that can live without it
+assert not {"torch", "torchvision"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -17,7 +17,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from keyanon import weights
-from keyanon.types import Dataset
+
+if TYPE_CHECKING:
+    from keyanon.types import Dataset  # with torch: seconds, before Hydra has read a command's arguments
 
 NOT_READY = 2  # exit code
 BYTES_PER_VALUE = 1.2  # a PNG of a photograph, against its 3 h w raw bytes, with some air
@@ -71,7 +73,7 @@ def missing_disk(folder: Path, pictures: int, views: int, size: int) -> list[str
     return [f"disk: {folder} needs about {need:,.1f} MB and has {have:,.1f} MB; free some, or set runs=/another/disk"]
 
 
-def open_dataset(config: Any, name: str, problems: list[str]) -> Dataset | None:
+def open_dataset(config: Any, name: str, problems: list[str]) -> "Dataset | None":
     """The dataset; None, and one problem more, where it cannot be read."""
     try:
         dataset: Dataset = instantiate(config)
