@@ -8,71 +8,53 @@ Every picture is anonymized under several keys by every method, and recognizers 
     frechet                 Fréchet distance between the embeddings of all anonymized and of all clean pictures; it grows with fewer
                             pictures, so it compares methods on the same ones and nothing else
 
-The mean cosine of each picture goes to results/scores/NAME.scores.parquet, the table is made as any other.
+A row of the table is a method. The mean cosine of each picture goes to results/scores/NAME.scores.parquet.
 """
 
-import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import hydra
 import numpy as np
 import pandas as pd
-import torch
-from hydra.core.hydra_config import HydraConfig
+import pyarrow.compute as pc
 from hydra.utils import instantiate
-from numpy.typing import NDArray
 from omegaconf import DictConfig
 
-from experiments import tables
-from experiments.harness import preflight
-from experiments.run import shown
+from experiments.harness.command import start
+from experiments.harness.session import Cell, Result, Session, begin, fill, model_notes, plain, show
+from experiments.harness.statistics import of, vectors
 from keyanon import runner
-from keyanon.batching import batches, filled, padded
+from keyanon.batching import filled
 from keyanon.channel.keys import experiment_key
 from keyanon.channel.pixels import to_floats
-from keyanon.measures.biometrics import Statistic, mean_statistic, w2_squared
+from keyanon.errors import UserError
+from keyanon.measures.biometrics import Floats, Statistic, mean_statistic, w2_squared
 from keyanon.measures.scorers import frechet_distance
-from keyanon.types import Anonymizer, Dataset, Recognizer
+from keyanon.run_folder import ANONYMIZED, read_parts
+from keyanon.runner import Observed
+from keyanon.types import Anonymizer, Embeddings, Image, Mask, Recognizer
 
-Vectors = NDArray[np.float64]  # (keys, pictures, d): unit rows; of NaN where no face was found
+Vectors = Floats  # (keys, pictures, d): unit rows; of NaN where no face was found
 SHUFFLES = 20  # of the clean pictures, whose pairs are the strangers
 
-log = logging.getLogger(__name__)
 
+def look(
+    method: Anonymizer, recognizers: Mapping[str, Recognizer], keys: int
+) -> Callable[[Sequence[str], Image, Mask], Observed]:
+    """Anonymizes each picture under so many published keys, and takes down the embeddings: views "0", "1", ..."""
 
-def embeddings_of(
-    dataset: Dataset,
-    ids: Sequence[str],
-    methods: Mapping[str, Anonymizer],
-    recognizers: Mapping[str, Recognizer],
-    keys: int,
-    batch_size: int,
-) -> tuple[dict[tuple[str, str], Vectors], list[str], dict[str, str]]:
-    """Embeddings by method ("clean" for the pictures themselves) and recognizer; the pictures' ids; and why others were skipped."""
-    parts: dict[tuple[str, str], list[Vectors]] = {}
-    done: list[str] = []
-    skipped: dict[str, str] = {}
-    for batch in batches(ids, batch_size, "anonymize"):
-        good, pictures = runner.load(dataset, batch, skipped)
-        if not good:
-            continue
-        done += good
-        images = padded(torch.stack(pictures), batch_size)
-        names = filled(good, batch_size)
-        views = {"clean": [images]}
-        for name, method in methods.items():
-            views[name] = [
-                to_floats(method.anonymize(images, [experiment_key(seed)] * batch_size, names).images)
-                for seed in range(keys)
-            ]
-        for name, versions in views.items():
-            for seen_by, recognizer in recognizers.items():
-                vectors = [recognizer.embed(version)[: len(good)].double().cpu().numpy() for version in versions]
-                parts.setdefault((name, seen_by), []).append(np.stack(vectors))
-    return {cell: np.concatenate(vectors, axis=1) for cell, vectors in parts.items()}, done, skipped
+    def of(ids: Sequence[str], images: Image, _: Mask) -> Observed:
+        names, size = filled(ids, len(images)), len(images)
+        found: dict[tuple[str, str], Embeddings] = {}
+        for seed in range(keys):
+            published = to_floats(method.anonymize(images, [experiment_key(seed)] * size, names).images)
+            found |= {(str(seed), name): recognizer.embed(published) for name, recognizer in recognizers.items()}
+        return Observed(vectors=found)
+
+    return of
 
 
 def between_keys(vectors: Vectors) -> Vectors:
@@ -80,81 +62,79 @@ def between_keys(vectors: Vectors) -> Vectors:
     return np.stack([(a * b).sum(1) for a, b in combinations(vectors, 2)])
 
 
-def strangers(clean: Vectors, people: Sequence[str]) -> Vectors:
-    """Cosines of clean pictures paired at random, no one with another picture of the same person."""
+def strangers(clean: Floats, people: Sequence[str]) -> Vectors:
+    """Cosines of clean pictures (n d) paired at random, no one with another picture of the same person."""
     generator, who = np.random.default_rng(0), np.asarray(people)
     orders = [generator.permutation(len(who)) for _ in range(SHUFFLES)]
-    return np.concatenate([(clean[0] * clean[0][order]).sum(1)[who != who[order]] for order in orders])
+    return np.concatenate([(clean * clean[order]).sum(1)[who != who[order]] for order in orders])
 
 
-def statistics_of(
-    vectors: Mapping[tuple[str, str], Vectors], people: Sequence[str]
-) -> list[tuple[str, str, Statistic]]:
-    """(method, recognizer, statistic), the three measures of each."""
-    out = []
-    for (method, recognizer), versions in vectors.items():
-        if method == "clean":
-            continue
-        clean, cosines = vectors["clean", recognizer], between_keys(versions)
-        pooled = versions.reshape(-1, versions.shape[-1])
-        found = {
-            "w2_squared": w2_squared(cosines.ravel(), strangers(clean, people)),
-            "frechet": frechet_distance(pooled, clean[0]),
-        }
-        out.append((method, recognizer, mean_statistic(np.nanmean(cosines, axis=0), people, "cosine_between_keys")))
-        count, lost = int(np.isfinite(cosines).sum()), int(np.isnan(cosines).sum())
-        out += [
-            (method, recognizer, Statistic(name, count, lost, value, np.nan, np.nan)) for name, value in found.items()
-        ]
-    return out
+def statistics_of(versions: Vectors, clean: Floats, people: Sequence[str]) -> list[Statistic]:
+    """The three measures of pictures under several keys, beside the clean ones (n d)."""
+    cosines = between_keys(versions)
+    pooled = versions.reshape(-1, versions.shape[-1])
+    found = {
+        "w2_squared": w2_squared(cosines.ravel(), strangers(clean, people)),
+        "frechet": frechet_distance(pooled, clean),
+    }
+    count, lost = int(np.isfinite(cosines).sum()), int(np.isnan(cosines).sum())
+    return [
+        mean_statistic(np.nanmean(cosines, axis=0), people, "cosine_between_keys"),
+        *(Statistic(name, count, lost, value, np.nan, np.nan) for name, value in found.items()),
+    ]
 
 
 @hydra.main(config_path="../conf", config_name="diversity", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    shown(lambda: run(cfg, dict(HydraConfig.get().runtime.choices)), cfg.name)
+    start(cfg, run)
 
 
-def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
-    """Measure, write the scores and the table; returns the table's cells."""
+def run(cfg: DictConfig, choices: Mapping[str, Any], _: Sequence[str] = (), command: Sequence[str] = ()) -> Path:
+    """Measure every method, write the scores and the table; the folder of the rows."""
     if cfg.keys_per_picture < 2:
-        raise ValueError(f"keys_per_picture={cfg.keys_per_picture}: it takes two to compare")
-    torch.set_num_threads(cfg.threads or torch.get_num_threads())
-    methods, recognizers = (instantiate(part, _convert_="all") for part in (cfg.methods, cfg.recognizers))
-    problems = preflight.missing_parts(methods, recognizers)
-    dataset = preflight.open_dataset(cfg.dataset, choices["dataset"], problems)
-    preflight.stop_if(problems)
-    assert dataset is not None
+        raise UserError(f"keys_per_picture={cfg.keys_per_picture}: it takes two to compare")
+    methods: dict[str, Anonymizer] = instantiate(cfg.methods, _convert_="all")
+    session = begin(cfg, choices, command, methods)
+    cells = [row(session, name, method) for name, method in methods.items()]
+    written = [fill_row(session, cell, method) for cell, method in zip(cells, methods.values(), strict=True)]
+    if all(written):
+        show(session, cells)
+    return Path(cfg.runs) / str(cfg.name)
 
-    vectors, ids, skipped = embeddings_of(
-        dataset, dataset.ids[: cfg.limit], methods, recognizers, cfg.keys_per_picture, cfg.batch_size
-    )
-    for id, reason in skipped.items():
-        log.warning("skipped %s: %s", id, reason)
-    if not ids:
-        raise ValueError(f"dataset {choices['dataset']}: not one picture could be read; the reasons are above")
-    people = [dataset.identity(id) or id for id in ids]
-    common = {"dataset": choices["dataset"], "view": runner.ANONYMIZED}
-    notes = [
-        f"backbone {choices['backbone']}",
-        f"{len(ids)} pictures, {cfg.keys_per_picture} published keys each",
-        *cfg.notes,
-    ]
-    statistics = pd.DataFrame(
-        [
-            {"anonymizer": method, "scorer": recognizer, **asdict(statistic)}
-            for method, recognizer, statistic in statistics_of(vectors, people)
-        ]
-    ).assign(experiment=cfg.name, notes="\n".join(notes), **common)
-    scores = pd.DataFrame(
-        [
-            {"anonymizer": method, "scorer": recognizer, "id": id, "value": value}
-            for (method, recognizer), versions in vectors.items()
-            if method != "clean"
-            for id, value in zip(ids, np.nanmean(between_keys(versions), axis=0), strict=True)
-        ]
-    ).assign(**common)
-    tables.commit(cfg.name, statistics[tables.STATISTICS], scores[tables.SCORES])
-    return tables.build(cfg.name)
+
+def row(session: Session, name: str, method: Anonymizer) -> Cell:
+    cfg, choices = session.cfg, session.choices
+    notes = model_notes(cfg.methods[name].get("backbone"), choices["backbone"], choices["parser"])
+    notes += [f"{cfg.keys_per_picture} published keys for each picture", *map(str, cfg.notes)]
+    question = {"method": plain(cfg.methods[name]), "keys": cfg.keys_per_picture, "recognizers": plain(cfg.recognizers)}
+    return session.cell(name, question, notes, method)
+
+
+def fill_row(session: Session, cell: Cell, method: Anonymizer) -> bool:
+    cfg, keys = session.cfg, session.cfg.keys_per_picture
+
+    def work(ids: Sequence[str]) -> None:
+        session.enrol(ids)
+        measures = look(method, session.recognizers, keys)
+        runner.observe(cell.folder, session.originals, ids, measures, cfg.batch_size, f"{cell.row}: {keys} keys")
+
+    def conclude(ids: Sequence[str]) -> Result:
+        statistics: list[tuple[str, str, Statistic]] = []
+        scores = []
+        for name, place in session.enrol(ids).items():
+            clean, rows = (
+                of(ids, read_parts(place / "embeddings")),
+                of(ids, read_parts(cell.folder / "embeddings", name)),
+            )
+            order = clean["id"].to_pylist()
+            versions = np.stack([vectors(rows.filter(pc.equal(rows["view"], str(seed)))) for seed in range(keys)])
+            found = statistics_of(versions, vectors(clean), session.people(order))
+            statistics += [(ANONYMIZED, name, statistic) for statistic in found]
+            means = np.nanmean(between_keys(versions), axis=0)
+            scores.append(pd.DataFrame({"id": order, "view": ANONYMIZED, "scorer": name, "value": means}))
+        return Result(statistics, pd.concat(scores, ignore_index=True))
+
+    return fill(session, cell, work, conclude)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ def main(cfg: DictConfig) -> None:
     start(cfg, run)
 
 
-def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), arguments: Sequence[str] = ()) -> Path:
+def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), command: Sequence[str] = ()) -> Path:
     """One cell, or one shard of it: the run folder, with the table written if no other shard is still to do that.
 
-    `swept` is what tells the cell from others of its sweep: it is in its name. `arguments` would start this cell alone.
+    `swept` is what tells the cell from others of its sweep: it is in its name. `command` would run this cell alone.
     """
     # Here, so that `--help` and a wrong argument are answered at once.
     import pandas as pd
@@ -42,7 +42,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
 
     key = instantiate(cfg.key)
     method, attacks = (instantiate(part, _convert_="all") for part in (cfg.anonymizer, cfg.attacks))
-    session = begin(cfg, choices, arguments, method, views=4 + len(attacks))
+    session = begin(cfg, choices, command, method, views=4 + len(attacks))
     question = {"anonymizer": plain(cfg.anonymizer), "key": key.fingerprint}
     measures = {group: plain(cfg[group]) for group in MEASURES}
     row = ",".join([choices["anonymizer"], *swept])

@@ -64,7 +64,7 @@ def vectors_of(folder: Path, ids: Sequence[str]) -> dict[str, Tensor]:
     """The vectors (d,) of some pictures by id, from part files that hold one view and scorer."""
     table = parts(folder, EMBEDDING_SCHEMA, ["id", "embedding"])
     rows = table.filter(pc.is_in(table["id"], value_set=pa.array(ids, pa.string())))
-    vectors = [torch.from_numpy(vector.values.to_numpy()) for vector in rows["embedding"]]
+    vectors = [torch.tensor(vector.values.to_numpy()) for vector in rows["embedding"]]
     return dict(zip(rows["id"].to_pylist(), vectors, strict=True))
 
 

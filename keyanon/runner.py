@@ -287,9 +287,9 @@ def observe(
     batch_size: int,
     title: str,
 ) -> None:
-    """Keep what `look` says of the prepared pictures `ids`, of which it is given names, pictures and faces a batch at a time.
+    """Keep what `look` says of the prepared pictures `ids`: it is given a batch's ids, pictures and faces (b 1 h w) at a time.
 
-    Batches are filled up with copies of their last picture.
+    Pictures and faces are filled up beyond the ids with copies of the last.
     """
     done = measured_ids(folder)
     pending = [id for id in ids if id not in done]
@@ -301,7 +301,7 @@ def observe(
     with ThreadPoolExecutor(IO_WORKERS) as pool:
         for batch, (pictures, masks) in begun_ahead(pending, batch_size, title, begin):
             face = stacked(masks).images[:, :1] > 127
-            found = look(filled(batch, batch_size), to_floats(stacked(pictures).images), face)
+            found = look(batch, to_floats(stacked(pictures).images), face)
             write_part(folder / "embeddings", embedding_rows(batch, found.vectors))
             write_part(folder / "scores", score_rows(batch, found.values))
             # Last: of a batch that was killed in between everything is looked at again.

@@ -6,11 +6,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from experiments.diversity import between_keys, embeddings_of, run, statistics_of, strangers
+from experiments.diversity import between_keys, look, run, statistics_of, strangers
 from keyanon.channel.keys import experiment_key
 from keyanon.diffusion.solvers import DDIM
+from keyanon.errors import UserError
 from keyanon.methods.exact import Exact
-from keyanon.types import BadPicture, Published
+from keyanon.types import Published
 from tests.conftest import ROOT
 
 
@@ -21,9 +22,7 @@ def unit(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 def measured(versions: np.ndarray, clean: np.ndarray) -> dict[str, float]:
     people = [str(i) for i in range(clean.shape[1])]
-    found = statistics_of({("clean", "r"): clean, ("m", "r"): versions}, people)
-    assert {method for method, _, _ in found} == {"m"}
-    return {statistic.statistic: statistic.value for _, _, statistic in found}
+    return {one.statistic: one.value for one in statistics_of(versions, clean[0], people)}
 
 
 def test_keys_that_change_nothing():
@@ -43,30 +42,20 @@ def test_keys_that_make_strangers():
 
 def test_pairs_of_keys_and_of_strangers():
     assert between_keys(unit((4, 5, 8))).shape == (6, 5)
-    clean = np.stack([unit((8,), 0)] * 2 + [unit((8,), 1)] * 2)[None]
+    clean = np.stack([unit((8,), 0)] * 2 + [unit((8,), 1)] * 2)
     assert (strangers(clean, ["a", "a", "b", "b"]) < 0.999).all()
 
 
-def test_every_key_gets_its_embedding_and_bad_pictures_are_told():
-    pictures = {"a": torch.zeros(3, 4, 4), "b": torch.full((3, 4, 4), 0.2)}
-
-    def load(id):
-        if id not in pictures:
-            raise BadPicture(f"{id}: gone")
-        return pictures[id]
-
+def test_every_key_gets_its_embedding():
     def anonymize(images, keys, ids):
         shade = torch.tensor([key.secret[0] for key in keys], dtype=torch.uint8)
         return Published(shade[:, None, None, None].expand(-1, 3, 4, 4), (b"",) * len(ids))
 
     recognizer = SimpleNamespace(embed=lambda images: images.mean((2, 3)))
-    dataset, method = SimpleNamespace(load=load), SimpleNamespace(anonymize=anonymize)
-    vectors, ids, skipped = embeddings_of(dataset, ["a", "x", "b"], {"m": method}, {"r": recognizer}, 3, 2)
-    assert ids == ["a", "b"]
-    assert list(skipped) == ["x"]
-    assert vectors["clean", "r"][0, :, 0].tolist() == pytest.approx([0, 0.2])
+    measure = look(SimpleNamespace(anonymize=anonymize), {"r": recognizer}, 3)
+    found = measure(["a", "b"], torch.zeros(3, 3, 4, 4), torch.ones(3, 1, 4, 4, dtype=torch.bool)).vectors
     shades = [experiment_key(seed).secret[0] / 127.5 - 1 for seed in range(3)]
-    assert vectors["m", "r"][:, :, 0].T.tolist() == [pytest.approx(shades, abs=1e-6)] * 2
+    assert [found[str(seed), "r"][1, 0].item() for seed in range(3)] == pytest.approx(shades, abs=1e-6)
 
 
 def test_default_compares_the_papers_method_with_the_exact_one():
@@ -76,5 +65,5 @@ def test_default_compares_the_papers_method_with_the_exact_one():
         assert methods["signflip"].solver == DDIM(50)
         assert isinstance(methods["exact"], Exact)
         assert methods["exact"].solver.tolerance is not None
-        with pytest.raises(ValueError, match="keys_per_picture=1"):
+        with pytest.raises(UserError, match="keys_per_picture=1"):
             run(compose("diversity", overrides=["keys_per_picture=1"]), {})

@@ -29,7 +29,8 @@ from keyanon.methods.baselines.external import (
     whole_number,
     without,
 )
-from keyanon.runner import RunFiles, generate
+from keyanon.run_folder import RunFiles
+from keyanon.runner import generate, prepare
 from keyanon.types import About, Anonymizer, Image, Published, Reversible
 from tests.conftest import ROOT, CentreFace, smooth_picture
 
@@ -351,11 +352,12 @@ def test_a_run_that_was_stopped_by_a_crash_leaves_no_picture_of_the_batch(method
             return IMAGES[int(id) - 1]
 
     crashing = replace(method, command=command("crash"))
-    run = tmp_path / "run"
+    run, originals = tmp_path / "run", RunFiles(tmp_path / "originals")
+    assert prepare(originals, Three(), Three.ids, CentreFace(), 4) == {}
     with pytest.raises(BadMethod):
-        generate(run, Three(), Three.ids, crashing, KEY, {}, CentreFace(), 4)
+        generate(run, originals, Three.ids, crashing, KEY, {}, 4)
     assert RunFiles(run).ids("anonymized") == []
-    assert generate(run, Three(), Three.ids, method, KEY, {"wrong_key": WrongKey()}, CentreFace(), 4) == {}
+    generate(run, originals, Three.ids, method, KEY, {"wrong_key": WrongKey()}, 4)
     assert torch.equal(RunFiles(run).read_all("recovered", Three.ids), to_bytes(IMAGES))
     assert not torch.equal(RunFiles(run).read_all("wrong_key", Three.ids), to_bytes(IMAGES))
 

@@ -13,9 +13,10 @@ import pytest
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from experiments.harness.shards import FailedShard, Shards, settled
-from experiments.run import alone, own_card, varied
+from experiments.harness.command import card_of_job, command_of_cell, swept_names
+from experiments.harness.shards import FailedShard, Shards, until_unchanged
 from keyanon import runner
+from keyanon.channel.whole import write_whole
 from keyanon.types import Scores
 from tests.conftest import ROOT, smooth_picture
 from tests.test_run import in_process
@@ -180,13 +181,13 @@ def test_of_those_that_act_at_once_the_last_has_seen_all():
             done.append(2)  # the other one ends while this one writes
         written.append(seen)
 
-    settled(lambda: list(done), write)
+    until_unchanged(lambda: list(done), write)
     assert written == [[1], [1, 2]]
 
 
 def test_a_file_that_many_write_at_once_is_whole(tmp_path):
     def write(number: int) -> None:
-        runner.channel.write_whole(tmp_path / "file", bytes([number]) * 100_000)
+        write_whole(tmp_path / "file", bytes([number]) * 100_000)
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(100)))
@@ -206,7 +207,7 @@ def test_a_file_that_many_write_at_once_is_whole(tmp_path):
     ],
 )
 def test_each_job_of_a_sweep_gets_the_next_card(device, job, cards, expected):
-    assert own_card(device, job, cards) == expected
+    assert card_of_job(device, job, cards) == expected
 
 
 @pytest.mark.parametrize(
@@ -218,7 +219,7 @@ def test_each_job_of_a_sweep_gets_the_next_card(device, job, cards, expected):
             ["parser=ellipse", "+solver.steps=1,2", "shard=1/2,2/2"],
             {},
             ["parser=ellipse", "+solver.steps=2", "shard=1/2"],
-            ["+solver.steps"],
+            ["solver.steps"],
             ["-m", "parser=ellipse", "+solver.steps=choice(2)"],
         ),
         (
@@ -234,11 +235,11 @@ def test_a_cell_alone_has_the_name_it_has_in_its_sweep(tmp_path, asked, params, 
     def job(given: list[str], params: dict[str, str], of_this: list[str]):
         record = {"hydra": {"sweeper": {"params": params}, "overrides": {"task": given}}}
         OmegaConf.save(OmegaConf.create(record), tmp_path / "multirun.yaml")
-        place = {"runtime": {"cwd": str(tmp_path)}, "sweep": {"dir": "."}}
+        place = {"runtime": {"cwd": str(tmp_path)}, "sweep": {"dir": "."}, "job": {"name": "run"}}
         return OmegaConf.create({"mode": RunMode.MULTIRUN, **place, "overrides": {"task": of_this}})
 
-    assert varied(job(asked, params, task)) == tells
-    assert alone(job(asked, params, task)) == again
+    assert swept_names(job(asked, params, task)) == tells
+    assert command_of_cell(job(asked, params, task)) == ["python", "-m", "experiments.run", *again]
     # Started again, it is a sweep in which the same tells.
     given = [override for override in again if override != "-m"]
-    assert varied(job(given, {}, task)) == tells
+    assert swept_names(job(given, {}, task)) == tells

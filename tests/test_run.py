@@ -15,7 +15,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from experiments import tables
-from experiments.run import run, same_attacks, sharded, telling
+from experiments.harness.command import row_overrides
+from experiments.harness.shards import sharded
+from experiments.run import refuse_changed_attacks, run
 from keyanon.channel.keys import Recipe, write_key, write_new_key
 from tests.conftest import ROOT, smooth_picture
 
@@ -224,10 +226,10 @@ def test_shard_arithmetic():
 
 
 def test_a_view_is_not_mixed_from_two_attacks(tmp_path):
-    same_attacks(tmp_path, {"jpeg": {"quality": 90}})
-    same_attacks(tmp_path, {"jpeg": {"quality": 90}, "other": {}})
+    refuse_changed_attacks(tmp_path, {"jpeg": {"quality": 90}})
+    refuse_changed_attacks(tmp_path, {"jpeg": {"quality": 90}, "other": {}})
     with pytest.raises(ValueError, match="other settings"):
-        same_attacks(tmp_path, {"jpeg": {"quality": 50}})
+        refuse_changed_attacks(tmp_path, {"jpeg": {"quality": 50}})
 
 
 def test_a_sweep_makes_one_table_with_a_row_for_each_cell(faces, tiny_ldm, tmp_path):
@@ -242,7 +244,7 @@ def test_a_sweep_makes_one_table_with_a_row_for_each_cell(faces, tiny_ldm, tmp_p
 
 def test_a_sweeps_cells_are_told_apart_by_what_they_vary():
     overrides = ["anonymizer=exact", "dataset.root=/faces", "anonymizer.floor=30", "+parser.forehead=0.5", "limit=3"]
-    assert telling(overrides) == ["anonymizer.floor=30", "parser.forehead=0.5"]
+    assert row_overrides(overrides) == ["anonymizer.floor=30", "parser.forehead=0.5"]
 
 
 def test_pictures_that_all_had_to_be_skipped_are_said_in_one_line(faces, tiny_ldm, tmp_path):

@@ -21,12 +21,14 @@ from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import DDIM
 from keyanon.measures.scorers import Against
 from keyanon.methods.signflip import SignFlip
-from keyanon.runner import SCORE_SCHEMA, RunFiles, enrol, generate, read_parts, score, scored
+from keyanon.run_folder import SCORE_SCHEMA, RunFiles, read_parts, scored
+from keyanon.runner import enrol, generate, prepare, score
 from keyanon.types import Embeddings, Image, Picture
 from tests.conftest import LDM_NOISE, CentreFace, PixelRecognizer, smooth_picture
 
 ATTACKS = {"recovered_float": FloatChannel(), "wrong_key": WrongKey()}
-VIEWS = ["original", "mask", "anonymized", "recovered", "reconstructed", *ATTACKS]
+MADE = ["anonymized", "recovered", "reconstructed", *ATTACKS]
+VIEWS = ["original", "mask", *MADE]
 BLACK, BROKEN = "p3", "p5"
 
 
@@ -81,11 +83,31 @@ def mae(view, original, face):
     return (view - original).abs().mean((1, 2, 3))
 
 
+def prepared(folder) -> RunFiles:
+    """Where a test's run has its originals; other runs share theirs."""
+    return RunFiles(folder / "prepared")
+
+
+def files_of(folder, view) -> RunFiles:
+    return prepared(folder) if view in ("original", "mask") else RunFiles(folder)
+
+
 def run(folder, dataset, method, ids=None, batch_size=3):
     ids = dataset.ids if ids is None else ids
-    skipped = generate(folder, dataset, ids, method, experiment_key(), ATTACKS, CentreFace(), batch_size)
-    score(folder, ids, {"mae": mae}, {"pixels": PixelRecognizer()}, batch_size)
+    skipped = prepare(prepared(folder), dataset, ids, CentreFace(), batch_size)
+    good = [id for id in ids if id not in skipped]
+    generate(folder, prepared(folder), good, method, experiment_key(), ATTACKS, batch_size)
+    score_all(folder, good, {"mae": mae}, {"pixels": PixelRecognizer()}, batch_size)
     return skipped
+
+
+def score_all(folder, ids, scorers, recognizers, batch_size, views=None):
+    enrolled = {name: folder / "enrolled" / name for name in recognizers}
+    for name, recognizer in recognizers.items():
+        enrol(enrolled[name], prepared(folder).load, ids, name, recognizer, batch_size)
+    made = RunFiles(folder).views()
+    pictures = {view: files_of(folder, view) for view in ("original", "mask", *made)}
+    score(folder, pictures, made if views is None else views, ids, scorers, recognizers, enrolled, batch_size)
 
 
 def scores(folder) -> dict[tuple[str, str, str], float]:
@@ -100,14 +122,15 @@ def whole(tmp_path_factory, dataset, method) -> Path:
     return folder
 
 
-def test_all_views_and_scores_are_there(whole, dataset):
+def test_all_views_and_scores_are_there(whole, dataset, tmp_path):
     good = [id for id in dataset.ids if id not in {BLACK, BROKEN}]
-    assert all(RunFiles(whole).ids(view) == good for view in VIEWS)
-    expected = {(id, view, scorer) for id in good for view in VIEWS if view != "mask" for scorer in ("mae", "pixels")}
+    assert all(files_of(whole, view).ids(view) == good for view in VIEWS)
+    expected = {(id, view, scorer) for id in good for view in MADE for scorer in ("mae", "pixels")}
     assert set(scores(whole)) == expected | {(id, "anonymized", "header_bytes") for id in good}
     assert {scores(whole)[id, "anonymized", "header_bytes"] for id in good} == {28 + 32}
-    assert all(scores(whole)[id, "original", "mae"] == 0 for id in good)
-    assert all(scores(whole)[id, "original", "pixels"] == pytest.approx(1) for id in good)
+    shutil.copytree(whole, tmp_path / "copy")
+    score_all(tmp_path / "copy", good, {"mae": mae}, {}, 3, views=["original"])
+    assert all(scores(tmp_path / "copy")[id, "original", "mae"] == 0 for id in good)
 
 
 @dataclass
@@ -128,14 +151,12 @@ class Counting:
 def test_the_gallery_is_embedded_once_as_8_bit_pictures(tmp_path, dataset):
     recognizer = Counting(PixelRecognizer().embed)
     with_broken = replace(dataset, enrolled=["g0", BROKEN, "g1"])
-    assert set(enrol(tmp_path, with_broken, with_broken.gallery, "pixels", recognizer, 2)) == {BROKEN}
+    assert set(enrol(tmp_path, with_broken.load, with_broken.gallery, "pixels", recognizer, 2)) == {BROKEN}
     assert recognizer.batches == 2
-    assert set(enrol(tmp_path, with_broken, with_broken.gallery, "pixels", recognizer, 2)) == {BROKEN}
+    assert set(enrol(tmp_path, with_broken.load, with_broken.gallery, "pixels", recognizer, 2)) == {BROKEN}
     assert recognizer.batches == 2
     rows = read_parts(tmp_path / "embeddings").to_pylist()
-    assert [(row["view"], row["scorer"], row["id"]) for row in rows] == [
-        ("gallery", "pixels", id) for id in ("g0", "g1")
-    ]
+    assert [(row["view"], row["scorer"], row["id"]) for row in rows] == [("clean", "pixels", id) for id in ("g0", "g1")]
     rounded = to_floats(to_bytes(dataset.load("g1")[None]))
     torch.testing.assert_close(torch.tensor(rows[1]["embedding"]), PixelRecognizer().embed(rounded)[0])
 
@@ -144,14 +165,16 @@ def test_only_what_is_pending_is_scored(whole, tmp_path, dataset):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     old, new, recognizer = Counting(mae), Counting(mae), Counting(PixelRecognizer().embed)
-    score(folder, dataset.ids, {"mae": old, "more": new}, {"pixels": recognizer}, batch_size=3)
+    score_all(
+        folder, RunFiles(folder).ids("anonymized"), {"mae": old, "more": new}, {"pixels": recognizer}, batch_size=3
+    )
     assert (old.batches, recognizer.batches) == (0, 0)
-    assert new.batches == 2 * (len(VIEWS) - 1)  # six pictures; the mask is no view to score
+    assert new.batches == 2 * len(MADE)  # six pictures
     assert {name: value for name, value in scores(folder).items() if name[2] != "more"} == scores(whole)
 
 
 def test_skipped_pictures_are_recorded_with_a_reason(whole):
-    skipped = RunFiles(whole).skipped()
+    skipped = prepared(whole).skipped()
     assert skipped[BLACK] == "no face found"
     assert "p5.png: not a readable picture" in skipped[BROKEN]
 
@@ -167,7 +190,7 @@ def test_shards_at_once_lose_no_skipped_picture(whole, tmp_path, dataset, tiny_l
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda args: run(tmp_path, dataset, *args), zip((method, other), halves, strict=True)))
     assert scores(tmp_path) == scores(whole)
-    assert RunFiles(tmp_path).skipped() == RunFiles(whole).skipped()
+    assert prepared(tmp_path).skipped() == prepared(whole).skipped()
 
 
 def test_skipped_pictures_of_others_stay(tmp_path):
@@ -176,7 +199,7 @@ def test_skipped_pictures_of_others_stay(tmp_path):
     ours.write_skipped({"a": "cut"})
     theirs.write_skipped({"b": "no face found"})
     assert ours.skipped() == {"a": "cut", "b": "no face found"}
-    ours.list_skipped()
+    ours.list_skipped(ours.skipped())
     assert (tmp_path / "skipped.csv").read_text() == "id,reason\na,cut\nb,no face found\n"
 
 
@@ -195,7 +218,7 @@ def test_a_picture_that_cannot_be_written_stops_the_run(tmp_path, dataset, metho
             raise OSError("no space left")
         write_png(path, *args)
 
-    monkeypatch.setattr("keyanon.channel.pixels.write_png", full)
+    monkeypatch.setattr("keyanon.run_folder.write_png", full)
     with pytest.raises(OSError, match="no space left"):
         run(tmp_path, dataset, method)
     monkeypatch.undo()
@@ -222,7 +245,7 @@ def test_parts_are_read_as_rows_each_once_the_last_part_first(tmp_path):
 def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, dataset, method):
     folder = tmp_path / "killed"
     shutil.copytree(whole, folder)
-    for path in [*folder.glob("*/p4.png"), *folder.glob("wrong_key/p[0-2].png"), *folder.glob("anonymized/p7.png")]:
+    for path in [*folder.rglob("p4.png"), *folder.glob("wrong_key/p[0-2].png"), *folder.glob("anonymized/p7.png")]:
         path.unlink()
     for part in list(folder.glob("scores/*"))[:1] + list(folder.glob("embeddings/*"))[:1]:
         part.unlink()
@@ -230,8 +253,10 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, dataset, method)
     run(folder, dataset, method)
     assert scores(folder) == scores(whole)
     for view in VIEWS:
-        for id in RunFiles(whole).ids(view):
-            assert (folder / view / f"{id}.png").read_bytes() == (whole / view / f"{id}.png").read_bytes()
+        for id in files_of(whole, view).ids(view):
+            assert (
+                files_of(folder, view).path(view, id).read_bytes() == files_of(whole, view).path(view, id).read_bytes()
+            )
 
 
 def test_a_finished_run_does_nothing(whole, dataset, method):
@@ -273,8 +298,8 @@ def test_an_irreversible_method_has_no_recovered_view(tmp_path, dataset, method)
             return replace(self.method.anonymize(images, keys, ids), floats=None)
 
     run(tmp_path, dataset, Anonymize(method), ["p0"])
-    assert RunFiles(tmp_path).views() == ["original", "anonymized"]
-    assert torch.equal(read_png(tmp_path / "original" / "p0.png")[0].float() / 127.5 - 1, dataset.load("p0"))
+    assert RunFiles(tmp_path).views() == ["anonymized"]
+    assert torch.equal(read_png(prepared(tmp_path).path("original", "p0"))[0].float() / 127.5 - 1, dataset.load("p0"))
 
 
 @dataclass(frozen=True)
@@ -301,11 +326,12 @@ def test_what_a_method_measures_becomes_scores_of_the_anonymized_pictures(tmp_pa
 def test_scorers_can_compare_with_the_reconstruction(whole, tmp_path, dataset, method):
     folder = tmp_path / "copy"
     shutil.copytree(whole, folder)
-    score(folder, dataset.ids, {"loop": Against("reconstructed", mae)}, {}, 2)
+    good = RunFiles(folder).ids("anonymized")
+    score_all(folder, good, {"loop": Against("reconstructed", mae)}, {}, 2, views=["original", *MADE])
     found = {key: value for key, value in scores(folder).items() if key[2] == "loop"}
     assert {value for (_, view, _), value in found.items() if view == "reconstructed"} == {0}
     assert all(found[id, "original", "loop"] == scores(folder)[id, "reconstructed", "mae"] for id, _, _ in found)
 
     shutil.rmtree(folder / "reconstructed")
-    score(folder, dataset.ids, {"absent": Against("reconstructed", mae)}, {}, 2)
+    score_all(folder, good, {"absent": Against("reconstructed", mae)}, {}, 2)
     assert all(math.isnan(value) for key, value in scores(folder).items() if key[2] == "absent")

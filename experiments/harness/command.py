@@ -33,7 +33,7 @@ Run = Callable[[DictConfig, dict[str, str], Sequence[str], Sequence[str]], objec
 
 
 def start(cfg: DictConfig, run: Run) -> None:
-    """Run an experiment: run(cfg, choices, what tells its row from others of its sweep, arguments that start it alone).
+    """Run an experiment: run(cfg, choices, what tells its row from others of its sweep, the command that runs it alone).
 
     What a user can mend is one line on stderr, and exit code 1. A bug shows its traceback.
     """
@@ -46,7 +46,7 @@ def start(cfg: DictConfig, run: Run) -> None:
     cfg.device = card_of_job(cfg.device, job.job.num, cards) if sweep else cfg.device
     try:
         swept = row_overrides(job.overrides.task) if sweep and swept_names(job) else []
-        run(cfg, dict(job.runtime.choices), swept, arguments_of_cell(job))
+        run(cfg, dict(job.runtime.choices), swept, command_of_cell(job))
     except Exception as error:
         message = one_line_for_user(error, cfg.runs)
         if message is None:
@@ -82,17 +82,18 @@ def swept_names(job: HydraConf) -> list[str]:
     return row_overrides([each.get_key_element() for each in parsed if each.is_sweep_override()])
 
 
-def arguments_of_cell(job: HydraConf) -> list[str]:
-    """The arguments that start a job's cell by itself, but for the shard: under the name that it has in its sweep."""
+def command_of_cell(job: HydraConf) -> list[str]:
+    """The command that runs a job's cell by itself, but for the shard: under the name that it has in its sweep."""
+    program = ["python", "-m", f"experiments.{job.job.name}"]
     overrides = [override for override in job.overrides.task if override.partition("=")[0] != "shard"]
     if job.mode != RunMode.MULTIRUN or not (names := swept_names(job)):
-        return overrides
+        return [*program, *overrides]
     # A sweep over one value is still a sweep.
     one = [
         re.sub("=(.*)", r"=choice(\1)", each) if each.partition("=")[0].lstrip("+") in names else each
         for each in overrides
     ]
-    return ["-m", *one]
+    return [*program, "-m", *one]
 
 
 def row_overrides(overrides: Sequence[str]) -> list[str]:

@@ -28,6 +28,7 @@ from experiments.harness.tracking import Tracker
 from keyanon import runner
 from keyanon.channel.whole import write_whole
 from keyanon.diffusion.model import LatentDiffusion
+from keyanon.errors import UserError
 from keyanon.measures.biometrics import Statistic
 from keyanon.measures.scorers import Against
 from keyanon.run_folder import ORIGINAL, RunFiles, read_parts
@@ -40,7 +41,7 @@ SHOWN_SKIPPED = 10
 
 @dataclass(frozen=True)
 class Result:
-    """What a cell comes to: statistics by view and scorer, the pictures' own numbers (id, view, scorer, value), and a contact sheet."""
+    """What a cell comes to: statistics by view and scorer, the pictures' own numbers (id, view, scorer, value), a contact sheet."""
 
     statistics: Sequence[tuple[str, str, Statistic]]
     scores: pd.DataFrame
@@ -51,12 +52,12 @@ class Result:
 class Session:
     """A run of an experiment on a dataset's pictures, of which `mine` are this shard's.
 
-    `arguments` would start this run alone. `parser` finds the faces: a picture without one is skipped.
+    `command` would run it alone. `parser` finds the faces: a picture without one is skipped.
     """
 
     cfg: DictConfig
     choices: Mapping[str, Any]
-    arguments: Sequence[str]
+    command: Sequence[str]
     dataset: Dataset
     parser: FaceParser
     recognizers: Mapping[str, Recognizer]
@@ -160,9 +161,7 @@ class Cell:
         return sum(model.evaluations.total() for model in self.models)
 
 
-def begin(
-    cfg: DictConfig, choices: Mapping[str, Any], arguments: Sequence[str], *parts: Any, views: int = 4
-) -> Session:
+def begin(cfg: DictConfig, choices: Mapping[str, Any], command: Sequence[str], *parts: Any, views: int = 4) -> Session:
     """The session of a run, if nothing is missing that it needs: weights of its `parts`, pictures, disk for so many `views`."""
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
@@ -176,7 +175,7 @@ def begin(
     session = None
     if dataset is not None:
         ids = list(dataset.ids[: cfg.limit])
-        session = Session(cfg, choices, arguments, dataset, parser, recognizers, scorers, tracker, ids)
+        session = Session(cfg, choices, command, dataset, parser, recognizers, scorers, tracker, ids)
         problems += preflight.missing_disk(Path(cfg.runs), len(session.mine), views, cfg.dataset.size)
     preflight.stop_if(problems)
     assert session is not None
@@ -208,9 +207,9 @@ def fill(
         publish_if_last()
         if cell.shards.count == 1:
             raise
-        raise FailedShard(f"shard {session.cfg.shard}: {one_line(error)}", cell.shards, session.arguments) from error
+        raise FailedShard(f"shard {session.cfg.shard}: {one_line(error)}", cell.shards, session.command) from error
     publish_if_last()
-    for line in cell.shards.unfinished(session.arguments):
+    for line in cell.shards.unfinished(session.command):
         log.warning(line)
     return any(written)
 
@@ -225,7 +224,7 @@ def publish(session: Session, cell: Cell, conclude: Callable[[Sequence[str]], Re
     ids = [id for id in cell.ids if id in there and id not in skipped]
     if there and not ids:
         first = next(id for id in cell.ids if id in there)
-        raise NoPictures(f"none of the {len(there)} pictures could be used; the first, {first}: {skipped[first]}")
+        raise UserError(f"none of the {len(there)} pictures could be used; the first, {first}: {skipped[first]}")
     RunFiles(folder).list_skipped({id: skipped[id] for id in cell.ids if id in there and id in skipped})
     log.info("%d of %d pictures skipped, all listed in %s", len(there) - len(ids), len(there), folder / "skipped.csv")
     result = conclude(ids)

@@ -84,7 +84,7 @@ class Shards:
     def unfinished(self, arguments: Sequence[str]) -> list[str]:
         """A line for each shard that is not done, with the command that runs it alone: `arguments`, and which shard."""
         return [
-            f"shard {shard} {described(status)}: {shlex.join(['python', '-m', 'experiments.run', *arguments, f'shard={shard}'])}"
+            f"shard {shard} {described(status)}: {shlex.join([*arguments, f'shard={shard}'])}"
             for shard, status in self.read().items()
             if status["state"] != DONE
         ]

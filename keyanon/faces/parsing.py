@@ -1,8 +1,12 @@
 """Face masks: which pixels are the face, by a parser's classes, by landmarks, or by a fixed shape; one label map.
 
-Parsers look at pictures one by one, so that a mask does not depend on its batch, and on the device of the pictures.
+Parsers look at pictures one by one, so that a mask does not depend on its batch, and on the device of the pictures. They look at
+equal pictures once: a mask is asked for at pixel size, at latent size, and again by every method.
 """
 
+import hashlib
+import math
+from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +15,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.spatial import ConvexHull
 from skimage.draw import polygon2mask
 from torch import Tensor
@@ -33,6 +38,9 @@ WITH_HAIR = (*PAPER_CLASSES, "hair")
 REGIONS = {"tight": TIGHT, "paper": PAPER_CLASSES, "with_hair": WITH_HAIR, "glasses": ("eye_g",)}
 Region = Literal["tight", "paper", "with_hair", "glasses"]
 Reduction = Literal["bilinear>0", "nearest", "area>0.5"]
+REMEMBERED = 1024  # pictures, a bit a pixel: more than two batches of any run
+_remembered: OrderedDict[tuple[object, bytes], tuple[NDArray[np.uint8], tuple[int, ...]]] = OrderedDict()
+
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 IMAGENET_DEVIATION = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
@@ -56,7 +64,7 @@ class BiSeNetParser:
         return (named(self.card),)
 
     def mask(self, images: Image, size: tuple[int, int]) -> Mask:
-        return torch.cat([reduce_mask(self._parse(image), size, self.reduce) for image in torch.split(images, 1)])
+        return torch.cat([reduce_mask(parse(self, image), size, self.reduce) for image in torch.split(images, 1)])
 
     def _parse(self, image: Image) -> Mask:
         session = open_onnx(self._path, image.device)
@@ -90,7 +98,7 @@ class SegFormerParser:
         return (named(self.card),)
 
     def mask(self, images: Image, size: tuple[int, int]) -> Mask:
-        return torch.cat([reduce_mask(self._parse(image), size, self.reduce) for image in torch.split(images, 1)])
+        return torch.cat([reduce_mask(parse(self, image), size, self.reduce) for image in torch.split(images, 1)])
 
     def _parse(self, image: Image) -> Mask:
         model = self._model.to(image.device)
@@ -130,14 +138,15 @@ class LandmarkParser:
         return self.detector.cards()
 
     def mask(self, images: Image, size: tuple[int, int]) -> Mask:
-        height, width = images.shape[-2:]
-        found = self.detector.landmarks68(images)
-        masks = torch.zeros(len(images), 1, height, width, dtype=torch.bool)
-        for mask, landmarks in zip(masks, found, strict=True):
-            if landmarks is not None:
-                outline = face_outline(landmarks, self.forehead)
-                mask[0] = torch.from_numpy(polygon2mask((height, width), outline[:, ::-1]))
-        return reduce_mask(masks.to(images.device), size, self.reduce)
+        return torch.cat([reduce_mask(parse(self, image), size, self.reduce) for image in torch.split(images, 1)])
+
+    def _parse(self, image: Image) -> Mask:
+        height, width = image.shape[-2:]
+        (landmarks,) = self.detector.landmarks68(image)
+        if landmarks is None:
+            return torch.zeros(1, 1, height, width, dtype=torch.bool, device=image.device)
+        outline = face_outline(landmarks, self.forehead)
+        return torch.from_numpy(polygon2mask((height, width), outline[:, ::-1]))[None, None].to(image.device)
 
 
 @dataclass(frozen=True)
@@ -163,6 +172,20 @@ class EllipseParser:
         (across, down), (right, low) = self.centre, self.axes
         inside = ((x[None, :] - across) / right) ** 2 + ((y[:, None] - down) / low) ** 2 <= 1
         return reduce_mask(inside.expand(len(images), 1, -1, -1), size, self.reduce)
+
+
+def parse(parser: BiSeNetParser | SegFormerParser | LandmarkParser, image: Image) -> Mask:
+    """What a parser sees on one picture (1 3 h w), at the size it works at; remembered for the last REMEMBERED pictures."""
+    digest = hashlib.sha256(str(tuple(image.shape)).encode() + to_bytes(image).cpu().numpy().tobytes()).digest()
+    key = (parser, digest)
+    if key not in _remembered:
+        face = parser._parse(image)
+        _remembered[key] = (np.packbits(face.cpu().numpy()), tuple(face.shape))
+        if len(_remembered) > REMEMBERED:
+            _remembered.popitem(last=False)
+    bits, shape = _remembered[key]
+    _remembered.move_to_end(key)
+    return torch.from_numpy(np.unpackbits(bits, count=math.prod(shape)).reshape(shape).astype(bool)).to(image.device)
 
 
 def reduce_mask(mask: Mask, size: tuple[int, int], how: Reduction) -> Mask:
