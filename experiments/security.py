@@ -1,17 +1,14 @@
 """What do attackers learn from published files? `python -m experiments.security dataset=lfw_gray_128`
 
-The paper's method and the exact one, side by side, under the attacks of keyanon/attacks/attackers.py. Published
-files, and what each
-attack found, are kept in a run folder for each method: a run that was stopped goes on where it was, and `~methods.exact` in one
-process and `~methods.signflip` in another, then neither, is the same table sooner. Per-picture values go to
+The paper's method and the exact one, side by side, under the attackers of keyanon/attacks/attackers.py. Published files, what each
+attacker knows, and what it took down of each picture are kept in a run folder for each method. Per-picture values go to
 results/scores/NAME.scores.parquet, the shares of right signs to results/plots, and the table is made from committed statistics as
 any other.
 """
 
-import json
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,114 +16,261 @@ import hydra
 import numpy as np
 import pandas as pd
 import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
-from safetensors import safe_open
-from safetensors.torch import save
+from omegaconf import DictConfig
+from safetensors.torch import load_file, save
 from tabulate import tabulate
 
 from experiments import tables
-from experiments.harness import preflight, provenance
+from experiments.harness import provenance
+from experiments.harness.command import start
 from experiments.harness.plots import share_curve
-from experiments.run import shown
+from experiments.harness.session import Cell, Result, Session, begin, fill, model_notes, plain, show
 from keyanon import runner
-from keyanon.attacks import leakage
-from keyanon.attacks.attackers import (
-    Case,
-    Files,
-    Found,
-    People,
-    embeddings_of,
-    in_batches,
-    laws,
-    publish,
-    published_key,
-)
-from keyanon.attacks.leakage import Method
+from keyanon.attacks.attackers import distribution_tests, published_key
+from keyanon.attacks.case import Attacker, Case, Files, Found, Knowledge, Learns, People, Taken, Victims, publish
+from keyanon.batching import filled
 from keyanon.channel.keys import experiment_key
-from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.channel.pixels import to_floats, write_png
 from keyanon.channel.whole import write_whole
-from keyanon.measures.biometrics import Floats, Statistic, cosine, threshold_at_far
-from keyanon.types import Dataset, FaceParser, Image, Key, Recognizer
+from keyanon.errors import UserError
+from keyanon.measures.biometrics import Floats, cosine, threshold_at_far
+from keyanon.run_folder import ORIGINAL, RunFiles, read_parts, vectors_of
+from keyanon.runner import Observed
+from keyanon.types import Bytes, Image, Key, KeyedNoise, Mask
 
-log = logging.getLogger(__name__)
+DICTIONARY = "Argon2id"  # the row of what a password costs, which is no method's
 
 
 @hydra.main(config_path="../conf", config_name="security", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    shown(lambda: run(cfg, dict(HydraConfig.get().runtime.choices)), cfg.name)
+    start(cfg, run)
 
 
-def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
-    """Publish, attack, write the scores and the table; returns the table's cells."""
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
-    methods, recognizers, battery, dictionary, parser = (
-        instantiate(part, _convert_="all")
-        for part in (cfg.methods, cfg.recognizers, cfg.battery, cfg.get("dictionary"), cfg.parser)
-    )
-    problems = preflight.missing_parts(methods, recognizers, parser)
-    dataset = preflight.open_dataset(cfg.dataset, choices["dataset"], problems)
-    preflight.stop_if(problems)
-    assert dataset is not None
-
-    skipped: dict[str, str] = {}
-    people = gathered(dataset, parser, recognizers, cfg, skipped)
-
-    def public(count: int) -> tuple[list[str], Image]:
-        rest = [id for id in dataset.ids[cfg.limit :] if (dataset.identity(id) or id) not in people.names]
-        ids, pictures = with_faces(dataset, parser, rest[:count], skipped)
-        while len(ids) < count and (rest := rest[count:]):
-            more, shown = with_faces(dataset, parser, rest[:count], skipped)
-            ids, pictures = [*ids, *more], torch.cat([pictures, shown])
-        return ids[:count], pictures[:count]
-
-    asked = {"far": cfg.far, "recognizers": plain(cfg.recognizers), "thresholds": people.thresholds, "files": cfg.files}
-    found: list[tuple[str, Found]] = []
+def run(cfg: DictConfig, choices: Mapping[str, Any], _: Sequence[str] = (), command: Sequence[str] = ()) -> Path:
+    """Publish, attack, write the scores and the table; the folder of the rows."""
+    if cfg.files < 2:
+        raise UserError(f"files={cfg.files}: it takes two files of a picture to link them")
+    methods, attackers = (instantiate(part, _convert_="all") for part in (cfg.methods, cfg.attackers))
+    dictionary = instantiate(cfg.get("dictionary"), _convert_="all")
+    session = begin(cfg, choices, command, methods)
+    skipped = session.prepare(session.ids)
+    ids = [id for id in session.ids if id not in skipped]
+    people = people_of(session, ids)
+    notes = notes_of(session, people)
+    cells: list[Cell] = []
+    written: list[bool] = []
     for name, method in methods.items():
-        folder = Path(cfg.runs) / cfg.name / f"{choices['dataset']}-{name}-{signature(cfg, name, method, people)}"
-        files = [kept_files(folder, i, method, people, key, cfg.batch_size) for i, key in enumerate(keys(cfg.files))]
-        case = Case(method, people, files, public, cfg.batch_size, cfg.far)
-        ours: list[Found] = []
-        for attack, settings in cfg.battery.items():
-            path = folder / f"{attack}-{provenance.signature(asked | plain(settings))}.json"
-            log.info("%s: %s", name, attack)
-            ours += kept_findings(path, battery[attack], case)
-        found += [(name, one) for one in [*ours, *laws(case, ours)]]
-    for id, reason in skipped.items():
-        log.warning("skipped %s: %s", id, reason)
-    if dictionary:
-        found += [("Argon2id", one) for one in dictionary()]
+        settings = {"attackers": plain(cfg.attackers), "recognizers": plain(cfg.recognizers), "far": cfg.far}
+        cells.append(session.cell(name, {"method": plain(cfg.methods[name])}, notes, method, settings, ids))
+        written.append(attacked(session, cells[-1], method, attackers, people))
+    if dictionary is not None:
+        cells.append(session.cell(DICTIONARY, {"dictionary": plain(cfg.dictionary)}, notes, ids=[]))
+        written.append(fill(session, cells[-1], lambda _: None, lambda _: result(list(dictionary()))))
+    if all(written):
+        beside = methods_beside(cfg.name, [*methods, DICTIONARY])
+        write_whole(Path("results/tables") / f"{cfg.name}.beside.md", beside.encode())
+        statistics = pd.read_parquet(Path("results/scores") / f"{cfg.name}.parquet")
+        share_curve(statistics, "right signs ", Path("results/plots") / f"{cfg.name}.svg")
+        show(session, cells)
+    return Path(cfg.runs) / str(cfg.name)
 
+
+def notes_of(session: Session, people: People) -> list[str]:
+    """What a reader of the table must know."""
+    cfg, choices = session.cfg, session.choices
     thresholds = ", ".join(f"{name} {value:.4f}" for name, value in people.thresholds.items())
-    notes = [f"backbone {choices['backbone']}", f"mask from {choices['parser']}", f"{len(people.ids)} pictures"]
-    notes += [f"{cfg.files} files each", f"thresholds at FAR {cfg.far:g}: {thresholds}"]
-    if not people.enrolled:
-        notes.append("suspects are the photographs themselves")
-    if choices["backbone"].startswith("faces128"):
-        notes.insert(0, "bundled model, which stands in for LDM-FFHQ")
-    about = {"experiment": cfg.name, "dataset": choices["dataset"], "notes": "\n".join([*map(str, cfg.notes), *notes])}
-    statistics = pd.DataFrame(
-        [{"anonymizer": row, "view": one.view, "scorer": one.scorer, **asdict(one.statistic)} for row, one in found]
-    ).assign(**about)[tables.STATISTICS]
+    notes = [*map(str, cfg.notes), *model_notes(cfg.backbone, choices["backbone"], choices["parser"])]
+    notes += [f"{len(people.ids)} pictures", f"{cfg.files} files each", f"thresholds at FAR {cfg.far:g}: {thresholds}"]
+    return notes if people.enrolled else [*notes, "suspects are the photographs themselves"]
+
+
+def people_of(session: Session, ids: Sequence[str]) -> People:
+    """Who is on prepared pictures, as recognizers see them; UserError where there are not two people to tell apart."""
+    names, gallery_ids = session.people(ids), list(session.dataset.gallery)
+    if len(set(names)) < 2:
+        raise UserError(f"{len(set(names))} person on {len(ids)} readable pictures; linkage and strangers need two")
+    embeddings = {
+        name: vectors_of(at / "embeddings", [*ids, *gallery_ids])
+        for name, at in session.enrol(ids, gallery_ids).items()
+    }
+    clean = {name: stacked(seen, ids) for name, seen in embeddings.items()}
+    if not gallery_ids:
+        thresholds = {name: float(session.cfg.thresholds[name]) for name in clean}
+        return People(ids, names, clean, clean, clean, names, thresholds, enrolled=False)
+    portraits = [id for id in gallery_ids if all(id in seen for seen in embeddings.values())]
+    gallery, gallery_names = (
+        {name: stacked(seen, portraits) for name, seen in embeddings.items()},
+        session.people(portraits),
+    )
+    strange = np.not_equal.outer(names, gallery_names)
+    thresholds = {
+        name: threshold_at_far(cosine(clean[name], gallery[name])[strange], session.cfg.far) for name in clean
+    }
+    places = [gallery_names.index(name) for name in names]
+    suspects = {name: rows[places] for name, rows in gallery.items()}
+    return People(ids, names, clean, suspects, gallery, gallery_names, thresholds, enrolled=True)
+
+
+def stacked(vectors: Mapping[str, torch.Tensor], ids: Sequence[str]) -> Floats:
+    found: Floats = torch.stack([vectors[id] for id in ids]).double().numpy()
+    return found
+
+
+def attacked(
+    session: Session, cell: Cell, method: KeyedNoise, attackers: Mapping[str, Attacker], people: People
+) -> bool:
+    """Publish a method's files, let every attacker look at this shard's, and conclude if all shards have; whether it was written."""
+    files = PublishedFiles(session, cell.folder, method, keys(session.cfg.files))
+    case = Case(method, session.recognizers, people, files.victims, files.public, session.cfg.far)
+    folders = {
+        name: cell.folder / f"{name}-{asked_of(session, name, attacker, people)}"
+        for name, attacker in attackers.items()
+    }
+
+    def work(ids: Sequence[str]) -> None:
+        files.publish(ids)
+        for name, attacker in attackers.items():
+            chosen = set(attacker.chosen(case))
+            mine = [id for id in ids if id in chosen]
+            if not mine:
+                continue
+            knowledge = known(folders[name], attacker, case)
+            look = attacker.attack(case, knowledge)
+
+            def noted(batch: Sequence[str], images: Image, _: Mask, look: Any = look) -> Observed:
+                notes = look(files.of(filled(batch, len(images)), images))
+                return Observed(notes.values, notes.vectors)
+
+            runner.observe(folders[name], session.originals, mine, noted, session.cfg.batch_size, f"{cell.row}: {name}")
+
+    def conclude(ids: Sequence[str]) -> Result:
+        found: list[Found] = []
+        for name, attacker in attackers.items():
+            wanted, done = set(attacker.chosen(case)), set(ids)
+            if chosen := [id for id in people.ids if id in wanted and id in done]:
+                found += attacker.conclude(case, taken_from(folders[name], chosen))
+        return result([*found, *distribution_tests(case, found)])
+
+    return fill(session, cell, work, conclude)
+
+
+def asked_of(session: Session, name: str, attacker: Attacker, people: People) -> str:
+    """A signature of what an attacker's notes depend on, besides the method's files; one that learns needs to know all pictures."""
+    question = {"attacker": plain(session.cfg.attackers[name]), "recognizers": plain(session.cfg.recognizers)}
+    return provenance.signature(question | ({"pictures": list(people.ids)} if isinstance(attacker, Learns) else {}))
+
+
+def known(folder: Path, attacker: Attacker, case: Case) -> Knowledge:
+    """What an attacker has learned, in this run, in one before, or in another shard."""
+    path = folder / "knowledge.safetensors"
+    if not isinstance(attacker, Learns):
+        return {}
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, save({name: tensor.contiguous() for name, tensor in attacker.learn(case).items()}))
+    return load_file(path)
+
+
+def taken_from(folder: Path, ids: Sequence[str]) -> Taken:
+    """What was taken down of pictures, as the folder's parts have it."""
+    scores = read_parts(folder / "scores").to_pandas().set_index(["view", "scorer", "id"])["value"]
+
+    def values(view: str, scorer: str) -> Floats:
+        found: Floats = scores[view, scorer].reindex(ids).to_numpy(np.float64)
+        return found
+
+    def vectors(view: str, scorer: str) -> Floats:
+        rows = read_parts(folder / "embeddings", scorer, view)
+        of = dict(zip(rows["id"].to_pylist(), rows["embedding"], strict=True))
+        return np.array([of[id].values.to_numpy() for id in ids if id in of], np.float64)
+
+    return Taken(ids, values, vectors)
+
+
+def result(found: Sequence[Found]) -> Result:
     scores = pd.DataFrame(
-        [
-            {"anonymizer": row, "id": id, "view": one.view, "scorer": one.scorer, "value": value}
-            for row, one in found
-            for id, value in one.values.items()
-        ],
-        columns=[column for column in tables.SCORES if column != "dataset"],
-    ).assign(dataset=choices["dataset"])[tables.SCORES]
-    tables.commit(cfg.name, statistics, scores)
-    rows = tables.build(cfg.name)
-    write_whole(Path("results/tables") / f"{cfg.name}.beside.md", beside(rows, [*methods, "Argon2id"]).encode())
-    share_curve(statistics, "right signs ", Path("results/plots") / f"{cfg.name}.svg")
-    return rows
+        [(id, one.view, one.scorer, value) for one in found for id, value in one.values.items()],
+        columns=["id", "view", "scorer", "value"],
+    )
+    return Result([(one.view, one.scorer, one.statistic) for one in found], scores)
 
 
-def beside(rows: pd.DataFrame, methods: Sequence[str]) -> str:
+def keys(count: int) -> list[Key]:
+    """Published keys: the first comes from a password, the others are as random."""
+    return [published_key(), *(experiment_key(i) for i in range(1, count))]
+
+
+@dataclass(frozen=True)
+class PublishedFiles:
+    """The files of prepared pictures under each key, kept in a folder with what anyone computes from them."""
+
+    session: Session
+    folder: Path
+    method: KeyedNoise
+    keys: Sequence[Key]
+
+    @cached_property
+    def files(self) -> RunFiles:
+        return RunFiles(self.folder)
+
+    def noise(self, i: int, id: str) -> Path:
+        return self.folder / f"noise{i}" / f"{id}.safetensors"
+
+    def publish(self, ids: Sequence[str]) -> None:
+        """Publish those of the pictures that are not published yet."""
+        for i in range(len(self.keys)):
+            for kind in ("file", "noise"):
+                (self.folder / f"{kind}{i}").mkdir(parents=True, exist_ok=True)
+
+        def write(batch: Sequence[str], images: Image, _: Mask) -> Observed:
+            for i, key in enumerate(self.keys):
+                made = publish(self.method, images, [key] * len(images), filled(batch, len(images)))
+                for row, id in enumerate(batch):
+                    kept = {"zT": made.zT[row].cpu(), "mask": made.mask[row].cpu()}
+                    write_whole(self.noise(i, id), save({name: part.contiguous() for name, part in kept.items()}))
+                    write_png(self.files.path(f"file{i}", id), made.published.images[row], made.headers[row])
+            return Observed()
+
+        session = self.session
+        runner.observe(self.folder / "published", session.originals, ids, write, session.cfg.batch_size, "publish")
+
+    def of(self, ids: Sequence[str], pictures: Image) -> Victims:
+        """The files of pictures that are published."""
+        made = []
+        for i, key in enumerate(self.keys):
+            published = self.files.read(f"file{i}", ids)
+            kept = [load_file(self.noise(i, id)) for id in ids]
+            zT, mask = (torch.stack([one[name] for one in kept]).to(self.session.cfg.device) for name in ("zT", "mask"))
+            made.append(Files(published, [key] * len(ids), self.method.encoded_pictures(published), zT, mask))
+        return Victims(ids, pictures, made)
+
+    def victims(self, ids: Sequence[str]) -> Iterator[Victims]:
+        """Pictures, whichever shard they belong to, a batch at a time."""
+        self.publish(ids)
+        size = self.session.cfg.batch_size
+        for start in range(0, len(ids), size):
+            batch = list(ids[start : start + size])
+            yield self.of(batch, to_floats(self.session.originals.read_all(ORIGINAL, batch)))
+
+    def public(self, count: int) -> tuple[list[str], Bytes]:
+        """So many pictures of people who are not under attack, from the rest of the dataset."""
+        session = self.session
+        victims = set(session.people(session.ids))
+        rest = [id for id in session.dataset.ids[len(session.ids) :] if session.people([id])[0] not in victims]
+        found: list[str] = []
+        while len(found) < count and rest:
+            asked, rest = rest[: count - len(found)], rest[count - len(found) :]
+            skipped = session.prepare(asked)
+            found += [id for id in asked if id not in skipped]
+        return found, session.originals.read_all(ORIGINAL, found) if found else torch.empty(
+            0, 3, 0, 0, dtype=torch.uint8
+        )
+
+
+def methods_beside(experiment: str, methods: Sequence[str]) -> str:
     """A table's cells in Markdown, a column for each method: value, interval and the number of pictures or comparisons."""
+    rows = tables.build(experiment)
     lines: dict[tuple[str, str, str], dict[str, str]] = {}
     every: list[Any] = list(rows.itertuples())
     for row in every:
@@ -135,94 +279,7 @@ def beside(rows: pd.DataFrame, methods: Sequence[str]) -> str:
     body = [[text.replace("|", "\\|") for text in (*cell, *line.values())] for cell, line in lines.items()]
     table = tabulate(body, ["attack", "by", "statistic", *methods], tablefmt="pipe", disable_numparse=True)
     about = "Each cell: value [95 % interval]; n. keyanon/attacks/attackers.py says what each attacker knows and does."
-    return f"# {rows.experiment.iloc[0]}: methods side by side\n\n{about}\n\n{table}\n"
-
-
-def keys(count: int) -> list[Key]:
-    """Published keys: the first comes from a password, the others are as random."""
-    return [published_key(), *(experiment_key(i) for i in range(1, count))]
-
-
-def plain(node: DictConfig) -> Any:
-    return OmegaConf.to_container(node, resolve=True)
-
-
-def signature(cfg: DictConfig, name: str, method: Method, people: People) -> str:
-    """Of what a method's published files depend on."""
-    question = {"dataset": plain(cfg.dataset), "method": plain(cfg.methods[name]), "pictures": people.ids}
-    return provenance.signature(question | {"weights": [method.backbone.sha256]})
-
-
-# What is kept, and not made again
-
-
-def kept_files(folder: Path, place: int, method: Method, people: People, key: Key, batch_size: int) -> Files:
-    """All pictures' files under one key."""
-    path, count = folder / f"files-{place}.safetensors", len(people.ids)
-    if not path.exists():
-        files = publish(method, people.pictures, [key] * count, people.ids, batch_size)
-        kept = {"images": to_bytes(files.images), "zT": files.zT.cpu(), "mask": files.mask.cpu()}
-        packed = {"headers": json.dumps([header.hex() for header in files.headers])}
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, save({name: tensor.contiguous() for name, tensor in kept.items()}, packed))
-        return files
-    with safe_open(path, "pt") as file:
-        images, zT, mask = to_floats(file.get_tensor("images")), file.get_tensor("zT"), file.get_tensor("mask")
-        headers = tuple(bytes.fromhex(header) for header in json.loads(file.metadata()["headers"]))
-    read = in_batches("read", batch_size, lambda x, packed: leakage.received(method, x, packed), images, headers)
-    return Files(images, headers, [key] * count, read, zT, mask)
-
-
-def kept_findings(path: Path, attack: Callable[[Case], Iterator[Found]], case: Case) -> list[Found]:
-    """What an attack found, in this run or in one before."""
-    if not path.exists():
-        write_whole(path, json.dumps([asdict(one) for one in attack(case)]).encode())
-    return [Found(**one | {"statistic": Statistic(**one["statistic"])}) for one in json.loads(path.read_text("utf-8"))]
-
-
-# Who is attacked
-
-
-def with_faces(
-    dataset: Dataset, parser: FaceParser, ids: Sequence[str], skipped: dict[str, str]
-) -> tuple[list[str], Image]:
-    """Those of the pictures that can be read and show a face, as bytes have them; why others do not goes to `skipped`."""
-    good, loaded = runner.load(dataset, ids, skipped)
-    if not good:
-        return [], torch.empty(0)
-    pictures = to_floats(to_bytes(torch.stack(loaded)))
-    shown = parser.mask(pictures, (pictures.shape[-2], pictures.shape[-1])).flatten(1).any(1).tolist()
-    skipped |= {id: "no face found" for id, face in zip(good, shown, strict=True) if not face}
-    return [id for id, face in zip(good, shown, strict=True) if face], pictures[torch.tensor(shown)]
-
-
-def gathered(
-    dataset: Dataset,
-    parser: FaceParser,
-    recognizers: Mapping[str, Recognizer],
-    cfg: DictConfig,
-    skipped: dict[str, str],
-) -> People:
-    """The pictures and their gallery, as recognizers see them; ValueError where there are not two people to tell apart."""
-    ids, pictures = with_faces(dataset, parser, dataset.ids[: cfg.limit], skipped)
-    names = [dataset.identity(id) or id for id in ids]
-    if len(set(names)) < 2:
-        raise ValueError(f"{len(set(names))} person on {len(ids)} readable pictures; linkage and strangers need two")
-    clean = {name: embeddings_of(recognizer, pictures) for name, recognizer in recognizers.items()}
-    if not dataset.gallery:
-        thresholds = {name: float(cfg.thresholds[name]) for name in recognizers}
-        return People(ids, names, pictures, recognizers, clean, clean, clean, names, thresholds, enrolled=False)
-    enrolled, portraits = runner.load(dataset, dataset.gallery, skipped)
-    gallery_names = [dataset.identity(id) or id for id in enrolled]
-    gallery: dict[str, Floats] = {
-        name: in_batches(f"{name}: gallery", cfg.batch_size, recognizer.embed, torch.stack(portraits)).double().numpy()
-        for name, recognizer in recognizers.items()
-    }
-    strange = np.not_equal.outer(names, gallery_names)
-    thresholds = {name: threshold_at_far(cosine(clean[name], gallery[name])[strange], cfg.far) for name in recognizers}
-    places = [gallery_names.index(name) for name in names]
-    suspects = {name: rows[places] for name, rows in gallery.items()}
-    return People(ids, names, pictures, recognizers, clean, suspects, gallery, gallery_names, thresholds, enrolled=True)
+    return f"# {experiment}: methods side by side\n\n{about}\n\n{table}\n"
 
 
 if __name__ == "__main__":

@@ -119,9 +119,13 @@ class RunFiles:
         """A prepared original."""
         return to_floats(read_png(self.path(ORIGINAL, id))[0])
 
-    def read_all(self, view: str, ids: Sequence[str]) -> Bytes:
+    def read(self, view: str, ids: Sequence[str]) -> Published:
+        """Pictures with their headers, as one batch."""
         with ThreadPoolExecutor(IO_WORKERS) as pool:
-            return stacked(self.reading(pool, view, ids)).images
+            return stacked(self.reading(pool, view, ids))
+
+    def read_all(self, view: str, ids: Sequence[str]) -> Bytes:
+        return self.read(view, ids).images
 
     def skipped(self) -> dict[str, str]:
         """Why pictures were skipped, by id."""
@@ -163,19 +167,27 @@ def write_part(folder: Path, table: pa.Table) -> None:
     write_whole(folder / f"{hashlib.sha256(data).hexdigest()[:16]}.parquet", data)
 
 
-def parts(folder: Path, schema: pa.Schema, columns: Sequence[str] | None = None, scorer: str | None = None) -> pa.Table:
-    """The rows of all part files as they were written, optionally only some columns, or one scorer's rows."""
+def parts(
+    folder: Path,
+    schema: pa.Schema,
+    columns: Sequence[str] | None = None,
+    scorer: str | None = None,
+    view: str | None = None,
+) -> pa.Table:
+    """The rows of all part files as they were written, optionally only some columns, or the rows of one scorer or view."""
     columns = columns or schema.names
     tables = [pa.schema([schema.field(name) for name in columns]).empty_table()]
     for path in sorted(folder.glob("*.parquet")):
         part = pq.ParquetFile(path).read(use_threads=False)  # a part is small: threads only cost memory
-        tables.append((part if scorer is None else part.filter(pc.equal(part["scorer"], scorer))).select(columns))
+        for column, wanted in (("scorer", scorer), ("view", view)):
+            part = part if wanted is None else part.filter(pc.equal(part[column], wanted))
+        tables.append(part.select(columns))
     return pa.concat_tables(tables)
 
 
-def read_parts(folder: Path, scorer: str | None = None) -> pa.Table:
-    """All rows of all part files, optionally of one scorer, each (id, view, scorer) once, sorted by view, scorer, id."""
-    table = parts(folder, EMBEDDING_SCHEMA if folder.name == "embeddings" else SCORE_SCHEMA, scorer=scorer)
+def read_parts(folder: Path, scorer: str | None = None, view: str | None = None) -> pa.Table:
+    """All rows of all part files, optionally of one scorer or view, each (id, view, scorer) once, sorted by view, scorer, id."""
+    table = parts(folder, EMBEDDING_SCHEMA if folder.name == "embeddings" else SCORE_SCHEMA, scorer=scorer, view=view)
     names = table.select(["view", "scorer", "id"]).append_column("row", pa.array(np.arange(table.num_rows)))
     last = names.group_by(["view", "scorer", "id"]).aggregate([("row", "max")])
     order = last.sort_by([(name, "ascending") for name in ("view", "scorer", "id")])

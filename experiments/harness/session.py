@@ -80,11 +80,9 @@ class Session:
         named = f"{self.choices['dataset']}-{name}-{provenance.signature(question)}"
         return Path(self.cfg.runs) / kind / named
 
-    def prepare(self) -> dict[str, str]:
-        """Make this shard's pictures ready; returns why some of them are skipped."""
-        skipped = runner.prepare(
-            self.originals, self.dataset, self.mine, self.parser, self.cfg.batch_size, self.cfg.device
-        )
+    def prepare(self, ids: Sequence[str]) -> dict[str, str]:
+        """Make pictures ready; returns why some of them are skipped."""
+        skipped = runner.prepare(self.originals, self.dataset, ids, self.parser, self.cfg.batch_size, self.cfg.device)
         for id, reason in list(skipped.items())[:SHOWN_SKIPPED]:
             log.warning("skipped %s: %s", id, reason)
         return skipped
@@ -125,9 +123,12 @@ class Session:
         notes: Sequence[str] = (),
         method: Any = None,
         measures: Mapping[str, Any] | None = None,
-        pictures: bool = True,
+        ids: Sequence[str] | None = None,
     ) -> "Cell":
-        """A row of the table. `question` is what decides its pictures, `measures` what else is asked of them."""
+        """A row of the table, of the session's pictures or some of them (none: it is about no pictures).
+
+        `question` is what decides its pictures, `measures` what else is asked of them.
+        """
         asked = {
             "dataset": plain(self.cfg.dataset),
             "parser": plain(self.cfg.parser),
@@ -137,7 +138,7 @@ class Session:
         name = f"{self.choices['dataset']}-{row.replace(' ', '_')}-{provenance.signature(asked)}"
         folder = Path(self.cfg.runs) / self.cfg.name / name
         folder.mkdir(parents=True, exist_ok=True)
-        ids = list(self.ids) if pictures else []
+        ids = list(self.ids if ids is None else ids)
         _, count = numbers(self.cfg.shard)
         shards = Shards(folder, count, provenance.signature({"ids": ids, **(measures or {})}))
         return Cell(row, ids, folder, asked, shards, tuple(notes), getattr(method, "about", None), models_of(method))
@@ -200,7 +201,7 @@ def fill(
     try:
         with cell.shards.recorded(session.cfg.shard) as status:
             started = time.monotonic()
-            skipped = session.prepare() if mine else {}
+            skipped = session.prepare(mine)
             work([id for id in mine if id not in skipped])
             status |= {"pictures": len(mine), "skipped": len(skipped), "seconds": time.monotonic() - started}
     except Exception as error:

@@ -1,21 +1,20 @@
-"""The attacks of the security battery: what attackers learn from published files (experiments/security.py runs them).
+"""The attackers of `python -m experiments.security`: what each learns from published files (keyanon/attacks/case.py).
 
-    linkage             files of one photograph under different keys, and a file beside its photograph, told from those of others
-    known_plaintext     some originals are known, and the key stream is one for all, as the authors have it; or has nonces
-    reused_rotations    the same against rotations, from pictures with one mask
-    right_signs         recovery by one who holds a share of the right signs, and the share a recognizer needs
-    seed_search         the authors' keys come from 32 bits: found by trying, from one known pair
-    identities          who recognizers see on files, on pictures recovered with wrong keys, on a fresh face in the same
+    Linkage             files of one photograph under different keys, and a file beside its photograph, told from those of others
+    KnownPlaintext      some originals are known, and the key stream is one for all, as the authors have it; or has nonces
+    ReusedRotations     the same against rotations, from pictures with one mask
+    RightSigns          recovery by one who holds a share of the right signs, and the share a recognizer needs
+    SeedSearch          the authors' keys come from 32 bits: found by trying, from one known pair
+    Identities          who recognizers see on files, on pictures recovered with wrong keys, on a fresh face in the same
                         background, and where the face is blanked
-    background_only     the same, by one who knows where the blanked face was
-    learned             attackers who train on pairs of other people, with keys of their own or under the victims' key stream
-    key_search          the best of many wrong keys by a recognizer's word, for the right suspect and for another one
-    noise_oracle        does z_T look more like noise under the right key?
-    tampering           files changed on their way: refused by the tag? and what would come out without one
+    BackgroundOnly      the same, by one who knows where the blanked face was
+    Learned             attackers who train on pairs of other people, with keys of their own or under the victims' key stream
+    KeySearch           the best of many wrong keys by a recognizer's word, for the right suspect and for another one
+    NoiseOracle         does z_T look more like noise under the right key?
+    Tampering           files changed on their way: refused by the tag? and what would come out without one
     password_dictionary what a dictionary costs by Argon2id, on this machine
 
-Each is a function of a Case, or of nothing for the dictionary, and yields what it found; conf/battery and conf/dictionary hold
-their settings. keyanon/leakage.py and keyanon/attacks/learned.py have the attackers themselves, and say what they know.
+conf/security holds their settings. keyanon/attacks/leakage.py and learned.py have their arithmetic, and say what they know.
 
 Bars: AUC 0.5 and D_sys 0 tell nothing; strangers, the wrong suspect and the fresh face are the controls.
 """
@@ -23,20 +22,31 @@ Bars: AUC 0.5 and D_sys 0 tell nothing; strangers, the wrong suspect and the fre
 import hashlib
 import logging
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from keyanon.attacks import leakage
-from keyanon.attacks.leakage import Method, NonceOff, OneStream, SeededSigns
+from keyanon.attacks.case import (
+    Case,
+    Files,
+    Found,
+    Knowledge,
+    Notes,
+    People,
+    Place,
+    Taken,
+    Victims,
+    joined,
+    publish,
+    without_verification,
+)
+from keyanon.attacks.leakage import NonceOff, OneStream, SeededSigns
 from keyanon.attacks.learned import deanonymizer, noise_features, ridge
-from keyanon.attacks.views import NearKey, PartialKey, WrongKey, heedless
-from keyanon.batching import batches
+from keyanon.attacks.views import NearKey, PartialKey, WrongKey, without_authentication
 from keyanon.channel.headers import Header
 from keyanon.channel.keys import SALT_BYTES, MasterKey, Recipe, experiment_key
 from keyanon.channel.pixels import to_bytes, to_floats
@@ -54,178 +64,81 @@ from keyanon.measures.biometrics import (
 )
 from keyanon.measures.gaussianity import MEASURES, generator_of, measure
 from keyanon.measures.scorers import psnr_face
-from keyanon.methods.exact import Exact, pixels
-from keyanon.methods.signflip import SignFlip
-from keyanon.methods.transforms import BandRotation
-from keyanon.types import Attack, Image, Key, Latent, Mask, Published, Recognizer
+from keyanon.methods.exact import pixels
+from keyanon.types import Image, Key, KeyedNoise, Latent, Mask, Published, Scores
 
 SEEDS = 2**32
 DICTIONARY = 2**30
 WRONG_KEYS = ("wrong key", "key off by one bit", "password off by one bit", "nonce off by one bit")
-JUDGED = ("anonymized", *WRONG_KEYS, "face blanked, its place known")
+COMPARED = ("anonymized", *WRONG_KEYS, "face blanked, its place known")
 CONTROLS = ("strangers", "fresh face")
 PASSWORD = "everyone may know this password"
 HOUR, YEAR = 3600, 365.25 * 86400  # seconds
 MIB = 1024  # KiB
 ORACLES = tuple(name for name in MEASURES if name != "ks_passed")
+STREAMS: Mapping[str, Callable[[Key], Key]] = {"one key stream": OneStream, "nonces": lambda key: key}
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Found:
-    """One number of the table, and the pictures' own values behind it where there are any."""
-
-    view: str
-    scorer: str
-    statistic: Statistic
-    values: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Files:
-    """Published pictures, one key each, and what anyone computes from them: z'_T and the face's cells."""
-
-    images: Image
-    headers: tuple[bytes, ...]
-    keys: Sequence[Key]
-    read: Image
-    zT: Latent
-    mask: Mask
-
-    def first(self, count: int) -> "Files":
-        images, headers, keys = self.images[:count], self.headers[:count], self.keys[:count]
-        return Files(images, headers, keys, self.read[:count], self.zT[:count], self.mask[:count])
-
-
-@dataclass(frozen=True)
-class People:
-    """The pictures, who is on them, and how recognizers see them (rows by recognizer).
-
-    `suspects` are the clean pictures by which each person is looked for: one of the gallery where people are `enrolled` in one,
-    else the photograph itself. `others`: for each picture the place of the next one of somebody else.
-    """
-
-    ids: list[str]
-    names: list[str]
-    pictures: Image
-    recognizers: Mapping[str, Recognizer]
-    clean: Mapping[str, Floats]
-    suspects: Mapping[str, Floats]
-    gallery: Mapping[str, Floats]
-    gallery_names: list[str]
-    thresholds: Mapping[str, float]
-    enrolled: bool
-
-    @property
-    def others(self) -> list[int]:
-        n = len(self.ids)
-        return [
-            next(j % n for j in range(i + 1, i + n) if self.names[j % n] != name) for i, name in enumerate(self.names)
-        ]
-
-    @property
-    def firsts(self) -> list[int]:
-        """The place of each person's first picture: values there do not depend on each other by who is on them."""
-        return [i for i, name in enumerate(self.names) if name not in self.names[:i]]
-
-    def own(self, name: str, rows: Floats) -> Floats:
-        """Cosines of pictures and their own suspects."""
-        return np.asarray((rows * self.suspects[name]).sum(1))
-
-    def first(self, count: int) -> "People":
-        clean, suspects = ({name: rows[:count] for name, rows in seen.items()} for seen in (self.clean, self.suspects))
-        return replace(
-            self,
-            ids=self.ids[:count],
-            names=self.names[:count],
-            pictures=self.pictures[:count],
-            clean=clean,
-            suspects=suspects,
-        )
-
-
-@dataclass(frozen=True)
-class Case:
-    """A method under attack: `files` are those of each key, `public` gives so many pictures of people who are not tested."""
-
-    method: Method
-    people: People
-    files: list[Files]
-    public: Callable[[int], tuple[list[str], Image]]
-    batch_size: int
-    far: float
-
-    def first(self, count: int | None) -> "Case":
-        """The case of the first pictures alone."""
-        if count is None or count >= len(self.people.ids):
-            return self
-        return replace(self, people=self.people.first(count), files=[files.first(count) for files in self.files])
-
-    def batches(self, title: str, function: Callable[..., Any], *columns: Any) -> Any:
-        return in_batches(title, self.batch_size, function, *columns)
-
-    def publish(self, keys: Sequence[Key], method: Method | None = None) -> Files:
-        """Files of the first pictures, one for each key."""
-        people = self.people.first(len(keys))
-        return publish(method or self.method, people.pictures, keys, people.ids, self.batch_size)
-
-    def originals(self, pictures: Image, headers: Sequence[bytes], method: Method | None = None) -> tuple[Latent, Mask]:
-        """z_T of photographs, by one who has them and the headers of their files."""
-        found: tuple[Latent, Mask] = self.batches(
-            "invert", lambda x, packed: leakage.noise(method or self.method, x, packed), pictures, headers
-        )
-        return found
-
-    def attacked(self, title: str, attack: Attack, files: Files) -> Image:
-        out: Image = self.batches(
-            title,
-            lambda x, headers, keys: attack(Published(to_bytes(x), headers), keys, self.method),
-            files.images,
-            files.headers,
-            files.keys,
-        )
-        return out
-
-    def recovered(self, title: str, files: Files, keys: Sequence[Key]) -> Image:
-        out: Image = self.batches(title, heedless(self.method).recover, files.images, files.headers, keys)
-        return out
-
-    def drawn(
-        self, title: str, files: Files, zT: Latent, rows: slice = slice(None), method: Method | None = None
-    ) -> Image:
-        out: Image = self.batches(
-            title,
-            lambda x, headers, z: leakage.drawn(method or self.method, x, headers, z),
-            files.read[rows],
-            files.headers[rows],
-            zT,
-        )
-        return out
-
-
-def linkage(case: Case, *, pictures: int | None) -> Iterator[Found]:
+class Linkage:
     """The attacker has two files under independent keys, or a file and a candidate photograph, and no key: do they belong together?
 
     By |z_T| in three forms and by what recognizers see, who see the public background as well (unlinkability: ISO/IEC 24745;
     D_sys: Gomez-Barrero et al., IEEE TIFS 13(6), 2018). Photographs are inverted with their own file's header, though an
     attacker would use that of the file he compares with: what the two share by that can only count against the method.
     """
-    case = case.first(pictures)
-    first, files = case.files[0], case.files
-    z, mask = case.originals(case.people.pictures, first.headers)
-    for name, likeness in LIKENESSES.items():
-        pairs = [(a, b) for i, a in enumerate(files) for b in files[i + 1 :]]
-        between = np.stack([likeness(a.zT, a.mask, b.zT, b.mask) for a, b in pairs])
-        source = likeness(z, mask, first.zT, first.mask)[None]
-        for view, scores in (("linkage of two files", between), ("file and its photograph", source)):
-            yield from (Found(view, name, statistic) for statistic in leakage.linkage_statistics(scores))
-    for name, recognizer in case.people.recognizers.items():
-        rows = [embeddings_of(recognizer, one.images) for one in files]
-        between = np.stack([cosine(a, b) for i, a in enumerate(rows) for b in rows[i + 1 :]])
-        source = cosine(case.people.clean[name], rows[0])[None]
-        for view, scores in (("linkage of two files", between), ("file and its photograph", source)):
-            yield from (Found(view, name, statistic) for statistic in leakage.linkage_statistics(scores))
+
+    pictures: int | None
+
+    def chosen(self, case: Case) -> Sequence[str]:
+        return case.people.ids[: self.pictures]
+
+    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Notes]:
+        def look(victims: Victims) -> Notes:
+            z, mask = case.method.noise(victims.pictures, victims.files[0].headers)
+            vectors: dict[Place, torch.Tensor] = {("photograph", "noise"): z, ("photograph", "mask"): mask.float()}
+            for i, files in enumerate(victims.files):
+                view = f"file {i}"
+                vectors |= {(view, "noise"): files.zT, (view, "mask"): files.mask.float()}
+                vectors |= case.embedded(view, files.images)
+            return Notes(vectors=vectors)
+
+        return look
+
+    def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
+        people = case.people.of(taken.ids)
+        views = [f"file {i}" for i in range(file_count(taken))]
+        photograph, *files = (noise_taken(taken, view) for view in ("photograph", *views))
+        for name, likeness in LIKENESSES.items():
+            pairs = [(a, b) for i, a in enumerate(files) for b in files[i + 1 :]]
+            between = np.stack([likeness(*a, *b) for a, b in pairs])
+            yield from linked(name, between, likeness(*photograph, *files[0])[None])
+        for name in case.recognizers:
+            rows = [taken.vectors(view, name) for view in views]
+            between = np.stack([cosine(a, b) for i, a in enumerate(rows) for b in rows[i + 1 :]])
+            yield from linked(name, between, cosine(people.clean[name], rows[0])[None])
+
+
+def file_count(taken: Taken) -> int:
+    """How many files of each picture were looked at."""
+    count = 0
+    while taken.vectors(f"file {count}", "mask").size:
+        count += 1
+    return count
+
+
+def noise_taken(taken: Taken, view: str) -> tuple[Latent, Mask]:
+    """The noise (n c cells 1) and the face's cells (n 1 cells 1) that were taken down."""
+    mask = torch.from_numpy(taken.vectors(view, "mask") > 0)[:, None, :, None]
+    noise = torch.from_numpy(taken.vectors(view, "noise").astype(np.float32))
+    return noise.view(len(mask), -1, mask.shape[2], 1), mask
+
+
+def linked(name: str, between: Floats, source: Floats) -> Iterator[Found]:
+    for view, scores in (("linkage of two files", between), ("file and its photograph", source)):
+        yield from (Found(view, name, statistic) for statistic in leakage.linkage_statistics(scores))
 
 
 def by_norms(a: Latent, in_a: Mask, b: Latent, in_b: Mask) -> Floats:
@@ -240,51 +153,108 @@ def by_magnitudes(a: Latent, in_a: Mask, b: Latent, in_b: Mask) -> Floats:
 LIKENESSES = {"layout of |z|": leakage.layout_likeness, "channel norms": by_norms, "sorted |z|": by_magnitudes}
 
 
-def known_plaintext(case: Case, *, pictures: int | None, pairs: Sequence[int]) -> Iterator[Found]:
+@dataclass(frozen=True)
+class KnownPlaintext:
     """The attacker has m files with their originals, and wants other files of the same master key.
 
     `key signs`: the share that he finds (0.5: none); then what they make of the other files. With one key stream for all pictures
     (the authors' code uses its keys again, from batch to batch and for both datasets), and with a nonce for each. Rotations have
-    no signs: what he draws counts alone, and `reused_rotations` has the attack that fits them.
+    no signs: what he draws counts alone, and `ReusedRotations` has the attack that fits them.
     """
-    case = case.first(pictures)
-    fits = [m for m in pairs if m < len(case.people.ids)]
-    if not fits:
-        log.warning("known plaintext: no number of pairs in %s leaves one of %d pictures", pairs, len(case.people.ids))
-        return
-    ids, targets = case.people.ids[max(fits) :], slice(max(fits), None)
-    reused = case.publish([OneStream(key) for key in case.files[0].keys])
-    for stream, files in (("one key stream", reused), ("nonces", case.files[0])):
-        z, mask = case.originals(case.people.pictures, files.headers)
-        face = pixels(mask[targets], case.people.pictures)
-        for m in fits:
-            view = f"known plaintext, {stream}, {m:2} pairs"
-            found = leakage.voted_signs(z[:m], files.zT[:m], mask[:m] & files.mask[:m])
-            if isinstance(case.method, SignFlip):
-                nonces = [Header.unpack(header).nonce for header in files.headers[targets]]
-                shares = [
-                    leakage.share_right(found, signs(key, nonce, tuple(found.shape)), inside)
-                    for key, nonce, inside in zip(files.keys[targets], nonces, files.mask[targets, 0], strict=True)
-                ]
-                yield averaged(case, view, "key signs", shares, ids)
-            guess = torch.where(found == 0, signs(experiment_key(1), b"coins", tuple(found.shape)), found)
-            inside = files.mask[targets].expand_as(files.zT[targets])
-            turned = torch.where(inside, files.zT[targets] * guess, files.zT[targets])
-            yield from opened(case, view, case.drawn(view, files, turned, targets), face, targets)
+
+    pictures: int | None
+    pairs: Sequence[int]
+
+    def split(self, case: Case) -> tuple[list[int], Sequence[str], Sequence[str]]:
+        """The numbers of pairs that leave a picture to attack, the pictures that are known, and those that are not."""
+        ids = case.people.ids[: self.pictures]
+        fits = [m for m in self.pairs if m < len(ids)]
+        most = max(fits, default=len(ids))
+        return fits, ids[:most], ids[most:]
+
+    def chosen(self, case: Case) -> Sequence[str]:
+        fits, known, targets = self.split(case)
+        if not fits:
+            log.warning("known plaintext: no number of pairs in %s leaves one of %d pictures", self.pairs, len(known))
+        return targets
+
+    def published(self, case: Case, stream: str, victims: Victims) -> Files:
+        if stream == "nonces":
+            return victims.files[0]
+        return publish(case.method, victims.pictures, wrapped(stream, victims.files[0].keys), victims.ids)
+
+    def learn(self, case: Case) -> Knowledge:
+        """k as it shows in m pairs, for each stream and m."""
+        fits, known, _ = self.split(case)
+        knowledge: Knowledge = {}
+        for stream in STREAMS:
+            originals, files = [], []
+            for victims in case.victims(known):
+                files.append(self.published(case, stream, victims))
+                originals.append(case.method.noise(victims.pictures, files[-1].headers))
+            z, mask = (torch.cat(parts) for parts in zip(*originals, strict=True))
+            seen = joined(files)
+            for m in fits:
+                knowledge[f"{stream}, {m}"] = leakage.voted_signs(z[:m], seen.zT[:m], mask[:m] & seen.mask[:m])
+        return knowledge
+
+    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Notes]:
+        fits, _, _ = self.split(case)
+
+        def look(victims: Victims) -> Notes:
+            values: dict[Place, Scores] = {}
+            vectors: dict[Place, torch.Tensor] = {}
+            for stream in STREAMS:
+                files = self.published(case, stream, victims)
+                _, mask = case.method.noise(victims.pictures, files.headers)
+                face = pixels(mask, victims.pictures)
+                for m in fits:
+                    view, found = pairs_view(stream, m), knowledge[f"{stream}, {m}"]
+                    if case.method.transform.secret == "signs of cells":
+                        values[view, "key signs"] = torch.tensor(
+                            [
+                                leakage.share_right(found, signs(key, nonce, tuple(found.shape)), inside)
+                                for key, nonce, inside in zip(files.keys, files.nonces, files.mask[:, 0], strict=True)
+                            ]
+                        )
+                    coins = signs(experiment_key(1), b"coins", tuple(found.shape))
+                    guess = torch.where(found == 0, coins, found).to(files.zT)
+                    inside = files.mask.expand_as(files.zT)
+                    turned = torch.where(inside, files.zT * guess, files.zT)
+                    out = case.method.redraw(files.encoded, files.headers, turned)
+                    values[view, "psnr_face"] = psnr_face(out, victims.pictures, face)
+                    vectors |= case.embedded(view, out)
+            return Notes(values, vectors)
+
+        return look
+
+    def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
+        people, (fits, _, _) = case.people.of(taken.ids), self.split(case)
+        for stream in STREAMS:
+            for m in fits:
+                view = pairs_view(stream, m)
+                if case.method.transform.secret == "signs of cells":
+                    yield people.averaged(view, "key signs", taken.values(view, "key signs"))
+                yield from likeness_to_originals(case, people, taken, view)
 
 
-def opened(case: Case, view: str, out: Image, face: Mask, targets: slice) -> Iterator[Found]:
-    """How like their originals the pictures `out` are that somebody without the key has opened."""
-    ids = case.people.ids[targets]
-    yield averaged(case, view, "psnr_face", psnr_face(out, case.people.pictures[targets], face).tolist(), ids)
-    for name, recognizer in case.people.recognizers.items():
-        cosines = (embeddings_of(recognizer, out) * case.people.clean[name][targets]).sum(1)
-        yield averaged(case, view, name, cosines, ids)
+def wrapped(stream: str, keys: Sequence[Key]) -> list[Key]:
+    return [STREAMS[stream](key) for key in keys]
 
 
-def reused_rotations(
-    case: Case, *, pairs: Sequence[int], targets: int, centre: tuple[float, float], axes: tuple[float, float]
-) -> Iterator[Found]:
+def pairs_view(stream: str, m: int) -> str:
+    return f"known plaintext, {stream}, {m:2} pairs"
+
+
+def likeness_to_originals(case: Case, people: People, taken: Taken, view: str) -> Iterator[Found]:
+    """How like their originals the pictures are that somebody without the key has recovered."""
+    yield people.averaged(view, "psnr_face", taken.values(view, "psnr_face"))
+    for name in case.recognizers:
+        yield people.averaged(view, name, (taken.vectors(view, name) * people.clean[name]).sum(1))
+
+
+@dataclass(frozen=True)
+class ReusedRotations:
     """Known plaintext against rotations: m pairs with one mask show Q_c, and so does a channel's encrypted norm its key bytes.
 
     All pictures get the same ellipse, as an attacker asks for who has a service publish pictures of his choice: under one key
@@ -292,150 +262,269 @@ def reused_rotations(
     the known z_T to the known z'_T best; d pairs determine it. `cosine of z_T`: of what he finds in other files to the
     truth, the mean over channels.
     """
-    method = case.method
-    if not isinstance(method, Exact) or not isinstance(method.transform, BandRotation):
-        return
-    most, n = max(pairs), max(pairs) + targets
-    if n > len(case.people.ids):
-        log.warning(
-            "reused rotations: %d pairs and %d targets are more than %d pictures", most, targets, len(case.people.ids)
-        )
-        return
-    case = case.first(n)
-    method = replace(method, parser=EllipseParser(centre, axes), floor=None)
-    rest = slice(most, None)
-    for stream, wrap in (("one key stream", OneStream), ("nonces", lambda key: key)):
-        files = case.publish([wrap(key) for key in case.files[0].keys], method)
-        z, mask = case.originals(case.people.pictures, files.headers, method)
-        cells, sent = mask[0, 0], [Header.unpack(header).sent for header in files.headers]
-        face = pixels(mask[rest], case.people.pictures)
-        for m in pairs:
-            view = f"reused rotations, {stream}, {m:3} pairs, {int(cells.sum())} cells"
-            turned = files.zT[rest].clone()
-            turned[:, :, cells] = leakage.rotated_back(
-                z[:m, :, cells], files.zT[:m, :, cells], sent[:m], turned[:, :, cells], sent[most:]
+
+    pairs: Sequence[int]
+    targets: int
+    centre: tuple[float, float]
+    axes: tuple[float, float]
+
+    def chosen(self, case: Case) -> Sequence[str]:
+        if case.method.transform.secret != "rotation":
+            return []
+        most, n, ids = max(self.pairs), max(self.pairs) + self.targets, case.people.ids
+        if n > len(ids):
+            log.warning(
+                "reused rotations: %d pairs and %d targets are more than %d pictures", most, self.targets, len(ids)
             )
-            alike = torch.cosine_similarity(turned[:, :, cells], z[rest][:, :, cells], dim=2).mean(1)
-            yield averaged(case, view, "cosine of z_T", alike.tolist(), case.people.ids[rest])
-            yield from opened(case, view, case.drawn(view, files, turned, rest, method), face, rest)
+            return []
+        return ids[most:n]
+
+    def method(self, case: Case) -> KeyedNoise:
+        return replace(without_verification(case.method), parser=EllipseParser(self.centre, self.axes))
+
+    def learn(self, case: Case) -> Knowledge:
+        """z_T, z'_T and what the transform sent along, of the known pairs inside the ellipse, for each stream."""
+        method, known, knowledge = self.method(case), case.people.ids[: max(self.pairs)], Knowledge()
+        for stream in STREAMS:
+            parts: dict[str, list[torch.Tensor]] = {"z": [], "zT": [], "sent": []}
+            for victims in case.victims(known):
+                files = publish(method, victims.pictures, wrapped(stream, victims.files[0].keys), victims.ids)
+                z, mask = method.noise(victims.pictures, files.headers)
+                cells = mask[0, 0]
+                parts["z"].append(z[:, :, cells])
+                parts["zT"].append(files.zT[:, :, cells])
+                parts["sent"].append(torch.stack([torch.tensor(list(sent)) for sent in sent_along(files)]))
+            knowledge |= {f"{stream}, {name}": torch.cat(rows) for name, rows in parts.items()}
+        return knowledge
+
+    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Notes]:
+        method = self.method(case)
+
+        def look(victims: Victims) -> Notes:
+            values: dict[Place, Scores] = {}
+            vectors: dict[Place, torch.Tensor] = {}
+            for stream in STREAMS:
+                files = publish(method, victims.pictures, wrapped(stream, victims.files[0].keys), victims.ids)
+                truth, mask = method.noise(victims.pictures, files.headers)
+                cells, face = mask[0, 0], pixels(mask, victims.pictures)
+                z, zT, sent = (knowledge[f"{stream}, {name}"] for name in ("z", "zT", "sent"))
+                known_sent = [bytes(row) for row in sent.tolist()]
+                for m in self.pairs:
+                    view, turned = rotations_view(stream, m), files.zT.clone()
+                    turned[:, :, cells] = leakage.rotated_back(
+                        z[:m], zT[:m], known_sent[:m], turned[:, :, cells], sent_along(files)
+                    )
+                    alike = torch.cosine_similarity(turned[:, :, cells], truth[:, :, cells], dim=2).mean(1)
+                    out = method.redraw(files.encoded, files.headers, turned)
+                    values[view, "cosine of z_T"], values[view, "psnr_face"] = (
+                        alike,
+                        psnr_face(out, victims.pictures, face),
+                    )
+                    values[view, "cells"] = torch.full((len(truth),), float(cells.sum()))
+                    vectors |= case.embedded(view, out)
+            return Notes(values, vectors)
+
+        return look
+
+    def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
+        people = case.people.of(taken.ids)
+        for stream in STREAMS:
+            for m in self.pairs:
+                kept = rotations_view(stream, m)
+                view = f"{kept}, {int(taken.values(kept, 'cells')[0])} cells"
+                yield people.averaged(view, "cosine of z_T", taken.values(kept, "cosine of z_T"))
+                yield from (replace(one, view=view) for one in likeness_to_originals(case, people, taken, kept))
 
 
-def right_signs(case: Case, *, pictures: int | None, shares: Sequence[float]) -> Iterator[Found]:
+def rotations_view(stream: str, m: int) -> str:
+    return f"reused rotations, {stream}, {m:3} pairs"
+
+
+def sent_along(files: Files) -> list[bytes]:
+    """What the keyed transform sent along."""
+    return [Header.unpack(header).sent for header in files.headers]
+
+
+@dataclass(frozen=True)
+class RightSigns:
     """The attacker has a share of the right signs, 0.5 being none: does a recognizer accept what he recovers?
 
     Wrong signs leave cos(z_T, what he has) = 1 - 2 h, h their share. Only for keys that are signs: rotations have none, and a
-    master key has no neighbours (`identities` has those that differ in a bit).
+    master key has no neighbours (`Identities` has those that differ in a bit).
     """
-    if not isinstance(case.method, SignFlip):
-        return
-    case = case.first(pictures)
-    files, people = case.files[0], case.people
-    cosines: dict[str, list[Floats]] = {name: [] for name in people.recognizers}
-    for share in shares:
-        view = f"right signs {100 * share:5.1f} %"
-        recovered = case.attacked(view, PartialKey(1 - share), files)
-        for name, recognizer in people.recognizers.items():
-            own = people.own(name, embeddings_of(recognizer, recovered))
-            cosines[name].append(own)
-            yield averaged(case, view, name, own)
-            unfound = int(np.isnan(own).sum())
-            accepted = rate_statistic(own > people.thresholds[name], people.names, unfound, f"tar@far={case.far:g}")
-            yield Found(view, name, accepted)
-    for name in people.recognizers:
-        needed = leakage.share_needed(shares, np.stack(cosines[name], axis=1), people.thresholds[name])
-        view, label = "right signs needed", f"median share to pass at far={case.far:g}"
-        statistic = quantile_statistic(needed, people.names, 0.5, label)
-        yield Found(view, name, statistic, dict(zip(people.ids, needed.tolist(), strict=True)))
+
+    pictures: int | None
+    shares: Sequence[float]
+
+    def chosen(self, case: Case) -> Sequence[str]:
+        has_signs = case.method.transform.secret in ("signs of cells", "signs of frequencies")
+        return case.people.ids[: self.pictures] if has_signs else []
+
+    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Notes]:
+        def look(victims: Victims) -> Notes:
+            files, vectors = victims.files[0], dict[Place, torch.Tensor]()
+            for share in self.shares:
+                recovered = PartialKey(1 - share)(files.published, files.keys, case.method)
+                vectors |= case.embedded(share_view(share), recovered)
+            return Notes(vectors=vectors)
+
+        return look
+
+    def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
+        people = case.people.of(taken.ids)
+        for name, threshold in people.thresholds.items():
+            cosines = [people.own(name, taken.vectors(share_view(share), name)) for share in self.shares]
+            for share, own in zip(self.shares, cosines, strict=True):
+                yield people.averaged(share_view(share), name, own)
+                unfound = int(np.isnan(own).sum())
+                accepted = rate_statistic(own > threshold, people.names, unfound, f"tar@far={case.far:g}")
+                yield Found(share_view(share), name, accepted)
+            needed = leakage.share_needed(self.shares, np.stack(cosines, axis=1), threshold)
+            statistic = quantile_statistic(needed, people.names, 0.5, f"median share to pass at far={case.far:g}")
+            values = dict(zip(people.ids, needed.tolist(), strict=True))
+            yield Found("right signs needed", name, statistic, values)
 
 
-def seed_search(case: Case, *, pictures: int, tried: int) -> Iterator[Found]:
+def share_view(share: float) -> str:
+    return f"right signs {100 * share:5.1f} %"
+
+
+@dataclass(frozen=True)
+class SeedSearch:
     """The attacker has one file with its original, whose key was drawn as the authors do: their 32-bit seeds, tried in turn.
 
     Tried is a small range that holds the seed; from the rate follows the time for all of them. An agreement above 6.2 deviations
     is more than the luckiest of 2^32 wrong seeds has.
     """
-    if not isinstance(case.method, SignFlip):
-        return
-    case = case.first(pictures)
-    count = len(case.people.ids)
-    keys = [SeededSigns(tried * (i + 1) // (count + 1)) for i in range(count)]
-    files = case.publish(keys)
-    z, mask = case.originals(case.people.pictures, files.headers)
-    results = [
-        leakage.seed_search(a * b, (here & there)[0], range(tried))
-        for a, b, here, there in zip(z, files.zT, mask, files.mask, strict=True)
-    ]
-    ids, view = case.people.ids, "32-bit seed search"
-    right = [float(seed == key.seed) for (seed, _, _), key in zip(results, keys, strict=True)]
-    yield averaged(case, view, f"right seed of {tried}", right, ids)
-    yield averaged(case, view, "agreement in deviations", [agreement for _, agreement, _ in results], ids)
-    yield averaged(case, view, "seeds per second", [rate for _, _, rate in results], ids)
-    yield averaged(case, view, f"hours for {SEEDS:,}", [SEEDS / rate / HOUR for _, _, rate in results], ids)
+
+    pictures: int | None
+    tried: int
+
+    def chosen(self, case: Case) -> Sequence[str]:
+        return case.people.ids[: self.pictures] if case.method.transform.secret == "signs of cells" else []
+
+    def seed(self, id: str) -> int:
+        """A picture's own, among those that are tried."""
+        return int.from_bytes(hashlib.sha256(b"seed|" + id.encode()).digest()[:8], "big") % self.tried
+
+    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Notes]:
+        def look(victims: Victims) -> Notes:
+            keys = [SeededSigns(self.seed(id)) for id in victims.ids]
+            files = publish(case.method, victims.pictures, keys, victims.ids)
+            z, mask = case.method.noise(victims.pictures, files.headers)
+            results = {
+                id: leakage.seed_search(a * b, (here & there)[0], range(self.tried))
+                for id, a, b, here, there in zip(victims.ids, z, files.zT, mask, files.mask, strict=True)
+            }
+            rows = [results[id] for id in victims.ids]
+            return Notes(
+                {
+                    (SEARCH, "right seed"): torch.tensor(
+                        [float(seed == self.seed(id)) for id, (seed, _, _) in zip(victims.ids, rows, strict=True)]
+                    ),
+                    (SEARCH, "agreement in deviations"): torch.tensor([agreement for _, agreement, _ in rows]),
+                    (SEARCH, "seeds per second"): torch.tensor([rate for _, _, rate in rows]),
+                }
+            )
+
+        return look
+
+    def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
+        people, rates = case.people.of(taken.ids), taken.values(SEARCH, "seeds per second")
+        yield people.averaged(SEARCH, f"right seed of {self.tried}", taken.values(SEARCH, "right seed"))
+        yield people.averaged(SEARCH, "agreement in deviations", taken.values(SEARCH, "agreement in deviations"))
+        yield people.averaged(SEARCH, "seeds per second", rates)
+        yield people.averaged(SEARCH, f"hours for {SEEDS:,}", SEEDS / rates / HOUR)
 
 
-def identities(case: Case, *, pictures: int | None) -> Iterator[Found]:
+SEARCH = "32-bit seed search"
+
+
+@dataclass(frozen=True)
+class Identities:
     """The attacker has a recognizer and a clean picture of everyone: whom does he see, with no key or a wrong one?
 
-    Mean, 90th percentile and maximum of the cosine to the right person, TAR, rank 1. `laws` then asks whether wrong keys look like
-    strangers. A mean colour in the face's place leaves background, hair and outline, which most often is no face to a detector
-    (undefined; `background_only` goes on there).
+    Mean, 90th percentile and maximum of the cosine to the right person, TAR, rank 1. `distribution_tests` then asks whether
+    wrong keys look like strangers. A mean colour in the face's place leaves background, hair and outline, which most often is no
+    face to a detector (undefined; `BackgroundOnly` goes on there).
     """
-    case = case.first(pictures)
-    files, people = case.files[0], case.people
-    fresh = torch.stack(
-        [
-            normals(experiment_key(1), Header.unpack(header).nonce, "fresh face", tuple(files.zT.shape[1:]))
-            for header in files.headers
-        ]
-    )
-    fresh = torch.where(files.mask.expand_as(files.zT), fresh.to(files.zT), files.zT)
-    seen: dict[str, Image] = {"original": people.pictures} if people.enrolled else {}
-    seen |= {
-        "anonymized": files.images,
-        "recovered": case.recovered("recover", files, files.keys),
-        "wrong key": case.attacked("wrong key", WrongKey(), files),
-        "key off by one bit": case.attacked("near key", NearKey(), files),
-        "password off by one bit": case.recovered("password", files, [published_key(off=True)] * len(files.headers)),
-        "nonce off by one bit": case.recovered("nonce", files, [NonceOff(key) for key in files.keys]),
-        "fresh face": case.drawn("fresh", files, fresh),
-        "face blanked": without_faces(case),
-    }
-    for name, recognizer in people.recognizers.items():
-        strangers = (people.clean[name] * people.suspects[name][people.others]).sum(1)
-        yield averaged(case, "strangers", name, strangers)
-        rows = {view: embeddings_of(recognizer, images) for view, images in seen.items()}
-        for view, probes in rows.items():
-            own = people.own(name, probes)
-            yield averaged(case, view, name, own)
-            yield Found(view, name, quantile_statistic(own, people.names, 0.9, "p90"))
-            defined = own[~np.isnan(own)]
-            most = float(defined.max()) if defined.size else np.nan
-            yield Found(view, name, Statistic("max", defined.size, own.size - defined.size, most, np.nan, np.nan))
-            yield from matched(case, view, name, probes)
+
+    pictures: int | None
+
+    def chosen(self, case: Case) -> Sequence[str]:
+        return case.people.ids[: self.pictures]
+
+    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Notes]:
+        receiver = without_authentication(case.method)
+
+        def look(victims: Victims) -> Notes:
+            files = victims.files[0]
+            other_password = [published_key(off=True)] * len(files.keys)
+            seen: dict[str, Image] = {
+                "anonymized": files.images,
+                "recovered": receiver.recover(files.published, files.keys),
+                "wrong key": WrongKey()(files.published, files.keys, case.method),
+                "key off by one bit": NearKey()(files.published, files.keys, case.method),
+                "password off by one bit": receiver.recover(files.published, other_password),
+                "nonce off by one bit": receiver.recover(files.published, [NonceOff(key) for key in files.keys]),
+                "fresh face": case.method.redraw(files.encoded, files.headers, fresh_noise(files)),
+                "face blanked": without_faces(case, victims),
+            }
+            return Notes(
+                vectors={place: rows for view, x in seen.items() for place, rows in case.embedded(view, x).items()}
+            )
+
+        return look
+
+    def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
+        people = case.people.of(taken.ids)
+        for name in case.recognizers:
+            strangers = (people.clean[name] * people.suspects[name][people.others]).sum(1)
+            yield people.averaged("strangers", name, strangers)
+            rows = {"original": people.clean[name]} if people.enrolled else {}
+            rows |= {view: taken.vectors(view, name) for view in SEEN}
+            for view, probes in rows.items():
+                own = people.own(name, probes)
+                yield people.averaged(view, name, own)
+                yield Found(view, name, quantile_statistic(own, people.names, 0.9, "p90"))
+                defined = own[~np.isnan(own)]
+                most = float(defined.max()) if defined.size else np.nan
+                yield Found(view, name, Statistic("max", defined.size, own.size - defined.size, most, np.nan, np.nan))
+                yield from identification(case, people, view, name, probes)
 
 
-def without_faces(case: Case) -> Image:
+SEEN = ("anonymized", "recovered", *WRONG_KEYS, "fresh face", "face blanked")
+
+
+def fresh_noise(files: Files) -> Latent:
+    """z'_T with other noise in the face."""
+    shape = tuple(files.zT.shape[1:])
+    fresh = torch.stack([normals(experiment_key(1), nonce, "fresh face", shape) for nonce in files.nonces])
+    return torch.where(files.mask.expand_as(files.zT), fresh.to(files.zT), files.zT)
+
+
+def without_faces(case: Case, victims: Victims) -> Image:
     """The photographs with the mean colour of the rest where the parser sees the face."""
-    pictures, (u, v) = case.people.pictures, case.files[0].zT.shape[-2:]
-    mask = case.batches("mask", lambda x: case.method.parser.mask(x, (u, v)), pictures)
-    return leakage.blanked(pictures, pixels(mask, pictures))
+    rows, columns = victims.files[0].zT.shape[-2:]
+    mask = case.method.parser.mask(victims.pictures, (rows, columns))
+    return leakage.blanked(victims.pictures, pixels(mask, victims.pictures))
 
 
-def laws(case: Case, found: Sequence[Found]) -> Iterator[Found]:
-    """Do cosines to the right person follow the law of strangers? Two-sample tests, one picture of each person, of what was found.
+def distribution_tests(case: Case, found: Sequence[Found]) -> Iterator[Found]:
+    """Are cosines to the right person distributed as those of strangers? Two-sample tests of what was found, one picture a person.
 
     Strangers: each clean picture beside one of somebody else, as many and as independent. Impostors: each beside everybody else's,
-    which depend on each other and are so many that their law is as good as known. Fresh faces: of other noise in the same
+    which depend on each other and are so many that their distribution is as good as known. Fresh faces: of other noise in the same
     background, alike to wrong keys where these tell no more than the background does; a generated face may well be less like
     everyone than people are. `wrong keys, all four` takes the four kinds together, four faces a person.
     """
     people, places = case.people, case.people.firsts
     means = {(one.view, one.scorer): one.values for one in found if one.statistic.statistic == "mean"}
-    for name in people.recognizers:
+    for name in case.recognizers:
         cosines = {
-            view: firsts(people, own)
+            view: first_pictures(people, own)
             for (view, by), own in means.items()
-            if by == name and view in (*JUDGED, *CONTROLS)
+            if by == name and view in (*COMPARED, *CONTROLS)
         }
         strange = np.not_equal.outer([people.names[i] for i in places], people.gallery_names)
         controls = {"impostors": cosine(people.clean[name][places], people.gallery[name])[strange]}
@@ -444,105 +533,171 @@ def laws(case: Case, found: Sequence[Found]) -> Iterator[Found]:
             cosines["wrong keys, all four"] = np.concatenate([cosines[view] for view in WRONG_KEYS])
         for view, own in cosines.items():
             for control, others in controls.items():
-                for statistic in leakage.same_law(own, others):
+                for statistic in leakage.kolmogorov_smirnov(own, others):
                     yield Found(view, f"{name} beside {control}", statistic)
 
 
-def firsts(people: People, values: Mapping[str, float]) -> Floats:
+def first_pictures(people: People, values: Mapping[str, float]) -> Floats:
     """Of values by picture those of each person's first one, NaN where a picture has none."""
     return np.array([values.get(people.ids[i], np.nan) for i in people.firsts])
 
 
-def background_only(case: Case, *, pictures: int | None) -> Iterator[Found]:
+@dataclass(frozen=True)
+class BackgroundOnly:
     """The attacker knows where the face was, sees hair, background and outline, and the mean colour in the face's place.
 
     Recognizers are shown where the original's face was, as they find none. This is the part of recognition that no key takes away.
     """
-    case = case.first(pictures)
-    people, hidden = case.people, without_faces(case)
-    rows = {
-        name: embeddings_of(with_places_of(people.pictures, one), hidden) for name, one in people.recognizers.items()
-    }
-    yield from recognized(case, "face blanked, its place known", rows)
-    for name, probes in rows.items():
-        statistic = quantile_statistic(people.own(name, probes), people.names, 0.9, "p90")
-        yield Found("face blanked, its place known", name, statistic)
+
+    pictures: int | None
+
+    def chosen(self, case: Case) -> Sequence[str]:
+        return case.people.ids[: self.pictures]
+
+    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Notes]:
+        def look(victims: Victims) -> Notes:
+            hidden = without_faces(case, victims)
+            shown = {name: with_places_of(victims.pictures, one) for name, one in case.recognizers.items()}
+            return Notes(vectors=replace(case, recognizers=shown).embedded(BLANKED, hidden))
+
+        return look
+
+    def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
+        people = case.people.of(taken.ids)
+        rows = {name: taken.vectors(BLANKED, name) for name in case.recognizers}
+        yield from recognition(case, people, BLANKED, rows)
+        for name, probes in rows.items():
+            statistic = quantile_statistic(people.own(name, probes), people.names, 0.9, "p90")
+            yield Found(BLANKED, name, statistic)
 
 
-def learned(case: Case, *, pictures: int | None, people: int, steps: int) -> Iterator[Found]:
+BLANKED = "face blanked, its place known"
+
+
+@dataclass(frozen=True)
+class Learned:
     """The attacker trains on pairs of other people, and looks for the right one among clean pictures.
 
     A ladder of what he knows: nothing beyond a recognizer (ignorant), pairs under keys of his own, a new one for each picture,
     or pairs under the victims' key stream, which is then one for all. By recognizer: cosine to the right person, AUC to it beside
     that to a stranger, TAR, rank 1. The background is there in all of them.
     """
-    case = case.first(pictures)
-    method, victims, who = case.method, case.files[0], case.people
-    ids, photographs = case.public(people)
-    if len(ids) < people:
-        log.warning("learned: the dataset has pictures of %d other people, %d are asked for", len(ids), people)
-        return
-    clean = {name: embeddings_of(recognizer, photographs) for name, recognizer in who.recognizers.items()}
-    yield from recognized(
-        case, "learned: ignorant", {n: embeddings_of(r, victims.images) for n, r in who.recognizers.items()}
+
+    pictures: int | None
+    people: int
+    steps: int
+
+    def chosen(self, case: Case) -> Sequence[str]:
+        ids, _ = case.public(self.people)
+        if len(ids) < self.people:
+            log.warning("learned: the dataset has pictures of %d other people, %d are asked for", len(ids), self.people)
+            return []
+        return case.people.ids[: self.pictures]
+
+    def learn(self, case: Case) -> Knowledge:
+        """The pairs to train on: photographs of other people, and their files under each choice of keys."""
+        ids, photographs = case.public(self.people)
+        (victims,) = (batch for _, batch in zip(range(1), case.victims(case.people.ids[:1]), strict=False))
+        choices: dict[str, list[Key]] = {
+            "own keys": [experiment_key(10_000 + i) for i in range(len(ids))],
+            "one key stream": [OneStream(victims.files[0].keys[0])] * len(ids),
+        }
+        knowledge: Knowledge = {"photographs": photographs}
+        # A picture that comes back badly is published all the same: another nonce would be no other stream, and the attacker's own
+        # pictures need not come back.
+        method, size = without_verification(case.method), len(victims.pictures)
+        for pairs_of, keys in choices.items():
+            parts = []
+            for start in range(0, len(ids), size):
+                rows = slice(start, start + size)
+                parts.append(publish(method, to_floats(photographs[rows]), keys[rows], ids[rows]))
+            files = joined(parts)
+            knowledge |= {f"{pairs_of}, images": files.published.images, f"{pairs_of}, zT": files.zT}
+            knowledge[f"{pairs_of}, mask"] = files.mask
+        return knowledge
+
+    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Notes]:
+        photographs = to_floats(knowledge["photographs"])
+        clean = {name: rows(one) for (_, name), one in case.embedded("", photographs).items()}
+        quick = without_verification(case.method)
+        guesses, networks = {}, {}
+        for pairs_of in PAIRS:
+            images = to_floats(knowledge[f"{pairs_of}, images"])
+            zT, mask = knowledge[f"{pairs_of}, zT"], knowledge[f"{pairs_of}, mask"]
+            networks[pairs_of] = deanonymizer(photographs, images, pixels(mask, images), self.steps)
+            seen = {name: rows(one) for (_, name), one in case.embedded("", images).items()}
+            for name, embeddings in clean.items():
+                for learner, features in learners(seen[name], zT, mask, photographs).items():
+                    guesses[pairs_of, learner, name] = ridge(features, embeddings)
+
+        def look(victims: Victims) -> Notes:
+            own = victims.files[0]
+            vectors: dict[Place, torch.Tensor] = dict(case.embedded(IGNORANT, own.images))
+            values: dict[Place, Scores] = {}
+            reused = publish(quick, victims.pictures, wrapped("one key stream", own.keys), victims.ids)
+            for pairs_of, files in zip(PAIRS, (own, reused), strict=True):
+                seen = {name: rows(one) for (_, name), one in case.embedded("", files.images).items()}
+                for name in case.recognizers:
+                    for learner, features in learners(seen[name], files.zT, files.mask, victims.pictures).items():
+                        guess = guesses[pairs_of, learner, name](features)
+                        vectors[self.view(pairs_of, learner), name] = torch.from_numpy(guess)
+                view, restored = (
+                    self.view(pairs_of, RESTORER),
+                    networks[pairs_of](files.images, files.face(files.images)),
+                )
+                vectors |= case.embedded(view, restored)
+                values[view, "psnr_face"] = psnr_face(restored, victims.pictures, files.face(victims.pictures))
+            return Notes(values, vectors)
+
+        return look
+
+    def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
+        people = case.people.of(taken.ids)
+        views = [IGNORANT, *(self.view(pairs_of, learner) for pairs_of in PAIRS for learner in (*LEARNERS, RESTORER))]
+        for view in views:
+            yield from recognition(case, people, view, {name: taken.vectors(view, name) for name in case.recognizers})
+        for pairs_of in PAIRS:
+            view = self.view(pairs_of, RESTORER)
+            yield people.averaged(view, "psnr_face", taken.values(view, "psnr_face"))
+
+    def view(self, pairs_of: str, learner: str) -> str:
+        return f"learned: {pairs_of}, {self.people} others, {learner}"
+
+
+IGNORANT, RESTORER = "learned: ignorant", "de-anonymizer"
+PAIRS = ("own keys", "one key stream")
+LEARNERS = ("parrot", "from |z_T|", "from z_T", "from the mask alone", "from the original pixels")
+
+
+def learners(seen: Floats, zT: Latent, mask: Mask, photographs: Image) -> dict[str, NDArray[np.floating]]:
+    """The features that each learner regresses from."""
+    cells = np.asarray(mask.flatten(1).double().cpu().numpy())
+    features = (
+        seen,
+        noise_features(zT, mask, "magnitudes"),
+        noise_features(zT, mask, "noise"),
+        cells,
+        photographs.flatten(1).numpy(),
     )
-    own = [experiment_key(10_000 + i) for i in range(len(ids))]
-    one = OneStream(victims.keys[0])
-    # A picture that comes back badly is published all the same: another nonce would be no other stream, and the attacker's own
-    # pictures need not come back.
-    quick = replace(method, floor=None) if isinstance(method, Exact) else method
-    for pairs_of, keys, files in (
-        ("own keys", own, victims),
-        ("one key stream", [one] * len(ids), case.publish([one] * len(who.ids), quick)),
-    ):
-        train = publish(quick, photographs, keys, ids, case.batch_size)
-        network = deanonymizer(photographs, train.images, pixels(train.mask, train.images), steps)
-        restored = network(files.images, pixels(files.mask, files.images))
-        guesses: dict[str, dict[str, Floats]] = defaultdict(dict)
-        for name, recognizer in who.recognizers.items():
-            seen: dict[str, tuple[Any, Any]] = {
-                "parrot": (embeddings_of(recognizer, train.images), embeddings_of(recognizer, files.images)),
-                "from |z_T|": (magnitudes(train), magnitudes(files)),
-                "from z_T": (noise(train), noise(files)),
-                "from the mask alone": (shapes(train), shapes(files)),
-                "from the original pixels": (photographs.flatten(1), who.pictures.flatten(1)),
-            }
-            for learner, (pairs, probes) in seen.items():
-                guesses[learner][name] = ridge(pairs, clean[name])(probes)
-            guesses["de-anonymizer"][name] = embeddings_of(recognizer, restored)
-        for learner, rows in guesses.items():
-            yield from recognized(case, f"learned: {pairs_of}, {len(ids)} others, {learner}", rows)
-        face = pixels(files.mask, who.pictures)
-        view = f"learned: {pairs_of}, {len(ids)} others, de-anonymizer"
-        yield averaged(case, view, "psnr_face", psnr_face(restored, who.pictures, face).tolist())
+    return dict(zip(LEARNERS, features, strict=True))
 
 
-def magnitudes(files: Files) -> Floats:
-    return noise_features(files.zT, files.mask, "magnitudes")
+def rows(embeddings: torch.Tensor) -> Floats:
+    found: Floats = embeddings.double().cpu().numpy()
+    return found
 
 
-def noise(files: Files) -> Floats:
-    return noise_features(files.zT, files.mask, "noise")
-
-
-def shapes(files: Files) -> Floats:
-    """The masks' cells (n u*v)."""
-    return np.asarray(files.mask.flatten(1).double().cpu().numpy())
-
-
-def recognized(case: Case, view: str, rows: Mapping[str, Floats]) -> Iterator[Found]:
+def recognition(case: Case, people: People, view: str, probes: Mapping[str, Floats]) -> Iterator[Found]:
     """How well embeddings, by recognizer, tell who is on the pictures."""
-    people = case.people
-    for name, probes in rows.items():
-        own, other = people.own(name, probes), (probes * people.suspects[name][people.others]).sum(1)
-        yield averaged(case, view, name, own)
+    for name, seen in probes.items():
+        own, other = people.own(name, seen), (seen * people.suspects[name][people.others]).sum(1)
+        yield people.averaged(view, name, own)
         yield Found(view, name, leakage.auc_statistic(own[:, None], other[:, None]))
-        yield from matched(case, view, name, probes)
+        yield from identification(case, people, view, name, seen)
 
 
-def matched(case: Case, view: str, name: str, probes: Floats) -> Iterator[Found]:
+def identification(case: Case, people: People, view: str, name: str, probes: Floats) -> Iterator[Found]:
     """TAR and rank 1 among the gallery."""
-    people = case.people
     calibration = people.clean[name] if people.enrolled else people.thresholds[name]
     for statistic in verification_statistics(
         probes, people.gallery[name], people.names, people.gallery_names, calibration, case.far
@@ -551,23 +706,44 @@ def matched(case: Case, view: str, name: str, probes: Floats) -> Iterator[Found]
             yield Found(view, name, statistic)
 
 
-def key_search(case: Case, *, pictures: int, guesses: int) -> Iterator[Found]:
-    """The attacker tries wrong keys until a recognizer sees a suspect in the picture. If he comes as far with another suspect, that
-    proves nothing; what the right suspect has ahead, the background gives him (`identities`, fresh face).
+@dataclass(frozen=True)
+class KeySearch:
+    """The attacker tries wrong keys until a recognizer sees a suspect in the picture.
+
+    If he comes as far with another suspect, that proves nothing; what the right suspect has ahead, the background gives him
+    (`Identities`, fresh face).
     """
-    case = case.first(pictures)
-    files, people = case.files[0], case.people
-    tries = [case.attacked("key search", WrongKey(trial), files) for trial in range(1, guesses + 1)]
-    for name, recognizer in people.recognizers.items():
-        rows = np.stack([embeddings_of(recognizer, images) for images in tries])  # keys, pictures, entries
-        suspects = {"the right suspect": people.suspects[name], "another suspect": people.suspects[name][people.others]}
-        best = {who: best_of((rows * wanted).sum(2)) for who, wanted in suspects.items()}
-        for who, values in best.items():
-            yield averaged(case, f"best of {guesses} wrong keys for {who}", name, values)
-        right, other = best.values()
-        view = f"best of {guesses} wrong keys, right suspect and another"
-        yield averaged(case, f"{view}: difference", name, right - other)
-        yield Found(view, name, leakage.auc_statistic(right[:, None], other[:, None]))
+
+    pictures: int
+    guesses: int
+
+    def chosen(self, case: Case) -> Sequence[str]:
+        return case.people.ids[: self.pictures]
+
+    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Notes]:
+        def look(victims: Victims) -> Notes:
+            files, vectors = victims.files[0], dict[Place, torch.Tensor]()
+            for trial in range(1, self.guesses + 1):
+                vectors |= case.embedded(f"key {trial}", WrongKey(trial)(files.published, files.keys, case.method))
+            return Notes(vectors=vectors)
+
+        return look
+
+    def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
+        people = case.people.of(taken.ids)
+        for name in case.recognizers:
+            tries = np.stack([taken.vectors(f"key {trial}", name) for trial in range(1, self.guesses + 1)])
+            suspects = {
+                "the right suspect": people.suspects[name],
+                "another suspect": people.suspects[name][people.others],
+            }
+            best = {who: best_of((tries * wanted).sum(2)) for who, wanted in suspects.items()}
+            for who, values in best.items():
+                yield people.averaged(f"best of {self.guesses} wrong keys for {who}", name, values)
+            right, other = best.values()
+            view = f"best of {self.guesses} wrong keys, right suspect and another"
+            yield people.averaged(f"{view}: difference", name, right - other)
+            yield Found(view, name, leakage.auc_statistic(right[:, None], other[:, None]))
 
 
 def best_of(cosines: Floats) -> Floats:
@@ -576,52 +752,94 @@ def best_of(cosines: Floats) -> Floats:
     return np.where(np.isfinite(filled), filled, np.nan)
 
 
-def noise_oracle(case: Case, *, pictures: int | None, wrong_keys: int) -> Iterator[Found]:
-    """The attacker tells the right key from a wrong one by statistics of z_T inside the face, without drawing a picture. An AUC far
-    from 0.5, to either side, verifies guesses: then only the cost of a guess protects passwords.
+@dataclass(frozen=True)
+class NoiseOracle:
+    """The attacker tells the right key from a wrong one by statistics of z_T inside the face, without drawing a picture.
+
+    An AUC far from 0.5, to either side, verifies guesses: then only the cost of a guess protects passwords.
     """
-    case = case.first(pictures)
-    files = case.files[0]
-    trials = [files.keys, *([experiment_key(1000 + i)] * len(files.headers) for i in range(wrong_keys))]
-    values = {name: np.empty((len(files.headers), len(trials))) for name in ORACLES}
-    for column, keys in enumerate(trials):
-        zT = leakage.unlocked(case.method, files.zT, files.mask, files.headers, keys).double().cpu().numpy()
-        for row, (id, z, inside) in enumerate(zip(case.people.ids, zT, files.mask[:, 0].cpu().numpy(), strict=True)):
-            found = measure(z, inside, generator_of(id, "oracle"))
-            for name in ORACLES:
-                values[name][row, column] = found[name]
-    for name, table in values.items():
-        yield Found("right key told by z_T", name, leakage.auc_statistic(table[:, :1], table[:, 1:]))
+
+    pictures: int | None
+    wrong_keys: int
+
+    def chosen(self, case: Case) -> Sequence[str]:
+        return case.people.ids[: self.pictures]
+
+    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Notes]:
+        def look(victims: Victims) -> Notes:
+            files, values = victims.files[0], dict[Place, Scores]()
+            wrong = [[experiment_key(1000 + i)] * len(files.keys) for i in range(self.wrong_keys)]
+            for number, keys in enumerate([list(files.keys), *wrong]):
+                zT = case.method.undo(files.zT, files.mask, files.headers, keys).double().cpu().numpy()
+                found = [
+                    measure(z, inside, generator_of(id, "oracle"))
+                    for id, z, inside in zip(victims.ids, zT, files.mask[:, 0].cpu().numpy(), strict=True)
+                ]
+                values |= {(f"key {number}", name): torch.tensor([one[name] for one in found]) for name in ORACLES}
+            return Notes(values)
+
+        return look
+
+    def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
+        for name in ORACLES:
+            table = np.stack([taken.values(f"key {number}", name) for number in range(self.wrong_keys + 1)], axis=1)
+            yield Found("right key told by z_T", name, leakage.auc_statistic(table[:, :1], table[:, 1:]))
 
 
-def tampering(case: Case, *, pictures: int | None) -> Iterator[Found]:
+@dataclass(frozen=True)
+class Tampering:
     """The attacker changes files on their way to the owner, who has the right key and looks at tags: are they refused?
 
-    One bit of a pixel; every bit of the header, one at a time; another file's header; no tag; no header. An owner who heeds no tags
-    gets `psnr_face` of the changed pixel.
+    One bit of a pixel; every bit of the header, one at a time; another file's header; no tag; no header. An owner who looks at
+    no tags gets `psnr_face` of the changed pixel.
     """
-    case = case.first(pictures)
-    files, people = case.files[0], case.people
-    changed = leakage.one_bit_off(files.images, files.headers)
-    views: dict[str, tuple[Image, list[list[bytes]]]] = {
-        "nothing changed": (files.images, [[header] for header in files.headers]),
-        "one bit of a pixel": (changed, [[header] for header in files.headers]),
-        "one bit of the header": (files.images, [leakage.neighbours(header) for header in files.headers]),
-        "the header of another file": (files.images, [[files.headers[i]] for i in people.others]),
-        "no tag": (files.images, [[leakage.without_tag(header)] for header in files.headers]),
-        "no header": (files.images, [[b""] for _ in files.headers]),
-    }
-    for what, (images, tried) in views.items():
-        refused = [
-            leakage.is_refused(header, picture, key)
-            for picture, headers, key in zip(to_bytes(images), tried, files.keys, strict=True)
-            for header in headers
-        ]
-        owners = [name for name, headers in zip(people.names, tried, strict=True) for _ in headers]
-        yield Found(f"tampering: {what}", "refused", rate_statistic(refused, owners, 0, "rate"))
-    back = case.recovered("tampered", replace(files, images=changed), files.keys)
-    face = pixels(files.mask, people.pictures)
-    yield averaged(case, "tampering: one bit of a pixel", "psnr_face", psnr_face(back, people.pictures, face).tolist())
+
+    pictures: int | None
+
+    def chosen(self, case: Case) -> Sequence[str]:
+        return case.people.ids[: self.pictures]
+
+    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Notes]:
+        receiver = without_authentication(case.method)
+
+        def look(victims: Victims) -> Notes:
+            files, other = victims.files[0], victims.files[1]
+            changed = leakage.one_bit_off_pictures(files.images, files.headers)
+            same = [[header] for header in files.headers]
+            tried: dict[str, tuple[Image, list[list[bytes]]]] = {
+                "nothing changed": (files.images, same),
+                "one bit of a pixel": (changed, same),
+                "one bit of the header": (files.images, [leakage.one_bit_off_headers(h) for h in files.headers]),
+                "the header of another file": (files.images, [[header] for header in other.headers]),
+                "no tag": (files.images, [[leakage.without_tag(header)] for header in files.headers]),
+                "no header": (files.images, [[b""] for _ in files.headers]),
+            }
+            values: dict[Place, Scores] = {}
+            for what, (images, headers) in tried.items():
+                refused = [
+                    float(sum(leakage.is_refused(header, picture, key) for header in own))
+                    for picture, own, key in zip(to_bytes(images), headers, files.keys, strict=True)
+                ]
+                values[what, "refused"] = torch.tensor(refused)
+                values[what, "tried"] = torch.tensor([float(len(own)) for own in headers])
+            back = receiver.recover(Published(to_bytes(changed), files.headers), files.keys)
+            values[CHANGED, "psnr_face"] = psnr_face(back, victims.pictures, files.face(victims.pictures))
+            return Notes(values)
+
+        return look
+
+    def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
+        people = case.people.of(taken.ids)
+        for what in TAMPERED:
+            refused, tried = (taken.values(what, name).astype(int) for name in ("refused", "tried"))
+            hits = np.concatenate([np.arange(n) < k for k, n in zip(refused, tried, strict=True)])
+            owners = [name for name, n in zip(people.names, tried, strict=True) for _ in range(n)]
+            yield Found(f"tampering: {what}", "refused", rate_statistic(hits, owners, 0, "rate"))
+        yield people.averaged(f"tampering: {CHANGED}", "psnr_face", taken.values(CHANGED, "psnr_face"))
+
+
+CHANGED = "one bit of a pixel"
+TAMPERED = ("nothing changed", CHANGED, "one bit of the header", "the header of another file", "no tag", "no header")
 
 
 def password_dictionary(*, settings: Sequence[Mapping[str, int]], guesses: int) -> Iterator[Found]:
@@ -639,49 +857,7 @@ def password_dictionary(*, settings: Sequence[Mapping[str, int]], guesses: int) 
         yield Found("password dictionary", name, Statistic("years for 2^30 guesses", cost.n, 0, *years))
 
 
-# Keys, pictures in, values out
-
-
 def published_key(off: bool = False) -> MasterKey:
     """The key of a password that everyone may know, or of one that differs from it in a single bit."""
     salt = hashlib.sha256(b"keyanon experiment salt").digest()[:SALT_BYTES]
     return Recipe(salt).derive(PASSWORD[:-1] + chr(ord(PASSWORD[-1]) ^ off))
-
-
-def averaged(case: Case, view: str, scorer: str, values: Any, ids: Sequence[str] | None = None) -> Found:
-    """The mean over pictures, by default all of them, with its interval over people."""
-    ids = case.people.ids if ids is None else ids
-    people = dict(zip(case.people.ids, case.people.names, strict=True))
-    numbers = [float(value) for value in values]
-    statistic = mean_statistic(numbers, [people[id] for id in ids])
-    return Found(view, scorer, statistic, dict(zip(ids, numbers, strict=True)))
-
-
-def embeddings_of(recognizer: Recognizer, images: Image) -> Floats:
-    rows: Floats = recognizer.embed(images).double().cpu().numpy()
-    return rows
-
-
-def in_batches(title: str, size: int, function: Callable[..., Any], *columns: Any) -> Any:
-    """A function of tensors, or lists, with one entry for each picture: a tensor, or a tuple of them, put together again."""
-    parts, start = [], 0
-    for batch in batches([""] * len(columns[0]), size, title):
-        parts.append(function(*(column[start : start + len(batch)] for column in columns)))
-        start += len(batch)
-    if isinstance(parts[0], Tensor):
-        return torch.cat(parts)
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
-
-
-def publish(method: Method, pictures: Image, keys: Sequence[Key], ids: Sequence[str], batch_size: int) -> Files:
-    headers: list[bytes] = []
-
-    def anonymized(x: Image, keys: Sequence[Key], ids: Sequence[str]) -> tuple[Image, Image, Latent, Mask]:
-        out = method.anonymize(x, keys, ids)
-        headers.extend(out.headers)
-        images = to_floats(out.images)
-        read = leakage.received(method, images, out.headers)
-        return images, read, *leakage.noise(method, read, out.headers)
-
-    images, read, zT, mask = in_batches("publish", batch_size, anonymized, pictures, keys, ids)
-    return Files(images, tuple(headers), keys, read, zT, mask)
