@@ -120,7 +120,7 @@ def stacked(vectors: Mapping[str, torch.Tensor], ids: Sequence[str]) -> Floats:
 def attacked(
     session: Session, cell: Cell, method: KeyedNoise, attackers: Mapping[str, Attacker], people: People
 ) -> bool:
-    """Publish a method's files, let every attacker look at this shard's, and conclude if all shards have; whether it was written."""
+    """Publish a method's files, let attackers look at this shard's, and conclude once all shards have; whether it was written."""
     files = PublishedFiles(session, cell.folder, method, keys(session.cfg.files))
     case = Case(method, session.recognizers, people, files.victims, files.public, session.cfg.far)
     folders = {
@@ -249,8 +249,8 @@ class PublishedFiles:
         """Pictures, whichever shard they belong to, a batch at a time."""
         self.publish(ids)
         size = self.session.cfg.batch_size
-        for start in range(0, len(ids), size):
-            batch = list(ids[start : start + size])
+        for first in range(0, len(ids), size):
+            batch = list(ids[first : first + size])
             yield self.of(batch, to_floats(self.session.originals.read_all(ORIGINAL, batch)))
 
     def public(self, count: int) -> tuple[list[str], Bytes]:

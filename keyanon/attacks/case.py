@@ -1,7 +1,6 @@
 """A method under attack: whose pictures are attacked, the files they are published in, and what an attacker takes down.
 
-An attacker works in three steps, so that pictures can be attacked a batch at a time, in shards, and by a run that goes on where it was
-killed:
+An attacker works in three steps. So pictures can be attacked a batch at a time, in shards, and by a run that was killed before:
 
     learn       what it needs to know before it looks at a victim, from pictures it has (kept, and shared by the shards)
     attack      a function that looks at a batch of victims, and takes down numbers and vectors of each picture
