@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from experiments.harness.preflight import missing_parts
 from keyanon.channel.keys import write_new_key
 from tests.conftest import ROOT
 
@@ -38,7 +39,9 @@ def test_leaf_composes_and_instantiates(leaf: str, tmp_path: Path, monkeypatch):
     if group in MERGED:
         assert list(node) == [name], f"{leaf}.yaml must hold exactly one entry, named {name}"
     if group != "experiment":
-        assert instantiate(node, _convert_="all") is not None
+        made = instantiate(node, _convert_="all")
+        assert made is not None
+        missing_parts(made)  # raises if it names a card that is none
 
 
 def swept() -> list[tuple[str, str]]:
