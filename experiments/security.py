@@ -62,10 +62,10 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
     """Publish, attack, write the scores and the table; returns the table's cells."""
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    methods, recognizers, battery, dictionary, parser = (
-        instantiate(part, _convert_="all")
-        for part in (cfg.methods, cfg.recognizers, cfg.battery, cfg.get("dictionary"), cfg.parser)
+    methods, recognizers, attackers, parser = (
+        instantiate(part, _convert_="all") for part in (cfg.methods, cfg.recognizers, cfg.security, cfg.parser)
     )
+    dictionary = attackers.pop("password_dictionary", None)  # of passwords, whatever the method: a row of its own
     problems = preflight.missing_parts(methods, recognizers, parser)
     dataset = preflight.open_dataset(cfg.dataset, choices["dataset"], problems)
     preflight.stop_if(problems)
@@ -89,10 +89,10 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
         files = [kept_files(folder, i, method, people, key, cfg.batch_size) for i, key in enumerate(keys(cfg.files))]
         case = Case(method, people, files, public, cfg.batch_size, cfg.far)
         ours: list[Found] = []
-        for attack, settings in cfg.battery.items():
-            path = folder / f"{attack}-{provenance.signature(asked | plain(settings))}.json"
+        for attack, attacker in attackers.items():
+            path = folder / f"{attack}-{provenance.signature(asked | plain(cfg.security[attack]))}.json"
             log.info("%s: %s", name, attack)
-            ours += kept_findings(path, battery[attack], case)
+            ours += kept_findings(path, attacker, case)
         found += [(name, one) for one in [*ours, *laws(case, ours)]]
     for id, reason in skipped.items():
         log.warning("skipped %s: %s", id, reason)

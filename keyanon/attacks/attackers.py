@@ -1,4 +1,4 @@
-"""The attacks of the security battery: what attackers learn from published files (experiments/security.py runs them).
+"""What attackers learn from published files (experiments/security.py runs them).
 
     linkage             files of one photograph under different keys, and a file beside its photograph, told from those of others
     known_plaintext     some originals are known, and the key stream is one for all, as the authors have it; or has nonces
@@ -14,8 +14,8 @@
     tampering           files changed on their way: refused by the tag? and what would come out without one
     password_dictionary what a dictionary costs by Argon2id, on this machine
 
-Each is a function of a Case, or of nothing for the dictionary, and yields what it found; conf/battery and conf/dictionary hold
-their settings. keyanon/leakage.py and keyanon/attacks/learned.py have the attackers themselves, and say what they know.
+Each is a function of a Case, or of nothing for the dictionary, and yields what it found; conf/security holds their settings.
+keyanon/attacks/leakage.py and keyanon/attacks/learned.py have the attackers themselves, and say what they know.
 
 Bars: AUC 0.5 and D_sys 0 tell nothing; strangers, the wrong suspect and the fresh face are the controls.
 """
