@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments.harness.plots import contact_sheet
-from experiments.train import load_pictures
+from experiments.harness.training import load_pictures
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.channel.whole import write_whole
 from keyanon.diffusion.model import LatentDiffusion

@@ -51,8 +51,8 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], _: Sequence[str] = (), comm
     """Publish, attack, write the scores and the table; the folder of the rows."""
     if cfg.files < 2:
         raise UserError(f"files={cfg.files}: it takes two files of a picture to link them")
-    methods, attackers = (instantiate(part, _convert_="all") for part in (cfg.methods, cfg.attackers))
-    dictionary = instantiate(cfg.get("dictionary"), _convert_="all")
+    methods, attackers = (instantiate(part, _convert_="all") for part in (cfg.methods, cfg.security))
+    dictionary = attackers.pop("password_dictionary", None)  # of passwords, whatever the method: a row of its own
     session = begin(cfg, choices, command, methods)
     skipped = session.prepare(session.ids)
     ids = [id for id in session.ids if id not in skipped]
@@ -61,11 +61,11 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], _: Sequence[str] = (), comm
     cells: list[Cell] = []
     written: list[bool] = []
     for name, method in methods.items():
-        settings = {"attackers": plain(cfg.attackers), "recognizers": plain(cfg.recognizers), "far": cfg.far}
+        settings = {"attackers": plain(cfg.security), "recognizers": plain(cfg.recognizers), "far": cfg.far}
         cells.append(session.cell(name, {"method": plain(cfg.methods[name])}, notes, method, settings, ids))
         written.append(attacked(session, cells[-1], method, attackers, people))
     if dictionary is not None:
-        cells.append(session.cell(DICTIONARY, {"dictionary": plain(cfg.dictionary)}, notes, ids=[]))
+        cells.append(session.cell(DICTIONARY, {"dictionary": plain(cfg.security.password_dictionary)}, notes, ids=[]))
         written.append(fill(session, cells[-1], lambda _: None, lambda _: result(list(dictionary()))))
     if all(written):
         beside = methods_beside(cfg.name, [*methods, DICTIONARY])
@@ -157,7 +157,7 @@ def attacked(
 
 def asked_of(session: Session, name: str, attacker: Attacker, people: People) -> str:
     """A signature of what an attacker's notes depend on, besides the method's files; one that learns needs to know all pictures."""
-    question = {"attacker": plain(session.cfg.attackers[name]), "recognizers": plain(session.cfg.recognizers)}
+    question = {"attacker": plain(session.cfg.security[name]), "recognizers": plain(session.cfg.recognizers)}
     return provenance.signature(question | ({"pictures": list(people.ids)} if isinstance(attacker, Learns) else {}))
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from experiments.train import Task, fit, load_pictures
+from experiments.harness.training import Task, fit, load_pictures
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.methods.baselines.proface_s import HidingNetwork, hide, reveal
 from keyanon.types import Image, Scores

@@ -15,6 +15,7 @@ from keyanon.errors import UserError as UserError
 
 Picture = Float[Tensor, "3 h w"]  # one RGB picture in [-1, 1]
 Image = Float[Tensor, "b 3 h w"]  # RGB in [-1, 1]
+PictureBytes = UInt8[Tensor, "3 h w"]  # one RGB picture as published: 0 .. 255
 Bytes = UInt8[Tensor, "b 3 h w"]  # RGB as published: 0 .. 255
 Mask = Bool[Tensor, "b 1 u v"]  # True on the face, at latent or at pixel size
 Latent = Float[Tensor, "b c u v"]  # 3 x 64 x 64 for the 256 px latent diffusion models

@@ -1,9 +1,9 @@
 """Weights as cards: where a file comes from, its SHA-256 and licence, what it was trained on, how to feed it.
 
-`resolve` gives the file, in this order: the explicit path, the local cache, a package that ships it, the network;
-then it fails with one message that says what to do. `locate` and `missing` ask the same without a download, for a
-preflight. KEYANON_CACHE moves the cache (default ~/.cache/keyanon); KEYANON_OFFLINE=1 or HF_HUB_OFFLINE=1 forbids the
-network.
+The cards are in cards.yaml. `resolve` gives a card's file, in this order: the explicit path, the local cache, a package that
+ships it, the network; then it fails with one message that says what to do. `locate` and `missing` ask the same without a
+download, for a preflight. KEYANON_CACHE moves the cache (default ~/.cache/keyanon); KEYANON_OFFLINE=1 or HF_HUB_OFFLINE=1
+forbids the network.
 
     python -m keyanon.weights list
     python -m keyanon.weights fetch facenet_vggface2 arcface_r50
@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -20,15 +21,21 @@ import tempfile
 import urllib.request
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from keyanon.errors import UserError
 
 
 class MissingWeights(UserError):
     """Weights that are nowhere to be had: the message names the card, what was tried, the licence and the remedy."""
+
+
+class BadCard(UserError):
+    """A card that is not described as one, or a name that no card has."""
 
 
 class WrongWeights(UserError):
@@ -261,153 +268,59 @@ def _copy(source: Any, target: Path) -> None:
         shutil.copyfileobj(source, file)
 
 
-FACENET = "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/"
-BUFFALO_L = "https://github.com/deepinsight/insightface/releases/download/v0.7/buffalo_l.zip"
-DLIB_MODELS = "face-recognition-models==0.3.0"
+ORIGINS: dict[str, type[Origin]] = {"release": Release, "hub": Hub, "package": Package, "npm": Npm}
 
-# SHA-256: dlib's and the npm file were hashed by us. The rest could not be downloaded where this was written; they
-# are the values that several independent public repositories pin for these files (for SegFormer, the hub's own Git
-# LFS record).
-CARDS: dict[str, Card] = {
-    card.name: card
-    for card in (
-        Card(
-            name="facenet_vggface2",
-            filename="20180402-114759-vggface2.pt",
-            origin=Release(FACENET + "20180402-114759-vggface2.pt"),
-            sha256="281cebca8662831adb987a874bdcb36e73f5b1c6dc5ee5878f305e985625d99b",
-            licence="code MIT (facenet-pytorch, davidsandberg/facenet); VGGFace2 is for research",
-            trained_on="VGGFace2",
-            preprocessing="MTCNN box, margin 14, 160 px, PIL bilinear, (x - 127.5) / 128, RGB",
-        ),
-        Card(
-            name="facenet_casia",
-            filename="20180408-102900-casia-webface.pt",
-            origin=Release(FACENET + "20180408-102900-casia-webface.pt"),
-            sha256="7a67afdbbc995fce5e10128675e318799a70698c2f433ba75dd7eb9a2f096e7d",
-            licence="code MIT (facenet-pytorch, davidsandberg/facenet); CASIA-WebFace is for research",
-            trained_on="CASIA-WebFace",
-            preprocessing="MTCNN box, margin 14, 160 px, PIL bilinear, (x - 127.5) / 128, RGB",
-        ),
-        Card(
-            name="arcface_r50",
-            filename="w600k_r50.onnx",
-            origin=Release(BUFFALO_L, "w600k_r50.onnx"),
-            sha256="4c06341c33c2ca1f86781dab0e829f88ad5b64be9fba56e56bc9ebdefc619e43",
-            licence="non-commercial research only (InsightFace model zoo)",
-            trained_on="WebFace600K",
-            preprocessing="5 points on the ArcFace 112 template, (x / 255 - 0.5) / 0.5, RGB",
-        ),
-        Card(
-            name="scrfd_10g",
-            filename="det_10g.onnx",
-            origin=Release(BUFFALO_L, "det_10g.onnx"),
-            sha256="5838f7fe053675b1c7a08b633df49e7af5495cee0493c7dcf6697200b85b5b91",
-            licence="non-commercial research only (InsightFace model zoo)",
-            trained_on="WIDER FACE",
-            preprocessing="640 px, (x - 127.5) / 128, RGB",
-        ),
-        Card(
-            name="mobilefacenet",
-            filename="fr_feature.onnx",
-            origin=Npm("faceplugin-face-recognition-js@0.0.1", "model/fr_feature.onnx"),
-            sha256="87aacdfe57510db2af90c0251df680e8eec88f122ee94712121d09bcaaaf3581",
-            licence="MIT (the npm package's LICENSE)",
-            trained_on="not stated by the package",
-            preprocessing="5 points on the ArcFace 112 template, (x / 255 - 0.5) / 0.5, RGB",
-        ),
-        Card(
-            name="dlib",
-            filename="dlib_face_recognition_resnet_model_v1.dat",
-            origin=Package(DLIB_MODELS, "face_recognition_models", "models/dlib_face_recognition_resnet_model_v1.dat"),
-            sha256="55533b28a95800a551ba546ba62fe69625c7e95a7061c338adffead08719da30",
-            licence="CC0 1.0 / public domain (dlib-models)",
-            trained_on="about 3 million faces of 7,485 people: FaceScrub, VGGFace, web pictures (dlib-models)",
-            preprocessing="150 px chip from 68 landmarks, padding 0.25, RGB bytes",
-        ),
-        Card(
-            name="dlib_landmarks68",
-            filename="shape_predictor_68_face_landmarks.dat",
-            origin=Package(DLIB_MODELS, "face_recognition_models", "models/shape_predictor_68_face_landmarks.dat"),
-            sha256="fbdc2cb80eb9aa7a758672cbfdda32ba6300efe9b6e6c7a299ff7e736b11b92f",
-            licence="no commercial use (its training set, iBUG 300-W, excludes it)",
-            trained_on="iBUG 300-W",
-            preprocessing="RGB bytes and the box of dlib's frontal face detector",
-        ),
-        Card(
-            name="bisenet",
-            filename="resnet34.onnx",
-            origin=Release("https://github.com/yakhyo/face-parsing/releases/download/weights/resnet34.onnx"),
-            sha256="5b805bba7b5660ab7070b5a381dcf75e5b3e04199f1e9387232a77a00095102e",
-            licence="MIT (yakhyo/face-parsing); CelebAMask-HQ is for non-commercial research",
-            trained_on="CelebAMask-HQ",
-            preprocessing="512 px bilinear, ImageNet mean and standard deviation, RGB",
-        ),
-        Card(
-            name="segformer",
-            filename="model.safetensors",
-            origin=Hub(
-                "jonathandinu/face-parsing",
-                "1f7e152e1efbfe03ce6c2637944a1f6a41bfcd0a",
-                ("model.safetensors", "config.json"),
-            ),
-            sha256="c2bec795a8c243db71bd95be538fd62559003566466c71237e45c99b920f4b62",
-            licence="CC0 1.0 by its model card; CelebAMask-HQ and nvidia/mit-b5 are for non-commercial research",
-            trained_on="CelebAMask-HQ (from nvidia/mit-b5)",
-            preprocessing="512 px bilinear, ImageNet mean and standard deviation, RGB",
-        ),
-        Card(
-            name="lpips_alexnet",
-            filename="alexnet-owt-7be5be79.pth",
-            origin=Release("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"),
-            sha256="7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
-            licence="BSD 3-Clause (torchvision)",
-            trained_on="ImageNet-1k",
-            preprocessing="LPIPS's own scaling of RGB in [-1, 1]",
-        ),
-        Card(
-            name="fid_inception",
-            filename="weights-inception-2015-12-05-6726825d.pth",
-            origin=Release(
-                "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-                "weights-inception-2015-12-05-6726825d.pth"
-            ),
-            sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-            licence="Apache-2.0 (torch-fidelity, TensorFlow's inception-2015-12-05)",
-            trained_on="ImageNet",
-            preprocessing="299 px, RGB bytes",
-        ),
-        Card(
-            name="ip_adapter_faceid_sd15",
-            filename="ip-adapter-faceid_sd15.bin",
-            origin=Hub("h94/IP-Adapter-FaceID", "main", ("ip-adapter-faceid_sd15.bin",)),
-            sha256="201344e22e6f55849cf07ca7a6e53d8c3b001327c66cb9710d69fd5da48a8da7",  # as several public repositories pin it
-            licence="non-commercial research (built on InsightFace embeddings)",
-            trained_on="not stated",
-            preprocessing="unit embedding of InsightFace buffalo_l's recognizer",
-        ),
-        Card(
-            name="farl_b16_ep64",
-            filename="FaRL-Base-Patch16-LAIONFace20M-ep64.pth",
-            origin=Release(
-                "https://github.com/FacePerceiver/FaRL/releases/download/pretrained_weights/"
-                "FaRL-Base-Patch16-LAIONFace20M-ep64.pth"
-            ),
-            sha256=None,  # none is known
-            licence="MIT (FacePerceiver/FaRL); LAION-Face is for research",
-            trained_on="LAION-Face 20M, 64 epochs",
-            preprocessing="224 px bilinear; CLIP's mean and standard deviation, which Salar et al. leave out",
-        ),
-    )
-}
+
+def read_cards(path: Path) -> dict[str, Card]:
+    """The cards of a YAML file, by name; see keyanon/cards.yaml. Raises BadCard, which names the file, the card and the field."""
+    cards: dict[str, Card] = {}
+    for place, entry in enumerate(yaml.safe_load(path.read_text("utf-8")), start=1):
+        name = entry.get("name", place) if isinstance(entry, dict) else place
+        card = _card(entry, f"{path}: card {name}")
+        if card.name in cards:
+            raise BadCard(f"{path}: two cards are called {card.name}")
+        cards[card.name] = card
+    return cards
+
+
+def _card(entry: Any, where: str) -> Card:
+    kinds = [kind for kind in ORIGINS if isinstance(entry, dict) and kind in entry]
+    if len(kinds) != 1:
+        raise BadCard(
+            f"{where} says by {len(kinds)} of the fields {', '.join(ORIGINS)} where its file is; expected one"
+        )
+    origin = _filled(ORIGINS[kinds[0]], entry[kinds[0]], f"{where}: {kinds[0]}")
+    others = {field: value for field, value in entry.items() if field not in kinds}
+    card: Card = _filled(Card, others | {"origin": origin}, where)
+    if card.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", card.sha256):
+        raise BadCard(f"{where}: sha256 is {card.sha256}; expected 64 hex digits, or null where nobody could tell it")
+    return card
+
+
+def _filled(kind: Any, given: Any, where: str) -> Any:
+    """A dataclass from its fields: texts all, but for lists of texts and what may be null."""
+    needed = [field.name for field in fields(kind) if field.default is MISSING]
+    known = [field.name for field in fields(kind)]
+    if not isinstance(given, dict) or set(needed) - given.keys() or given.keys() - set(known):
+        found = ", ".join(map(str, given)) if isinstance(given, dict) else repr(given)
+        raise BadCard(f"{where} has {found}; expected the fields {', '.join(known)}")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    for name, value in given.items():
+        texts = value if isinstance(value, tuple) else (value,)
+        if not all(isinstance(text, str | Origin) or (text is None and name == "sha256") for text in texts):
+            raise BadCard(f"{where}: {name} is {value!r}; expected text")
+    return kind(**given)
+
+
+CARDS = read_cards(Path(__file__).with_name("cards.yaml"))
 
 
 def named(card: str | Card) -> Card:
-    """A card by its name, as configs give it; a Card is returned as it is."""
+    """A card by its name, as configs give it; a Card is returned as it is. Raises BadCard."""
     if isinstance(card, Card):
         return card
     if card not in CARDS:
-        raise KeyError(f"no weights card is called {card!r}; there are {', '.join(CARDS)}")
+        raise BadCard(f"no weights card is called {card!r}; there are {', '.join(CARDS)}")
     return CARDS[card]
 
 

@@ -4,17 +4,18 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from experiments.harness.preflight import missing_parts
 from keyanon.channel.keys import write_new_key
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
 LEAVES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
 TREE = [leaf for leaf in LEAVES if "/" in leaf and not leaf.startswith(("train/", "hydra/"))]
-MERGED = {"attacks", "battery", "recognizers", "scorers"}
-OF_SECURITY = {"battery", "dictionary"}  # groups of conf/security.yaml; the others are those of conf/config.yaml
+MERGED = {"attacks", "recognizers", "scorers", "security"}
 
 
 def composed(*overrides: str, config: str = "config"):
@@ -32,13 +33,15 @@ def test_leaf_composes_and_instantiates(leaf: str, tmp_path: Path, monkeypatch):
         overrides.append(f"key.path={tmp_path / 'key'}")
     if group == "dataset" and "root:" in (CONF / f"{leaf}.yaml").read_text():
         overrides.append(f"dataset.root={tmp_path}")
-    cfg = composed(*overrides, config="security" if group in OF_SECURITY else "config")
+    cfg = composed(*overrides, config="security" if group == "security" else "config")
     OmegaConf.resolve(cfg)
     node = cfg.anonymizer if group == "ablation" else cfg.get(group, cfg)
     if group in MERGED:
         assert list(node) == [name], f"{leaf}.yaml must hold exactly one entry, named {name}"
     if group != "experiment":
-        assert instantiate(node, _convert_="all") is not None
+        made = instantiate(node, _convert_="all")
+        assert made is not None
+        missing_parts(made)  # raises if it names a card that is none
 
 
 def swept() -> list[tuple[str, str]]:
@@ -76,3 +79,12 @@ def test_launcher_composes(leaf: str):
 
 def test_there_are_leaves():
     assert len(TREE) > 30
+
+
+def test_the_old_name_of_the_attackers_group_is_refused():
+    with pytest.raises(HydraException, match="Could not override 'battery'"):
+        composed("battery=[linkage]", config="security")
+
+
+def test_attackers_are_chosen_in_their_order():
+    assert list(composed("security=[tampering,linkage]", config="security").security) == ["tampering", "linkage"]

@@ -1,4 +1,4 @@
-"""The battery from pictures to a table, on a few synthetic faces and few steps: every attack runs, and the certain ones find."""
+"""All attackers from pictures to a table, on a few synthetic faces and few steps: every attack runs, and the certain ones find."""
 
 from pathlib import Path
 
@@ -19,10 +19,11 @@ TINY = [
     "parser=ellipse", "solver.steps=8", "methods.exact.solver.steps=2", "methods.exact.solver.tolerance=null",
     "methods.exact.floor=null", "methods.exact.refinement=null", "recognizers=[]",
     "+recognizers.pixel._target_=tests.conftest.PixelRecognizer", "+thresholds.pixel=0.9", "limit=3", "batch_size=3",
-    "battery.known_plaintext.pairs=[1,2,20]", "battery.reused_rotations={pairs: [1, 2], targets: 1, axes: [0.15, 0.15]}",
-    "battery.right_signs.shares=[0.5,1]", "battery.seed_search={tried: 300, pictures: 1}", "battery.learned={people: 10, steps: 2}",
-    "battery.key_search={guesses: 2, pictures: 2}", "battery.noise_oracle.wrong_keys=2", "battery.tampering.pictures=2",
-    "dictionary={settings: [{iterations: 1, memory: 1, lanes: 1}], guesses: 2}", "name=tiny",
+    "security.known_plaintext.pairs=[1,2,20]", "security.reused_rotations={pairs: [1, 2], targets: 1, axes: [0.15, 0.15]}",
+    "security.right_signs.shares=[0.5,1]", "security.seed_search={tried: 300, pictures: 1}",
+    "security.learned={people: 10, steps: 2}",
+    "security.key_search={guesses: 2, pictures: 2}", "security.noise_oracle.wrong_keys=2", "security.tampering.pictures=2",
+    "security.password_dictionary={settings: [{iterations: 1, memory: 1, lanes: 1}], guesses: 2}", "name=tiny",
 ]  # fmt: skip
 
 
@@ -148,7 +149,7 @@ def test_default_composes_with_a_solver_for_each_method():
     with initialize_config_dir(CONF, version_base="1.3"):
         cfg = compose("security")
     assert (cfg.methods.signflip.solver.steps, cfg.methods.exact.solver.spacing) == (50, "karras")
-    assert set(cfg.battery) == {path.stem for path in (ROOT / "conf" / "battery").glob("*.yaml")}
+    assert set(cfg.security) == {path.stem for path in (ROOT / "conf" / "security").glob("*.yaml")}
 
 
 def test_batches_are_put_together_again():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from keyanon.diffusion.solvers import DDIM, Known, NoiseSchedule, StoredPath, anderson
+from keyanon.diffusion.solvers import DDIM, Known, NoiseSchedule, StoredTrajectory, anderson
 from tests.conftest import LDM_NOISE
 
 SCHEDULE = NoiseSchedule.of(DDIMScheduler(**LDM_NOISE))
@@ -39,11 +39,11 @@ def test_equals_diffusers_schedulers_over_50_and_50_steps():
         z = z0
         for t in inverse.timesteps:
             z = inverse.step(eps(z, int(t)), t, z).prev_sample
-        path = DDIM(50).invert(eps, schedule, z0)
-        torch.testing.assert_close(path[-1], z, atol=1e-4, rtol=0)
+        trajectory = DDIM(50).invert(eps, schedule, z0)
+        torch.testing.assert_close(trajectory[-1], z, atol=1e-4, rtol=0)
         for t in forward.timesteps:
             z = forward.step(eps(z, int(t)), t, z, eta=0.0).prev_sample
-        torch.testing.assert_close(DDIM(50).sample(eps, schedule, path[-1]), z, atol=1e-4, rtol=0)
+        torch.testing.assert_close(DDIM(50).sample(eps, schedule, trajectory[-1]), z, atol=1e-4, rtol=0)
 
 
 def test_round_trip_error_halves_when_the_steps_double():
@@ -72,15 +72,15 @@ def test_constant_noise_is_inverted_exactly():
     torch.testing.assert_close(back, z0)
 
 
-def test_known_region_ends_on_its_own_path():
+def test_known_region_ends_on_its_own_trajectory():
     eps = gaussian_eps(torch.ones(1, 3, 4, 4))
     solver, z0 = DDIM(10), torch.randn(1, 3, 4, 4)
-    path = solver.invert(eps, SCHEDULE, z0)
+    trajectory = solver.invert(eps, SCHEDULE, z0)
     mask = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
     mask[..., :2] = True
-    out = solver.sample(eps, SCHEDULE, -path[-1], Known(mask, path))
+    out = solver.sample(eps, SCHEDULE, -trajectory[-1], Known(mask, trajectory))
     torch.testing.assert_close(out[..., 2:], z0[..., 2:])
-    torch.testing.assert_close(out[..., :2], -solver.sample(eps, SCHEDULE, path[-1])[..., :2])
+    torch.testing.assert_close(out[..., :2], -solver.sample(eps, SCHEDULE, trajectory[-1])[..., :2])
 
 
 @given(st.integers(1, 1000), st.integers(0, 1))
@@ -94,33 +94,33 @@ def test_timesteps_equal_diffusers_leading_spacing(steps, offset):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_stored_path_gives_back_what_it_was_given(dtype):
+def test_a_stored_trajectory_gives_back_what_it_was_given(dtype):
     latents = [torch.randn(2, 3, 4, 4).to(dtype) for _ in range(5)]
     latents[2] = latents[2].to(memory_format=torch.channels_last)
     latents[3][0, 0, 0, 0] = torch.nan
-    path = StoredPath(latents[0])
+    trajectory = StoredTrajectory(latents[0])
     for z in latents[1:]:
-        path.append(z)
-    assert len(path) == 5
+        trajectory.append(z)
+    assert len(trajectory) == 5
     for level in (3, 0, -1, 2, 4, -5, 1):
-        torch.testing.assert_close(path[level], latents[level], rtol=0, atol=0, equal_nan=True)
-    path.append(latents[1])  # reading does not move the place where the next one goes
-    assert torch.equal(path[5], latents[1])
-    assert torch.equal(path[4], latents[4])
+        torch.testing.assert_close(trajectory[level], latents[level], rtol=0, atol=0, equal_nan=True)
+    trajectory.append(latents[1])  # reading does not move the place where the next one goes
+    assert torch.equal(trajectory[5], latents[1])
+    assert torch.equal(trajectory[4], latents[4])
     for level in (6, -7):
         with pytest.raises(IndexError):
-            path[level]
+            trajectory[level]
 
 
-def test_a_stored_path_holds_no_latent_in_memory():
+def test_a_stored_trajectory_holds_no_latent_in_memory():
     """Of the latents that were appended, only the first is alive: it tells shape and device."""
-    path = StoredPath(torch.zeros(1, 3, 4, 4))
+    trajectory = StoredTrajectory(torch.zeros(1, 3, 4, 4))
     z = torch.ones(1, 3, 4, 4)
     gone = weakref.ref(z)
-    path.append(z)
+    trajectory.append(z)
     del z
     assert gone() is None
-    a, b = path[1], path[1]
+    a, b = trajectory[1], trajectory[1]
     a += 1
     assert torch.equal(b, torch.ones(1, 3, 4, 4))  # what is read belongs to the reader
 

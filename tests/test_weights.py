@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 from keyanon.faces.onnx import open_onnx
 from keyanon.weights import (
     CARDS,
+    BadCard,
     Card,
     Hub,
     MissingWeights,
@@ -29,6 +30,7 @@ from keyanon.weights import (
     main,
     missing,
     named,
+    read_cards,
     resolve,
 )
 
@@ -65,8 +67,59 @@ def test_every_card_is_complete(entry):
 
 
 def test_an_unknown_card_is_named_with_those_there_are():
-    with pytest.raises(KeyError, match=r"facenet.*mobilefacenet"):
+    with pytest.raises(BadCard, match=r"facenet.*mobilefacenet"):
         named("facenet")
+
+
+TINY = f"""
+- name: tiny
+  filename: tiny.bin
+  release: {{url: https://example.org/tiny.bin}}
+  sha256: {SHA256}
+  licence: MIT
+  trained_on: nothing
+  preprocessing: none
+"""
+
+
+def test_a_card_is_read_with_each_kind_of_origin(tmp_path):
+    origins = {
+        "release: {url: https://example.org/tiny.bin}": Release("https://example.org/tiny.bin"),
+        "release: {url: https://example.org/a.zip, member: tiny.bin}": Release("https://example.org/a.zip", "tiny.bin"),
+        "hub: {repo: a/b, revision: main, files: [x, y/z]}": Hub("a/b", "main", ("x", "y/z")),
+        "package: {requirement: a==1, module: a, path: b/c}": Package("a==1", "a", "b/c"),
+        "npm: {package: a@1, path: b/c}": Npm("a@1", "b/c"),
+    }
+    path = tmp_path / "cards.yaml"
+    for text, origin in origins.items():
+        path.write_text(TINY.replace("release: {url: https://example.org/tiny.bin}", text))
+        assert read_cards(path) == {"tiny": card(origin)}
+    path.write_text(TINY.replace(SHA256, "null"))
+    assert read_cards(path)["tiny"].sha256 is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("  licence: MIT\n", "", "card tiny has name, .*; expected the fields name, .*licence"),
+        ("  licence: MIT\n", "  license: MIT\n", "license"),
+        ("release:", "url:", "0 of the fields release, hub, package, npm"),
+        ("  licence", "  npm: {package: a, path: b}\n  licence", "2 of the fields"),
+        ("{url: https://example.org/tiny.bin}", "https://example.org", "tiny: release has 'https.*expected the fields url, mem"),
+        ("url: https", "link: https", "release has link; expected the fields url, member"),
+        (SHA256, SHA256[1:], f"sha256 is {SHA256[1:]}; expected 64 hex digits"),
+        ("trained_on: nothing", "trained_on: 3", "trained_on is 3; expected text"),
+        ("licence: MIT", "licence: null", "licence is None; expected text"),
+        ("  preprocessing: none\n", "  preprocessing: none\n" + TINY, "two cards are called tiny"),
+        ("- name: tiny", "- tiny\n- name: tiny", "card 1 says by 0"),
+    ],
+)  # fmt: skip
+def test_what_is_no_card_is_said_with_its_place(tmp_path, before, after, message):
+    path = tmp_path / "cards.yaml"
+    path.write_text(TINY.replace(before, after))
+    with pytest.raises(BadCard, match=message) as caught:
+        read_cards(path)
+    assert str(caught.value).startswith(str(path))
 
 
 def test_an_explicit_path_comes_first_and_is_checked(tmp_path, released):

@@ -54,7 +54,7 @@ def noise(method: Method, images: Image, headers: Sequence[bytes]) -> tuple[Late
     """z'_T of `received` pictures and the face's cells; of original pictures z_T, by one who has them and the header."""
     known = known_path(method, images, headers)
     if isinstance(method, SignFlip):
-        return known.path[-1], known.mask
+        return known.trajectory[-1], known.mask
     z0 = method.backbone.encode(images)
     return method.solver.invert(method.backbone.eps, method.backbone.schedule, z0, known)[-1], known.mask
 

@@ -23,12 +23,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool
 from torch import Tensor
 
 from keyanon.channel.keys import NONCE_BYTES, RECIPE_BYTES, BadKey, MasterKey, Recipe
 from keyanon.errors import UserError
-from keyanon.types import Bytes, Key
+from keyanon.types import Bytes, Key, PictureBytes
 
 MAGIC = b"KA"
 VERSION = 2
@@ -164,7 +164,7 @@ def unseal(data: Sequence[bytes], images: Bytes, keys: Sequence[Key], authentica
     return headers
 
 
-def check(header: Header, packed: bytes, pixels: UInt8[Tensor, "3 h w"], key: Key) -> None:
+def check(header: Header, packed: bytes, pixels: PictureBytes, key: Key) -> None:
     """Raises BadHeader unless the tag is the key's, for these bytes and pixels."""
     if not header.tag:
         raise BadHeader(
@@ -178,7 +178,7 @@ def check(header: Header, packed: bytes, pixels: UInt8[Tensor, "3 h w"], key: Ke
         )
 
 
-def tag(key: Key, nonce: bytes, body: bytes, pixels: UInt8[Tensor, "3 h w"]) -> bytes:
+def tag(key: Key, nonce: bytes, body: bytes, pixels: PictureBytes) -> bytes:
     _, height, width = pixels.shape
     length, *size = (number.to_bytes(4, "little") for number in (len(body), height, width))
     message = b"".join([length, body, *size, pixels.cpu().numpy().tobytes()])

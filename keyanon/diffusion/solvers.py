@@ -17,9 +17,9 @@ acceleration (Walker and Ni, SIAM J. Numer. Anal. 49(4), 2011; for diffusion: AI
 to a tolerance.
 
 A region of the latent that is known at every level (the background) can be written back after each step down (eq. 7). Where both
-directions know the same path, the exact inverse undoes the sampler on the rest.
+directions know the same trajectory there, the exact inverse undoes the sampler on the rest.
 
-A path of N + 1 latents is kept off the device, so that memory does not grow with N.
+A trajectory of N + 1 latents is kept off the device, so that memory does not grow with N.
 """
 
 import logging
@@ -58,7 +58,7 @@ class NoiseSchedule:
         return cls(abar, clean, scheduler.config.steps_offset)
 
 
-class Path(Protocol):
+class Trajectory(Protocol):
     """z_0 .. z_N by their level: a list, or what makes or fetches them when they are asked for."""
 
     def __len__(self) -> int: ...
@@ -66,7 +66,7 @@ class Path(Protocol):
     def __getitem__(self, level: int, /) -> Latent: ...
 
 
-class StoredPath:
+class StoredTrajectory:
     """z_0 .. z_N, put away as they come: on a CPU into a nameless temporary file, elsewhere into the host's pinned memory.
 
     The host never waits for a copy.
@@ -76,7 +76,7 @@ class StoredPath:
         self._like = z0
         self._host: list[Tensor] = []
         self._length = 0
-        self._file = tempfile.TemporaryFile() if z0.device.type == "cpu" else None  # noqa: SIM115  closed with the path
+        self._file = tempfile.TemporaryFile() if z0.device.type == "cpu" else None  # noqa: SIM115  closed with the trajectory
         self.append(z0)
 
     def append(self, z: Latent) -> None:
@@ -108,14 +108,14 @@ def as_bytes(z: Tensor) -> memoryview:
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a latent on its way: outside `mask`, z_i = path[i] for the levels i = 0 .. N."""
+    """What is known of a latent on its way: outside `mask`, z_i = trajectory[i] for the levels i = 0 .. N."""
 
     mask: Mask
-    path: Path
+    trajectory: Trajectory
 
     def write_back(self, z: Latent, level: int, rows: Rows = ALL) -> Latent:
-        """M * z + (1 - M) * path[level]   (eq. 7), where z holds those rows of the batch."""
-        return torch.where(self.mask[rows], z, self.path[level][rows])
+        """M * z + (1 - M) * trajectory[level]   (eq. 7), where z holds those rows of the batch."""
+        return torch.where(self.mask[rows], z, self.trajectory[level][rows])
 
 
 class Solver(Protocol):
@@ -125,7 +125,7 @@ class Solver(Protocol):
         """(a_i, s_i) for i = 0 .. N."""
         ...
 
-    def invert(self, eps: Denoiser, schedule: NoiseSchedule, z0: Latent, known: Known | None = None) -> Path: ...
+    def invert(self, eps: Denoiser, schedule: NoiseSchedule, z0: Latent, known: Known | None = None) -> Trajectory: ...
 
     def sample(self, eps: Denoiser, schedule: NoiseSchedule, zT: Latent, known: Known | None = None) -> Latent: ...
 
@@ -171,11 +171,11 @@ class DDIM:
         abar = [schedule.abar_clean, *(schedule.abar[t] for t in self.timesteps(schedule))]
         return [(value**0.5, (1 - value) ** 0.5) for value in abar]
 
-    def invert(self, eps: Denoiser, schedule: NoiseSchedule, z0: Latent, known: Known | None = None) -> Path:
-        """The whole path z_0 .. z_N upwards, with the known region written in at every level."""
+    def invert(self, eps: Denoiser, schedule: NoiseSchedule, z0: Latent, known: Known | None = None) -> Trajectory:
+        """The whole trajectory z_0 .. z_N upwards, with the known region written in at every level."""
         levels = self.levels(schedule)
         z = z0 if known is None else known.write_back(z0, 0)
-        path = StoredPath(z)
+        trajectory = StoredTrajectory(z)
         noise = None
         for i, t in enumerate(self.timesteps(schedule), start=1):
             below = z
@@ -192,8 +192,8 @@ class DDIM:
             else:
                 z = self.solve(up, up(below) if noise is None else along(noise, ALL), i)
                 noise = noise_of_move(below, z, levels[i - 1], levels[i])
-            path.append(z)
-        return path
+            trajectory.append(z)
+        return trajectory
 
     def sample(self, eps: Denoiser, schedule: NoiseSchedule, zT: Latent, known: Known | None = None) -> Latent:
         """z_0 of eq. 4 from z_N = zT, N evaluations of eps, with the known region written back at every level."""

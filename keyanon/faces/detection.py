@@ -14,7 +14,7 @@ from keyanon.types import Image
 from keyanon.weights import Card, named, resolve
 
 Points = NDArray[np.float64]  # (n, 2): x, y in pixels
-Pixels = NDArray[np.uint8]  # (h, w, 3) RGB
+RgbArray = NDArray[np.uint8]  # (h, w, 3) RGB
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class MtcnnDetector:
     def cards(self) -> tuple[Card, ...]:
         return ()
 
-    def _detect(self, pixels: Pixels, device: torch.device) -> Detection | None:
+    def _detect(self, pixels: RgbArray, device: torch.device) -> Detection | None:
         model = self._model
         padded, margin = pad(pixels, self.padding)
         if min(padded.shape[:2]) < model.min_face_size:
@@ -107,7 +107,7 @@ class DlibDetector:
     def cards(self) -> tuple[Card, ...]:
         return (named("dlib_landmarks68"),)
 
-    def _detect(self, pixels: Pixels) -> Detection | None:
+    def _detect(self, pixels: RgbArray) -> Detection | None:
         padded, margin = pad(pixels, 0.25)
         boxes, scores, _ = self._finder.run(padded, 0)
         if not boxes:
@@ -150,13 +150,13 @@ def five_points(landmarks: Points) -> Points:
     return np.stack([*eyes, landmarks[30], landmarks[48], landmarks[54]])
 
 
-def pad(pixels: Pixels, fraction: float) -> tuple[Pixels, int]:
+def pad(pixels: RgbArray, fraction: float) -> tuple[RgbArray, int]:
     """The picture with its edge repeated around it, and the width of that margin in pixels."""
     margin = round(fraction * min(pixels.shape[:2]))
     return np.pad(pixels, ((margin, margin), (margin, margin), (0, 0)), mode="edge"), margin
 
 
-def to_pixels(images: Image) -> list[Pixels]:
+def to_pixels(images: Image) -> list[RgbArray]:
     return list(to_bytes(images).permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
 

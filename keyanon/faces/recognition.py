@@ -24,8 +24,8 @@ from keyanon.faces.detection import (
     DlibDetector,
     KnownPlaces,
     MtcnnDetector,
-    Pixels,
     Points,
+    RgbArray,
     import_dlib,
     to_pixels,
 )
@@ -133,7 +133,7 @@ class DlibResNet:
         ]
         return _rows(rows, lambda batch: batch, 128, images.device)
 
-    def _describe(self, pixels: Pixels, landmarks: Points) -> Tensor:
+    def _describe(self, pixels: RgbArray, landmarks: Points) -> Tensor:
         dlib = import_dlib()
         parts = [dlib.point(int(x), int(y)) for x, y in landmarks]
         shape = dlib.full_object_detection(dlib.rectangle(0, 0, pixels.shape[1], pixels.shape[0]), parts)
@@ -151,7 +151,7 @@ def with_places_of(images: Image, recognizer: Recognizer) -> Recognizer:
     return replace(recognizer, detector=KnownPlaces(tuple(recognizer.detector.detect(images))))
 
 
-def facenet_crop(pixels: Pixels, box: Points) -> Tensor:
+def facenet_crop(pixels: RgbArray, box: Points) -> Tensor:
     """A face box with facenet-pytorch's margin of 14, (3, 160, 160), (x - 127.5) / 128."""
     from facenet_pytorch import extract_face, fixed_image_standardization
 
@@ -160,7 +160,7 @@ def facenet_crop(pixels: Pixels, box: Points) -> Tensor:
     return standard
 
 
-def arcface_crop(pixels: Pixels, points: Points) -> Tensor:
+def arcface_crop(pixels: RgbArray, points: Points) -> Tensor:
     """A face on the ArcFace template, (3, 112, 112) in [-1, 1]."""
     from insightface.utils.face_align import norm_crop
 

@@ -43,12 +43,6 @@ def cosine(probe: ArrayLike, gallery: ArrayLike) -> Floats:
     return np.asarray(probe, np.float64) @ np.asarray(gallery, np.float64).T
 
 
-def split(scores: Floats, probe_ids: Sequence[str], gallery_ids: Sequence[str]) -> tuple[Floats, Floats]:
-    """Genuine and impostor scores, flat, of a score matrix (n m) whose rows and columns show these identities."""
-    same = np.asarray(probe_ids)[:, None] == np.asarray(gallery_ids)[None, :]
-    return scores[same], scores[~same]
-
-
 def threshold_at_far(impostor: ArrayLike, far: float) -> float:
     """The lowest impostor score above which lies at most the share `far` of the impostor scores.
 
@@ -64,15 +58,6 @@ def threshold_at_far(impostor: ArrayLike, far: float) -> float:
         return math.nan
     place = scores.size - 1 - allowed
     return float(np.partition(scores, place)[place])
-
-
-def tar(genuine: ArrayLike, threshold: float) -> tuple[float, float]:
-    """True accept rate with NaN scores as rejected, then as accepted; NaN where there is no score or no threshold."""
-    scores = np.asarray(genuine, np.float64)
-    if scores.size == 0 or math.isnan(threshold):
-        return math.nan, math.nan
-    accepted = np.count_nonzero(scores > threshold)
-    return accepted / scores.size, (accepted + np.count_nonzero(np.isnan(scores))) / scores.size
 
 
 def eer(genuine: ArrayLike, impostor: ArrayLike) -> float:

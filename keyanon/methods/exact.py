@@ -2,7 +2,7 @@
 
     M   the face's cells of the latent, in the public header;   P its pixels.  The file carries x untouched outside P
     b   = x outside P, a smooth fill inside P                         the same on both sides, since P is in the header
-    w_i = a_i E(b)  (+ s_i n, n from the public nonce)                the known path outside M, at every level i
+    w_i = a_i E(b)  (+ s_i n, n from the public nonce)                the known trajectory outside M, at every i
 
     anonymize:  z_0 = E(x);  z_T by the exact inverse of the sampler on M, along w;  z'_T = K z_T;  z'_0 by the sampler along w
                 c from the jumps between D(z'_0) and x at the border, sent in the header  (keyanon/methods/seams.py)
@@ -10,9 +10,9 @@
                 what pixels lack of z'_0 sent along where the autoencoder asks for it     (keyanon/methods/residuals.py)
     recover:    z'_0 = E(x' - c);  z'_T by the exact inverse along w;  z_T = K^-1 z'_T;  z_0 by the sampler along w;  D(z_0) on P
 
-Against arXiv 2510.01031 (eq. 3 to 7): there the background's path comes from inverting the whole picture, which the receiver's
-picture no longer is, so that no solver can invert their loop; the inversion is a first iterate; the face is looked for anew; and
-the picture is rounded and clipped after the loop. Each of these can be had back by an argument.
+Against arXiv 2510.01031 (eq. 3 to 7): there the background's trajectory comes from inverting the whole picture, which the
+receiver's picture no longer is, so that no solver can invert their loop; the inversion is a first iterate; the face is looked
+for anew; and the picture is rounded and clipped after the loop. Each of these can be had back by an argument.
 
 Anonymizing ends by recovering from the very bytes it is about to publish. A picture that comes back worse than `floor` is made
 again under a fresh nonce, and the best of `attempts` is published.
@@ -59,7 +59,7 @@ class Exact:
     Args:
         backbone, solver, parser: the diffusion model; a solver with a tolerance, for anything exact; what finds the face.
         transform: of the noise inside the face, under the key.
-        background: the known path, "scaled" (w_i = a_i E(b)) or "noised" (with noise from the public nonce, as the network
+        background: the known trajectory, "scaled" (w_i = a_i E(b)) or "noised" (with noise from the public nonce, as the network
             saw it in training).
         refinement: of the published picture; None rounds and clips.
         seam: softens the face's border; None leaves the jumps.
@@ -243,7 +243,7 @@ class Exact:
 
 @dataclass(frozen=True)
 class Forward:
-    """The path w_i = a_i z + s_i n, or a_i z without noise: each level is made when it is asked for, none is kept."""
+    """The trajectory w_i = a_i z + s_i n, or a_i z without noise: each level is made when it is asked for, none is kept."""
 
     z: Latent
     noise: Latent | None

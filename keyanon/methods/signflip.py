@@ -5,8 +5,8 @@
     z'_0 by DDIM sampling, each step followed by z'_t := M * z'_t + (1 - M) * z_t          (eq. 4, 7)
     x' = D(z'_0), published as an 8-bit picture
 
-Recovery is the same map on x', since k * k = 1. It is not exact: the inversion only approximates the sampler, the background
-path of x' is not that of x, the mask is estimated anew, and the autoencoder and 8 bits lie in between.
+Recovery is the same map on x', since k * k = 1. It is not exact: the inversion only approximates the sampler, the background's
+trajectory of x' is not that of x, the mask is estimated anew, and the autoencoder and 8 bits lie in between.
 """
 
 from collections.abc import Sequence
@@ -101,10 +101,10 @@ class SignFlip:
         """Eq. 3 to 7, the same in both directions: pictures in, unclipped pictures out."""
         up, down = self.denoisers(images)
         z0 = self.backbone.encode(images)
-        path = self.solver.invert(up, self.backbone.schedule, z0)
+        trajectory = self.solver.invert(up, self.backbone.schedule, z0)
         mask = mask.to(z0.device)
-        flipped, _ = self.transform.apply(path[-1], mask, keys, nonces)
-        known = Known(mask, path) if self.reinject else None
+        flipped, _ = self.transform.apply(trajectory[-1], mask, keys, nonces)
+        known = Known(mask, trajectory) if self.reinject else None
         return self.backbone.decode(self.solver.sample(down, self.backbone.schedule, flipped, known), self.quantize)
 
     def denoisers(self, images: Image) -> tuple[Denoiser, Denoiser]:

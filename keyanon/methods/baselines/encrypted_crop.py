@@ -22,17 +22,14 @@ import PIL.Image
 import torch
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from jaxtyping import UInt8
-from torch import Tensor
 
 from keyanon.channel.headers import MAX_PARTS, BadHeader, Header, seal, unseal
 from keyanon.channel.nonces import Nonces, nonce_for
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.methods.baselines.classical import bounds
-from keyanon.types import About, Anonymizer, Image, Key, Published
+from keyanon.types import About, Anonymizer, Image, Key, PictureBytes, Published
 
 IV_BYTES, GCM_TAG_BYTES = 12, 16
-Pixels = UInt8[Tensor, "3 h w"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ class EncryptedCrop:
         return to_floats(torch.stack(out))
 
 
-def packed(original: Pixels, published: Pixels, quality: int | None) -> bytes:
+def packed(original: PictureBytes, published: PictureBytes, quality: int | None) -> bytes:
     """Top (2) | left (2) | WebP of the original's pixels that were changed, the others transparent; b"" where none was."""
     changed = (original != published).any(0)
     if not changed.any():
@@ -103,7 +100,7 @@ def packed(original: Pixels, published: Pixels, quality: int | None) -> bytes:
     return place + buffer.getvalue()
 
 
-def with_crop(picture: Pixels, crop: bytes) -> Pixels:
+def with_crop(picture: PictureBytes, crop: bytes) -> PictureBytes:
     """The picture with a packed crop put back; raises BadHeader where it reaches beyond the picture."""
     if not crop:
         return picture

@@ -36,8 +36,6 @@ from typing import Literal
 import numpy as np
 import PIL.Image
 import torch
-from jaxtyping import UInt8
-from torch import Tensor
 
 from keyanon.channel.headers import BadHeader, Header, seal, unseal
 from keyanon.channel.keys import KEY_BYTES, MasterKey
@@ -45,11 +43,10 @@ from keyanon.channel.nonces import Nonces, nonce_for
 from keyanon.channel.pixels import open_rgb, to_bytes, to_floats, write_png
 from keyanon.channel.whole import write_whole
 from keyanon.faces.layouts import SUFFIXES
-from keyanon.types import About, BadPicture, Bytes, Image, Key, Published
+from keyanon.types import About, BadPicture, Bytes, Image, Key, PictureBytes, Published
 
 PLACES = {"images", "output", "key"}
 SHOWN_LINES, SHOWN_FILES = 10, 5  # in a message
-Pixels = UInt8[Tensor, "3 h w"]
 
 
 class BadMethod(ValueError):
@@ -183,7 +180,7 @@ class External:
         for name in pictures:
             shared = secret[name] if self.secret is not None and not self.secret.per_picture else ""
             starts.setdefault(shared, []).append(name)
-        made: dict[str, Pixels] = {}
+        made: dict[str, PictureBytes] = {}
         for together in starts.values():
             made |= self.start(
                 action,
@@ -198,10 +195,10 @@ class External:
         self,
         action: str,
         command: Sequence[str],
-        pictures: Mapping[str, Pixels],
+        pictures: Mapping[str, PictureBytes],
         secrets: Mapping[str, str],
         label: Mapping[str, str],
-    ) -> dict[str, Pixels]:
+    ) -> dict[str, PictureBytes]:
         """Start the program once; its pictures by name."""
         with (
             TemporaryDirectory(prefix="keyanon-") as place,  # for its owner's eyes only
@@ -225,7 +222,7 @@ class External:
             out = {name: self.picture(places["output"], name, sizes[name], label[name], log) for name in pictures}
         return {name: resized(picture, pictures[name].shape[1:]) for name, picture in out.items()}
 
-    def size_for(self, picture: Pixels) -> Sequence[int]:
+    def size_for(self, picture: PictureBytes) -> Sequence[int]:
         return picture.shape[1:] if self.size is None else (self.size, self.size)
 
     def watch(self, action: str, words: Sequence[str], printed: Path, secrets: Mapping[str, str], key: int) -> Path:
@@ -265,7 +262,7 @@ class External:
             raise BadMethod(f"{self.name}: its program to {action} failed, {end}{remedy}. The end of {log}:{last}")
         return log
 
-    def picture(self, output: Path, name: str, size: Sequence[int], label: str, log: Path) -> Pixels:
+    def picture(self, output: Path, name: str, size: Sequence[int], label: str, log: Path) -> PictureBytes:
         """The picture of `name` that the program left, checked."""
         stem = self.outputs.replace("{name}", name)
         return one_picture(f"{self.name}, {label}", output, stem, size, f"what it printed is in {log}")
@@ -356,7 +353,7 @@ class Ready:
         size = images.shape[-2:]
         return Published(torch.stack([self.picture(self.anonymized, id, size) for id in ids]), (b"",) * len(ids))
 
-    def picture(self, folder: str | None, id: str, size: Sequence[int]) -> Pixels:
+    def picture(self, folder: str | None, id: str, size: Sequence[int]) -> PictureBytes:
         if message := self.missing():
             raise BadMethod(message)
         stem = self.files.replace("{id}", id)
@@ -402,7 +399,7 @@ class ReversibleReady(Ready):
         return to_floats(torch.stack([self.picture(self.recovered, id, images.shape[-2:]) for id in ids]))
 
 
-def one_picture(what: str, folder: Path, stem: str, size: Sequence[int], remedy: str) -> Pixels:
+def one_picture(what: str, folder: Path, stem: str, size: Sequence[int], remedy: str) -> PictureBytes:
     """The picture `stem` of any format below `folder`, of `size` (rows, columns); BadMethod says `what` it is of."""
     found = [path for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]
     if len(found) != 1:
@@ -423,7 +420,7 @@ def one_picture(what: str, folder: Path, stem: str, size: Sequence[int], remedy:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-def resized(picture: Pixels, size: Sequence[int]) -> Pixels:
+def resized(picture: PictureBytes, size: Sequence[int]) -> PictureBytes:
     """The picture at `size` (rows, columns), Lanczos; itself where it has that size."""
     if picture.shape[1:] == torch.Size(size):
         return picture

@@ -39,7 +39,7 @@ from keyanon.channel.streams import signs
 from keyanon.measures.scorers import psnr, ssim
 from keyanon.methods.baselines.classical import Filter
 from keyanon.types import About, Image, Key, Published
-from keyanon.weights import Card, Package, named, resolve
+from keyanon.weights import Card, named, resolve
 
 Bands = Float[Tensor, "b c u v"]  # Haar bands of a picture, four for each channel, half its height and width
 Signs = Float[Tensor, "b 1 h w"]  # -1 or +1
@@ -56,7 +56,7 @@ class ProFaceS:
 
     Args:
         obfuscator: what the published picture shall look like; it gets the whole picture, and the receiver needs nothing of it.
-        card: the network, one of WEIGHTS or a Card of your own. `weights` is a path to the card's file.
+        card: the network: the name of a card of keyanon/cards.yaml, or a Card of your own. `weights` is a path to its file.
         kdf: "hkdf" draws each picture's signs from the key and a public nonce (keyanon/channel/keys.py). "authors"
             is their setting:
             PBKDF2-HMAC-SHA512, 10 iterations, the same constant salt for all, and so the same signs for all pictures of a key.
@@ -126,7 +126,7 @@ class ProFaceS:
         return _load(resolve(self.cards()[0], self.weights), self.device)
 
     def cards(self) -> tuple[Card, ...]:
-        return (WEIGHTS.get(self.card) or named(self.card) if isinstance(self.card, str) else self.card,)
+        return (named(self.card),)
 
     @property
     def about(self) -> About:
@@ -249,32 +249,3 @@ def _check_even(images: Image) -> None:
     height, width = images.shape[-2:]
     if height % 2 or width % 2:
         raise ValueError(f"PRO-Face S halves pictures: {width}x{height} pixels is odd; set an even dataset.size")
-
-
-def _card(name: str, sha256: str, trained: str) -> Card:
-    return Card(
-        name=name,
-        filename="model.safetensors",
-        origin=Package("keyanon", "keyanon", f"assets/{name}/model.safetensors"),
-        sha256=sha256,
-        licence="non-commercial research, as UTKFace",
-        trained_on=f"UTKFace, 128 px, without keyanon/lists/utkface128_heldout.txt; {trained}",
-        preprocessing="RGB in [-1, 1]",
-    )
-
-
-WEIGHTS = {
-    card.name: card
-    for card in (
-        _card(
-            "proface_s",
-            "2b91c44eba89318c31a35da125bbc84359f6ece8a4ab0036f73ae18079dab8d7",
-            "as the authors did: recovery from unrounded floats",
-        ),
-        _card(
-            "proface_s_rounded",
-            "2bdd87cf1df17e0087dfa164681a75379e2e54c12688d6e05c273919fa9ca85d",
-            "recovery from pictures rounded to 8 bits",
-        ),
-    )
-}

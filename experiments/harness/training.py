@@ -1,0 +1,160 @@
+"""A training run: its pictures, its loop, and its state, from which it goes on where it was stopped."""
+
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.training_utils import EMAModel
+from huggingface_hub import load_state_dict_from_file, save_torch_state_dict
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
+
+from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.faces.datasets import Folder, read_list
+from keyanon.types import Bytes, Image
+
+log = logging.getLogger(__name__)
+
+LOG_STEPS = 100
+
+
+def load_pictures(root: str, size: int, heldout: str) -> tuple[Bytes, Bytes]:
+    """All pictures below `root` (a folder, of tar files or not): those to train on, and those of the list `heldout`."""
+    dataset, excluded = Folder(root, size), set(read_list(heldout))
+    train = [id for id in dataset.ids if id not in excluded]
+    with ThreadPoolExecutor() as pool:
+        read = [list(pool.map(lambda id: to_bytes(dataset.load(id)), ids)) for ids in (train, sorted(excluded))]
+    return torch.stack(read[0]), torch.stack(read[1])
+
+
+def augment(images: Image, scale: tuple[float, float], shift: float, generator: torch.Generator) -> Image:
+    """Mirror half of the pictures; zoom and shift all a little, mirroring what lies beyond the border.
+
+    Mirroring pixels, before the transform, gives the odd horizontal DCT columns their sign by itself.
+    """
+    b = images.shape[0]
+    zoom = torch.empty(b).uniform_(*scale, generator=generator)
+    flip = torch.randint(0, 2, (b,), generator=generator) * 2.0 - 1
+    theta = torch.zeros(b, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = flip / zoom, 1 / zoom
+    theta[:, :, 2] = torch.empty(b, 2).uniform_(-2 * shift, 2 * shift, generator=generator)
+    grid = affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
+    return grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+@dataclass
+class Training:
+    """What is saved and resumed."""
+
+    net: torch.nn.Module
+    ema: EMAModel
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+    def save(self, folder: Path) -> None:
+        """Write the whole state as safetensors of at most 15 MB each, replacing the previous state once complete."""
+        parameters = list(self.net.named_parameters())
+        state: dict[str, Tensor] = {}
+        for (name, parameter), shadow in zip(parameters, self.ema.shadow_params, strict=True):
+            state[f"net.{name}"], state[f"ema.{name}"] = parameter.detach(), shadow
+            for moment, value in self.optimizer.state[parameter].items():
+                state[f"{moment}.{name}"] = value
+        partial = folder.with_name(folder.name + ".partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        for old in partial.iterdir():
+            old.unlink()
+        state = {name: value.cpu().contiguous().clone() for name, value in state.items()}
+        save_torch_state_dict(state, partial, max_shard_size="15MB")
+        (partial / "training.json").write_text(json.dumps({"step": self.step, "ema_step": self.ema.optimization_step}))
+        if folder.exists():
+            for old in folder.iterdir():
+                old.unlink()
+            folder.rmdir()
+        partial.rename(folder)
+
+    def resume(self, folder: Path) -> None:
+        state: dict[str, Tensor] = {}
+        for shard in sorted(folder.glob("*.safetensors")):
+            state |= load_state_dict_from_file(shard)
+        counters = json.loads((folder / "training.json").read_text())
+        self.step, self.ema.optimization_step = counters["step"], counters["ema_step"]
+        for (name, parameter), shadow in zip(self.net.named_parameters(), self.ema.shadow_params, strict=True):
+            parameter.data.copy_(state[f"net.{name}"])
+            shadow.copy_(state[f"ema.{name}"])
+            self.optimizer.state[parameter] = {
+                moment: state[f"{moment}.{name}"].to(parameter.device if moment != "step" else "cpu")
+                for moment in ("step", "exp_avg", "exp_avg_sq")
+            }
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to train: the network, its loss on a batch of pictures at one step, and what is written when it is saved."""
+
+    net: Any
+    loss: Callable[[Image, torch.Generator], Tensor]
+    export: Callable[[], None]
+
+
+def fit(cfg: DictConfig, task: Task, optimizer: torch.optim.Optimizer, pictures: Bytes) -> None:
+    """Train until `minutes`, or `steps` where there are any, are over or somebody stops it; goes on from the state in `out`."""
+    device, out, parameters = torch.device(cfg.device), Path(cfg.out), task.net.parameters
+    ema = EMAModel(parameters(), decay=cfg.ema_decay, use_ema_warmup=True, power=0.75)
+    training = Training(task.net, ema, optimizer)
+    if (out / "state").exists():
+        training.resume(out / "state")
+        log.info("resumed at step %d", training.step)
+
+    stop = False
+
+    def request_stop(*_: Any) -> None:
+        nonlocal stop
+        stop = True
+
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, request_stop)
+
+    def save() -> None:
+        training.save(out / "state")
+        ema.store(parameters())
+        ema.copy_to(parameters())
+        task.export()
+        ema.restore(parameters())
+        log.info("saved at step %d", training.step)
+
+    begin = saved = window = time.monotonic()
+    losses: list[float] = []
+    while not stop and time.monotonic() - begin < cfg.minutes * 60 and training.step < cfg.get("steps", math.inf):
+        # The generator hangs on the step, so that a resumed run draws what an uninterrupted one would.
+        generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + training.step)
+        indices = torch.randint(0, len(pictures), (cfg.batch_size,), generator=generator)
+        images = augment(to_floats(pictures[indices].to(device)), tuple(cfg.data.scale), cfg.data.shift, generator)
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.learning_rate * min(1.0, (training.step + 1) / cfg.warmup_steps)
+        loss = task.loss(images, generator)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters(), 1.0)
+        optimizer.step()
+        ema.step(parameters())
+        training.step += 1
+        losses.append(loss.item())
+        if training.step % LOG_STEPS == 0:
+            now = time.monotonic()
+            rate = LOG_STEPS * cfg.batch_size / (now - window)
+            log.info("step %d  loss %.4f  %.1f pictures/s", training.step, np.mean(losses[-LOG_STEPS:]), rate)
+            losses, window = losses[-LOG_STEPS:], now
+        if time.monotonic() - saved > cfg.save_every_minutes * 60:
+            save()
+            saved = time.monotonic()
+    save()
