@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from keyanon.diffusion.model import LatentDiffusion
 from keyanon.types import Embeddings, Image, Mask
 
 ROOT = Path(__file__).resolve().parents[1]
+torch.set_num_threads(1)  # a thread more has nothing to do in models this small, and workers share the cores
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +74,23 @@ def tiny_ldm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(tiny_ldm: Path) -> LatentDiffusion:
-    return LatentDiffusion(str(tiny_ldm), noise=LDM_NOISE)
+    return LatentDiffusion(str(tiny_ldm), noise=LDM_NOISE, chunk=2)
+
+
+@pytest.fixture(scope="session")
+def tiny_block_dct(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled faces128 with its latent and schedule, and for its network of 12 million weights a random one of 20 thousand."""
+    from diffusers import UNet2DModel
+
+    folder, bundled = tmp_path_factory.mktemp("block_dct"), ROOT / "keyanon" / "assets" / "faces128"
+    for part in ("latent", "scheduler"):
+        shutil.copytree(bundled / part, folder / part)
+    torch.manual_seed(0)
+    UNet2DModel(
+        sample_size=16, in_channels=21, out_channels=21, block_out_channels=(16,), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
+    ).save_pretrained(folder / "unet")  # fmt: skip
+    return folder
 
 
 def save_tiny_stable_diffusion(folder: Path) -> Path:
