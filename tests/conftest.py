@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 import keyanon  # noqa: F401  installs the torchvision shim before anything imports diffusers or torchmetrics
@@ -18,7 +19,10 @@ from keyanon.diffusion.model import LatentDiffusion
 from keyanon.types import Embeddings, Image, Mask
 
 ROOT = Path(__file__).resolve().parents[1]
-torch.set_num_threads(1)  # a thread more has nothing to do in models this small, and workers share the cores
+# Models are too small for more threads than one, and the tests' workers share the cores.
+torch.set_num_threads(1)
+threadpool_limits(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 @pytest.fixture(scope="session")
