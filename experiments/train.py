@@ -158,6 +158,10 @@ def halved(net: Any) -> Any:
 
 @hydra.main(config_path="../conf/train", config_name=None, version_base="1.3")
 def main(cfg: DictConfig) -> None:
+    train(cfg)
+
+
+def train(cfg: DictConfig) -> None:
     torch.manual_seed(cfg.seed)
     torch.set_num_threads(cfg.threads)
     pictures, _ = load_pictures(cfg.data.root, cfg.data.size, cfg.data.heldout)

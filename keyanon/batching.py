@@ -20,11 +20,15 @@ Begun = TypeVar("Begun")
 
 
 def in_chunks(
-    f: Callable[..., Tensor], *batch: Tensor, fits: dict[str, int] | None = None, few_sizes: bool = False
+    f: Callable[..., Tensor],
+    *batch: Tensor,
+    chunk: int = CHUNK,
+    fits: dict[str, int] | None = None,
+    few_sizes: bool = False,
 ) -> Tensor:
     """f(*batch), by parts of the batch.
 
-    On a CPU f always sees CHUNK pictures at a time, the last ones filled up with copies: its kernels are chosen by the batch's size
+    On a CPU f always sees `chunk` pictures at a time, the last ones filled up with copies: its kernels are chosen by the batch's size
     and round differently, and the loop amplifies that to visible pixels. Elsewhere it sees the whole batch, or where this is too
     much for the memory half of it, a quarter, ...
 
@@ -36,7 +40,7 @@ def in_chunks(
             whoever asks for the gradients can take fewer pictures.
     """
     on_cpu, count, name = batch[0].device.type == "cpu", len(batch[0]), f.__qualname__
-    size = CHUNK if on_cpu else 1 << (count - 1).bit_length() if few_sizes else count
+    size = chunk if on_cpu else 1 << (count - 1).bit_length() if few_sizes else count
     if fits is not None:
         size = min(size, fits.get(name, size))
     while True:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 import keyanon  # noqa: F401  installs the torchvision shim before anything imports diffusers or torchmetrics
@@ -17,6 +19,10 @@ from keyanon.diffusion.model import LatentDiffusion
 from keyanon.types import Embeddings, Image, Mask
 
 ROOT = Path(__file__).resolve().parents[1]
+# Models are too small for more threads than one, and the tests' workers share the cores.
+torch.set_num_threads(1)
+threadpool_limits(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +78,29 @@ def tiny_ldm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(tiny_ldm: Path) -> LatentDiffusion:
-    return LatentDiffusion(str(tiny_ldm), noise=LDM_NOISE)
+    return LatentDiffusion(str(tiny_ldm), noise=LDM_NOISE, chunk=2)
+
+
+@pytest.fixture(scope="session")
+def tiny_block_dct(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The latent and the schedule of the bundled faces128 with a small random network for its own of 12 million weights.
+
+    It predicts v near 0, as the best denoiser of standard normal latents does: what it draws has about the latents' spread.
+    """
+    from diffusers import UNet2DModel
+
+    folder, bundled = tmp_path_factory.mktemp("block_dct"), ROOT / "keyanon" / "assets" / "faces128"
+    for part in ("latent", "scheduler"):
+        shutil.copytree(bundled / part, folder / part)
+    torch.manual_seed(0)
+    net = UNet2DModel(
+        sample_size=16, in_channels=21, out_channels=21, block_out_channels=(16,), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
+    )  # fmt: skip
+    with torch.no_grad():
+        net.conv_out.weight.mul_(0.1)
+    net.save_pretrained(folder / "unet")
+    return folder
 
 
 def save_tiny_stable_diffusion(folder: Path) -> Path:

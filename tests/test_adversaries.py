@@ -275,9 +275,14 @@ def pictures() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def exact() -> Exact:
+def backbone(tiny_block_dct) -> LatentDiffusion:
+    return LatentDiffusion(str(tiny_block_dct), chunk=2)
+
+
+@pytest.fixture(scope="module")
+def exact(backbone) -> Exact:
     return Exact(
-        LatentDiffusion("bundled:faces128"),
+        backbone,
         DDIM(10, "karras", 1e-5),
         CentreFace(),
         BandRotation(),
@@ -307,8 +312,8 @@ def test_the_key_is_all_that_the_exact_methods_files_keep_back(exact, pictures):
     )
 
 
-def test_the_papers_magnitudes_are_there_for_all_to_see(pictures):
-    method = SignFlip(LatentDiffusion("bundled:faces128"), DDIM(5), CentreFace())
+def test_the_papers_magnitudes_are_there_for_all_to_see(backbone, pictures):
+    method = SignFlip(backbone, DDIM(5), CentreFace())
     published = method.anonymize(pictures, KEYS[:2], ["a", "b"])
     images = received(method, to_floats(published.images), published.headers)
     zT, mask = noise(method, images, published.headers)

@@ -59,6 +59,7 @@ def scene():
     """Two pictures on a small block-DCT latent: z* is a given picture's with noise in 4x4 of 6x6 cells, some of it clipped."""
     autoencoder = BlockDCT(luma=10, chroma=3, std=[4.0, 1.0, 1.0] + [0.3] * 7 + [1.0, 0.2, 0.2] * 2)
     backbone = SimpleNamespace(
+        chunk=2,
         fits={},
         autoencoder=autoencoder,
         encode=autoencoder.encode,
@@ -177,6 +178,7 @@ def learned():
     )
     vae.eval().requires_grad_(False)
     backbone = SimpleNamespace(
+        chunk=2,
         fits={},
         autoencoder=vae,
         encode=lambda x: vae.encode(x).latent_dist.mode(),

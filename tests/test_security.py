@@ -27,18 +27,19 @@ TINY = [
 ]  # fmt: skip
 
 
-def in_process(*more: str) -> pd.DataFrame:
+def in_process(model: Path, *more: str) -> pd.DataFrame:
+    overrides = [*TINY, f"backbone.source={model}", "+backbone.chunk=1", *more]
     with initialize_config_dir(CONF, version_base="1.3"):
-        cfg = compose("security", overrides=[*TINY, *more])
+        cfg = compose("security", overrides=overrides)
     return run(cfg, {"dataset": "bundled", "backbone": "faces128", "parser": "ellipse"})
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.Series, Path]:
+def made(tiny_block_dct: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.Series, Path]:
     """All cells of the table by method, view, scorer and statistic, and the folder that holds its files."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder := tmp_path_factory.mktemp("security"))
-        table = in_process("notes=[a tiny run]")
+        table = in_process(tiny_block_dct, "notes=[a tiny run]")
     assert set(table.dataset) == {"bundled"}
     return table.set_index(["anonymizer", "view", "scorer", "statistic"]).sort_index(), folder
 
@@ -123,25 +124,25 @@ def test_methods_stand_side_by_side(made):
     assert len(lines) == 6 + len(table.reset_index().drop_duplicates(["view", "scorer", "statistic"]))
 
 
-def test_a_second_run_takes_what_the_first_has_kept(made, monkeypatch):
+def test_a_second_run_takes_what_the_first_has_kept(made, tiny_block_dct, monkeypatch):
     table, folder = made
     monkeypatch.chdir(folder)
     monkeypatch.setattr(attackers, "publish", None)
-    again = in_process().set_index(["anonymizer", "view", "scorer", "statistic"]).sort_index()
+    again = in_process(tiny_block_dct).set_index(["anonymizer", "view", "scorer", "statistic"]).sort_index()
     kept = table.drop(index="Argon2id", level="anonymizer")
     pd.testing.assert_frame_equal(again.drop(index="Argon2id", level="anonymizer"), kept)
 
 
-def test_lonely_people_are_refused(tmp_path, monkeypatch):
+def test_lonely_people_are_refused(tiny_block_dct, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="1 person on 1 readable pictures"):
-        in_process("limit=1")
+        in_process(tiny_block_dct, "limit=1")
 
 
-def test_what_is_missing_is_listed_before_any_work(tmp_path, monkeypatch, capsys):
+def test_what_is_missing_is_listed_before_any_work(tiny_block_dct, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
-        in_process("dataset=folder", f"dataset.root={tmp_path / 'nowhere'}")
+        in_process(tiny_block_dct, "dataset=folder", f"dataset.root={tmp_path / 'nowhere'}")
     assert "nowhere" in capsys.readouterr().err
 
 

@@ -53,7 +53,7 @@ class MaskControl:
         A call counts as one evaluation of the backbone, though it costs about half of one more.
         """
         control = self.network(backbone)
-        hint = in_chunks(control.features, mask.to(backbone.device).float().expand(-1, 3, -1, -1))
+        hint = in_chunks(control.features, mask.to(backbone.device).float().expand(-1, 3, -1, -1), chunk=backbone.chunk)
         if (size := tuple(hint.shape[-2:])) != backbone.latent_size(mask):
             raise BadModel(
                 f"{backbone.folder / FILE}: brings masks to {size}, latents are {backbone.latent_size(mask)}"
@@ -67,7 +67,7 @@ class MaskControl:
             backbone.evaluations[t] += len(z)
             with arithmetic(backbone.precision):
                 out = in_chunks(
-                    lambda part, seen: controlled(backbone.unet, control, part, seen, t), z, hint, fits=backbone.fits
+                    lambda part, seen: controlled(backbone.unet, control, part, seen, t), z, hint, chunk=backbone.chunk, fits=backbone.fits
                 )
             return backbone.as_noise(out, z, t)
 

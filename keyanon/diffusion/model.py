@@ -24,7 +24,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2D
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from keyanon.batching import in_chunks
+from keyanon.batching import CHUNK, in_chunks
 from keyanon.diffusion.block_dct import BLOCK, BlockDCT
 from keyanon.diffusion.solvers import NoiseSchedule
 from keyanon.types import Image, Latent
@@ -52,6 +52,7 @@ class LatentDiffusion:
         licence: of the weights, for the message when they are missing.
         compile: the denoising network by torch.compile, at its first use: minutes, and a C++ compiler on a CPU. Results differ
             from the uncompiled network's by rounding: sender and receiver should do the same. Gains: docs/performance.md.
+        chunk: pictures at a time on a CPU. Another size rounds differently: sender and receiver should do the same.
     """
 
     source: str
@@ -62,6 +63,7 @@ class LatentDiffusion:
     licence: str = "see the model's page"
     revision: str | None = None
     compile: bool = False
+    chunk: int = CHUNK
     evaluations: Counter[int] = field(default_factory=Counter, init=False, repr=False, compare=False)
     """How many pictures the network has seen at each timestep."""
     fits: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -72,7 +74,7 @@ class LatentDiffusion:
 
         Gradients reach pictures that ask for them; the weights ask for none.
         """
-        return in_chunks(self._encode, images.to(self.device), fits=self.fits)
+        return in_chunks(self._encode, images.to(self.device), chunk=self.chunk, fits=self.fits)
 
     def _encode(self, images: Image) -> Latent:
         autoencoder = self.autoencoder
@@ -89,7 +91,7 @@ class LatentDiffusion:
     def decode(self, latents: Latent, quantize: bool = True) -> Image:
         """x = D(z0), unclipped; `quantize` snaps to the codebook first, where there is one, as diffusers does by default."""
         with torch.no_grad(), arithmetic("fp32"):
-            return in_chunks(lambda part: self._decode(part, quantize), latents, fits=self.fits)
+            return in_chunks(lambda part: self._decode(part, quantize), latents, chunk=self.chunk, fits=self.fits)
 
     def _decode(self, latents: Latent, quantize: bool) -> Image:
         autoencoder = self.autoencoder
@@ -111,7 +113,9 @@ class LatentDiffusion:
     def eps(self, z: Latent, t: int) -> Latent:
         """The network's estimate of the noise in z at the timestep t, in fp32."""
         self.evaluations[t] += len(z)
-        out = in_chunks(lambda part: self._network(part, t), z, fits=self.fits, few_sizes=self.compile)
+        out = in_chunks(
+            lambda part: self._network(part, t), z, chunk=self.chunk, fits=self.fits, few_sizes=self.compile
+        )
         return self.as_noise(out, z, t)
 
     def as_noise(self, out: Latent, z: Latent, t: int) -> Latent:

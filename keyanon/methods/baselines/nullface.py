@@ -188,7 +188,7 @@ class NullFace:
         """The network's estimate of the noise in z at the timestep t, for faces of those embeddings."""
         self.backbone.evaluations[t] += len(z)
         rows = torch.arange(len(z), device=z.device)
-        return in_chunks(lambda part: self._network(z[part], t, identity[part]), rows)
+        return in_chunks(lambda part: self._network(z[part], t, identity[part]), rows, chunk=self.backbone.chunk)
 
     def _network(self, z: Latent, t: int, identity: Embeddings) -> Latent:
         prompt, dtype, times = self.prompt, self.unet.dtype, torch.full((len(z),), t, device=z.device)
