@@ -1,6 +1,6 @@
 """Faces by id, in a committed order: CelebA-HQ, FFHQ, LFW, two pictures a person, any folder, or what packages ship.
 
-Which pictures and in which order is said by a list, `keyanon/lists/NAME.txt` or a file of your own; without a list ids
+Which pictures and in which order is said by a list, `keyanon/faces/lists/NAME.txt` or a file of your own; without a list ids
 are sorted, so that no order ever comes from a disk. Pictures stay where they were downloaded. A dataset can be made
 without them: it looks for them when it is first asked, and then raises FileNotFoundError where none of its pictures is
 there, and BadPicture for a single one that is missing or broken.
