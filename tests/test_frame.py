@@ -1,6 +1,7 @@
 """What holds of the repository as a whole, whoever changes it: read from the files that git tracks."""
 
 import ast
+import importlib.util
 import io
 import os
 import re
@@ -14,10 +15,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYOUT = [
-    ".ci/run", ".gitignore", "CITATION.cff", "LICENSE", "Makefile", "README.md", "benchmarks", "conf",
-    "constraints.txt", "experiments", "keyanon", "pyproject.toml", "results/paper", "results/tables", "tests",
+    ".ci/run", ".gitignore", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md",
+    "benchmarks", "conf", "constraints.txt", "docs", "experiments", "keyanon", "pyproject.toml", "results/README.md",
+    "results/paper", "results/tables", "tests",
 ]  # fmt: skip
 NOT_FOR_THE_LIBRARY = {"benchmarks", "experiments", "hydra", "omegaconf", "pandas", "wandb"}
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "results/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "keyanon" / "assets").glob("*/README.md")),
+]
+# Faces that a model drew, and what methods make of these: the bundled ones and no others.
+SYNTHETIC = ("keyanon/assets/", "tests/published/", "docs/images/example.webp")
 JUNK_DRAWERS = {"common", "helper", "helpers", "misc", "util", "utils"}
 BINARY = {".onnx", ".parquet", ".png", ".safetensors", ".webp"}
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".pdf", ".png", ".svg", ".tif", ".tiff", ".webp"}
@@ -48,6 +57,11 @@ def targets(makefile: str) -> dict[str, str]:
     """The help text of every target that is written out in a Makefile."""
     rules = re.findall(r"^([a-z][\w-]*):(?!=)([^\n]*)$", makefile, re.MULTILINE)
     return {name: rule.partition("## ")[2] for name, rule in rules}
+
+
+def code(text: str) -> str:
+    """What a document sets as code: indented lines, fenced ones, and what is between backticks."""
+    return "\n".join(re.findall(r"^(?: {4}|\t).*$|^```.*?^```|`[^`\n]+`", text, re.MULTILINE | re.DOTALL))
 
 
 def library_imports(source: str) -> set[str]:
@@ -148,12 +162,12 @@ def test_no_pickle_is_tracked():
 
 
 @needs_git
-def test_pictures_are_tracked_only_among_the_assets():
+def test_the_only_pictures_tracked_are_synthetic_faces_and_plots():
     pictures = [
         path for path in FILES if path.suffix.lower() in PICTURES or path.read_bytes().startswith(PICTURE_MAGIC)
     ]
     plots = [path for path in pictures if path.suffix == ".svg" and path.parent == ROOT / "results" / "plots"]
-    assert [path for path in names(set(pictures) - set(plots)) if not path.startswith("keyanon/assets/")] == []
+    assert [path for path in names(set(pictures) - set(plots)) if not path.startswith(SYNTHETIC)] == []
     # A plot of numbers is lines and letters; a face in one would be an embedded image.
     assert [path for path in names(plots) if b"<image" in (ROOT / path).read_bytes()] == []
 
@@ -181,3 +195,37 @@ def test_text_is_utf_8_with_unix_line_ends():
         if "\r" in text or text.startswith("\ufeff") or not text.endswith("\n"):
             faults[path.name] = "carriage return, byte order mark or no newline at the end"
     assert faults == {}
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_of_a_document_leads_somewhere(document):
+    links = re.findall(r"\]\(([^)\s]+)\)", document.read_text("utf-8"))
+    places = [link.partition("#")[0] for link in links if not re.match(r"https?:", link)]
+    assert [place for place in places if place and not (document.parent / place).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_of_a_document_exists(document):
+    written = code(document.read_text("utf-8"))
+    modules = set(re.findall(r"python -m ([\w.]+\w)", written))
+    assert [module for module in sorted(modules) if importlib.util.find_spec(module) is None] == []
+    makefile = targets((ROOT / "Makefile").read_text())
+    papers, experiments = (
+        {p.stem for p in ROOT.glob(f"{folder}/*.yaml")} for folder in ("results/paper", "conf/experiment")
+    )
+    known = makefile.keys() | {f"reproduce-{name}" for name in papers & experiments}
+    assert set(re.findall(r"(?:^|`|&& )(?: {4})?make ([a-z][\w-]*)", written, re.MULTILINE)) - known == set()
+
+
+def test_the_command_check_sees_code_alone():
+    text = "We make tea.\n    python -m a.b x=1\n    make test && make check\n`make bench` or `python -m c`.\n"
+    assert code(text).splitlines() == [
+        "    python -m a.b x=1",
+        "    make test && make check",
+        "`make bench`",
+        "`python -m c`",
+    ]

@@ -22,7 +22,7 @@ def open_onnx(path: Path, device: torch.device) -> Any:
     if wanted not in session.get_providers():
         warnings.warn(
             f"{path.name} runs on {', '.join(session.get_providers())}: this onnxruntime has no working {wanted} "
-            f"for the device {device.type!r}. See 'Running on a GPU' in the README.",
+            f"for the device {device.type!r}. See 'On a GPU' in docs/tutorial.md.",
             RuntimeWarning,
             stacklevel=2,
         )
