@@ -26,8 +26,7 @@ from hydra.utils import instantiate
 from numpy.typing import NDArray
 from omegaconf import DictConfig
 
-from experiments import tables
-from experiments.harness import preflight
+from experiments.harness import preflight, results
 from experiments.run import shown
 from keyanon import runner
 from keyanon.batching import batches, filled, padded
@@ -153,8 +152,8 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
             for id, value in zip(ids, np.nanmean(between_keys(versions), axis=0), strict=True)
         ]
     ).assign(**common)
-    tables.commit(cfg.name, statistics[tables.STATISTICS], scores[tables.SCORES])
-    return tables.build(cfg.name)
+    results.commit(cfg.name, statistics[results.STATISTICS], scores[results.SCORES])
+    return results.build(cfg.name)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from experiments import tables
-from experiments.harness import preflight
+from experiments.harness import preflight, results
 from experiments.harness.statistics import averages
 from experiments.run import shown
 from keyanon import runner
@@ -114,7 +113,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
         log.warning("skipped %s: %s", id, reason)
     if values.empty:
         raise ValueError(f"dataset {choices['dataset']}: not one picture could be read; the reasons are above")
-    scores = values.rename(columns={"row": "anonymizer"}).assign(dataset=choices["dataset"])[tables.SCORES]
+    scores = values.rename(columns={"row": "anonymizer"}).assign(dataset=choices["dataset"])[results.SCORES]
     notes = [f"backbone {choices['backbone']}", f"mask from {choices['parser']}", f"{scores.id.nunique()} pictures"]
     notes.append(f"mmd2 of {PATCH} x {PATCH} patches")
     if backbone.source.startswith("bundled:"):
@@ -128,10 +127,10 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
             for row, part in scores.groupby("anonymizer")
             for view, scorer, statistic in averages(part, dataset)
         ]
-    ).assign(experiment=cfg.name, dataset=choices["dataset"], notes=title)[tables.STATISTICS]
+    ).assign(experiment=cfg.name, dataset=choices["dataset"], notes=title)[results.STATISTICS]
 
-    tables.commit(cfg.name, statistics, scores)
-    return tables.build(cfg.name)
+    results.commit(cfg.name, statistics, scores)
+    return results.build(cfg.name)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import tables
-from experiments.harness import preflight, provenance
+from experiments.harness import preflight, provenance, results
 from experiments.harness.plots import contact_sheet
 from experiments.harness.shards import FailedShard, Shards, numbers, one_line, settled, sharded
 from experiments.harness.statistics import write_statistics
@@ -220,7 +219,7 @@ def publish(cell: Cell, done: Sequence[str]) -> None:
     sheet = draw_sheet(folder, ids)
     cell.tracker(f"{cfg.name}-{folder.name}", record, statistics, sheet)
     # Cells of a sweep may end at once as well.
-    settled(lambda: latest_cells(folder), lambda cells: tables.build(cfg.name, sorted(cells)))
+    settled(lambda: latest_cells(folder), lambda cells: results.build(cfg.name, sorted(cells)))
     print(Path("results/tables", f"{cfg.name}.md").read_text("utf-8"))
     print(f"pictures side by side: {folder / 'contact_sheet.png'}")
     print(what_it_ran_on(cfg, cell.choices, folder))

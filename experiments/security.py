@@ -26,8 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from tabulate import tabulate
 
-from experiments import tables
-from experiments.harness import preflight, provenance
+from experiments.harness import layout, preflight, provenance, results
 from experiments.harness.plots import share_curve
 from experiments.run import shown
 from keyanon import runner
@@ -109,17 +108,17 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
     about = {"experiment": cfg.name, "dataset": choices["dataset"], "notes": "\n".join([*map(str, cfg.notes), *notes])}
     statistics = pd.DataFrame(
         [{"anonymizer": row, "view": one.view, "scorer": one.scorer, **asdict(one.statistic)} for row, one in found]
-    ).assign(**about)[tables.STATISTICS]
+    ).assign(**about)[results.STATISTICS]
     scores = pd.DataFrame(
         [
             {"anonymizer": row, "id": id, "view": one.view, "scorer": one.scorer, "value": value}
             for row, one in found
             for id, value in one.values.items()
         ],
-        columns=[column for column in tables.SCORES if column != "dataset"],
-    ).assign(dataset=choices["dataset"])[tables.SCORES]
-    tables.commit(cfg.name, statistics, scores)
-    rows = tables.build(cfg.name)
+        columns=[column for column in results.SCORES if column != "dataset"],
+    ).assign(dataset=choices["dataset"])[results.SCORES]
+    results.commit(cfg.name, statistics, scores)
+    rows = results.build(cfg.name)
     write_whole(Path("results/tables") / f"{cfg.name}.beside.md", beside(rows, [*methods, "Argon2id"]).encode())
     share_curve(statistics, "right signs ", Path("results/plots") / f"{cfg.name}.svg")
     return rows
@@ -131,7 +130,7 @@ def beside(rows: pd.DataFrame, methods: Sequence[str]) -> str:
     every: list[Any] = list(rows.itertuples())
     for row in every:
         line = lines.setdefault((row.view, row.scorer, row.statistic), dict.fromkeys(methods, ""))
-        line[row.anonymizer] = f"{tables.ours_text(row, np.nan)}; {row.n}"
+        line[row.anonymizer] = f"{layout.ours_text(row, np.nan)}; {row.n}"
     body = [[text.replace("|", "\\|") for text in (*cell, *line.values())] for cell, line in lines.items()]
     table = tabulate(body, ["attack", "by", "statistic", *methods], tablefmt="pipe", disable_numparse=True)
     about = "Each cell: value [95 % interval]; n. keyanon/attacks/attackers.py says what each attacker knows and does."

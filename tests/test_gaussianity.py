@@ -12,8 +12,8 @@ from hydra import compose, initialize_config_dir
 from scipy import stats
 from torch import Tensor
 
-from experiments import tables
 from experiments.gaussianity import CONTROL, FACE, WHOLE, measured, run
+from experiments.harness import results
 from keyanon.diffusion.solvers import DDIM, NoiseSchedule
 from keyanon.faces.parsing import EllipseParser
 from keyanon.measures.gaussianity import MEASURES, generator_of, measure, mmd2, neighbour_correlation, patches
@@ -281,7 +281,7 @@ def test_from_pictures_to_a_table(in_folder, tiny_ldm):
     assert "### Inverted noise: picture measures, mean" in markdown
     assert "bundled model" not in markdown
     (in_folder / "results" / "tables" / "tiny.md").unlink()
-    tables.build("tiny")
+    results.build("tiny")
     assert (in_folder / "results" / "tables" / "tiny.md").read_text() == markdown
 
 
@@ -289,7 +289,7 @@ def test_numbers_do_not_depend_on_the_other_pictures(in_folder, tiny_ldm):
     def scores(*overrides: str) -> pd.DataFrame:
         in_process(in_folder, tiny_ldm, "inversions.exact.steps=[]", *overrides)
         frame = pd.read_parquet("results/scores/tiny.scores.parquet")
-        assert list(frame.columns) == tables.SCORES
+        assert list(frame.columns) == results.SCORES
         return frame.set_index(["anonymizer", "view", "scorer", "id"]).value.sort_index()
 
     whole = scores("batch_size=2")

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments import tables
+from experiments.harness import results
 from experiments.run import run, same_attacks, sharded, telling
 from keyanon.channel.keys import Recipe, write_key, write_new_key
 from tests.conftest import ROOT, smooth_picture
@@ -64,7 +64,7 @@ def test_from_pictures_to_a_table(faces, tiny_ldm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = in_process(overrides(faces, tiny_ldm))
     table = pd.read_csv("results/tables/tiny.csv")
-    assert list(table.columns) == tables.TIDY
+    assert list(table.columns) == results.TIDY
     assert set(table["view"]) == {"original", "reconstructed", "anonymized", "recovered", "wrong_key"}
     assert (table["n"] == 5).all()
     assert "random weights stand in for LDM-FFHQ" in Path("results/tables/tiny.md").read_text()

@@ -9,20 +9,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from experiments.tables import (
-    COSTS,
-    METHODS,
-    STATISTICS,
-    TIDY,
-    Reference,
-    arrow,
-    build,
-    collect,
-    known_experiments,
-    main,
-    read_paper,
-    table,
-)
+from experiments.harness.layout import METHODS, arrow
+from experiments.harness.paper import Reference, read_paper
+from experiments.harness.results import COSTS, STATISTICS, TIDY, build, collect, known_experiments, table
+from experiments.tables import main
 from keyanon.types import About
 
 ROOT = Path(__file__).parents[1]
