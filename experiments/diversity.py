@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig
 
 from experiments.harness import preflight, results
+from experiments.harness.meaning import Meanings
 from experiments.run import shown
 from keyanon import runner
 from keyanon.batching import batches, filled, padded
@@ -34,10 +35,16 @@ from keyanon.channel.keys import experiment_key
 from keyanon.channel.pixels import to_floats
 from keyanon.measures.biometrics import Statistic, mean_statistic, w2_squared
 from keyanon.measures.scorers import frechet_distance
-from keyanon.types import Anonymizer, Dataset, Recognizer
+from keyanon.types import COSINE, Anonymizer, Dataset, Recognizer, Summary
 
 Vectors = NDArray[np.float64]  # (keys, pictures, d): unit rows; of NaN where no face was found
 SHUFFLES = 20  # of the clean pictures, whose pairs are the strangers
+
+SUMMARIES = {
+    "cosine_between_keys": Summary("mean cosine between two keys of one picture", "lower"),
+    "w2_squared": Summary("squared 2-Wasserstein distance to pairs of strangers", "lower"),
+    "frechet": Summary("Fréchet distance of the embeddings to those of clean pictures", "lower"),
+}
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +159,8 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
             for id, value in zip(ids, np.nanmean(between_keys(versions), axis=0), strict=True)
         ]
     ).assign(**common)
-    results.commit(cfg.name, statistics[results.STATISTICS], scores[results.SCORES])
+    said = Meanings(runner.VIEWS, dict.fromkeys(recognizers, COSINE), SUMMARIES)
+    results.commit(cfg.name, statistics[results.STATISTICS], scores[results.SCORES], said)
     return results.build(cfg.name)
 
 

@@ -28,17 +28,21 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments.harness import preflight, results
+from experiments.harness.meaning import Meanings
 from experiments.harness.statistics import averages
 from experiments.run import shown
 from keyanon import runner
 from keyanon.batching import batches, padded
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import Solver
-from keyanon.measures.gaussianity import PATCH, generator_of, measure
-from keyanon.types import Dataset, FaceParser
+from keyanon.measures.biometrics import AVERAGES
+from keyanon.measures.gaussianity import MEASURES, PATCH, generator_of, measure
+from keyanon.types import Dataset, FaceParser, Measure, View
 
 CONTROL = "standard normal"
 WHOLE, FACE = "noise", "noise in the face"
+VIEWS = dict.fromkeys((WHOLE, FACE), View("noise"))
+ROUND_TRIP = {"round_trip": Measure("noise", "", "lower", "|sample(z_T) - z_0| / |z_0|")}
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +133,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
         ]
     ).assign(experiment=cfg.name, dataset=choices["dataset"], notes=title)[results.STATISTICS]
 
-    results.commit(cfg.name, statistics, scores)
+    results.commit(cfg.name, statistics, scores, Meanings(VIEWS, {**MEASURES, **ROUND_TRIP}, AVERAGES))
     return results.build(cfg.name)
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,18 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.harness import preflight, provenance, results
+from experiments.harness.meaning import meanings
 from experiments.harness.plots import contact_sheet
 from experiments.harness.shards import FailedShard, Shards, numbers, one_line, settled, sharded
 from experiments.harness.statistics import write_statistics
 from experiments.harness.tracking import Tracker
 from keyanon import runner
+from keyanon.attacks.views import by_view
 from keyanon.channel.headers import BadHeader
 from keyanon.channel.keys import BadKey, MasterKey
 from keyanon.channel.whole import write_whole
 from keyanon.diffusion.model import BadModel, LatentDiffusion
-from keyanon.types import Anonymizer, BadPicture, Dataset, Recognizer
+from keyanon.types import Anonymizer, Attack, BadPicture, Dataset, Recognizer, Scorer
 from keyanon.weights import MissingWeights, WrongWeights
 
 log = logging.getLogger(__name__)
@@ -103,6 +106,8 @@ class Cell:
     dataset: Dataset
     ids: Sequence[str]
     recognizers: Mapping[str, Recognizer]
+    attacks: Mapping[str, Attack]
+    scorers: Mapping[str, Scorer]
     question: dict[str, Any]
     anonymizer: str
     folder: Path
@@ -124,6 +129,7 @@ def run(cfg: DictConfig, choices: dict[str, Any], swept: Sequence[str] = (), arg
     attacks, recognizers, scorers = (
         instantiate(group, _convert_="all") for group in (cfg.attacks, cfg.recognizers, cfg.scorers)
     )
+    attacks = by_view(attacks)
     tracker: Tracker = instantiate(cfg.wandb)
 
     problems = preflight.missing_parts(method, parser, recognizers, scorers)
@@ -148,10 +154,12 @@ def run(cfg: DictConfig, choices: dict[str, Any], swept: Sequence[str] = (), arg
     folder.mkdir(parents=True, exist_ok=True)
     log.info("%s: %d pictures, key %s", folder, len(mine), key.fingerprint)
     measures = {group: OmegaConf.to_container(cfg[group], resolve=True) for group in MEASURES}
-    same_attacks(folder, measures["attacks"])
+    same_attacks(folder, attacks)
     _, count = numbers(cfg.shard)
     shards = Shards(folder, count, provenance.signature({"ids": list(ids), **measures}))
-    cell = Cell(cfg, choices, method, dataset, ids, recognizers, question, name, folder, shards, tracker)
+    cell = Cell(
+        cfg, choices, method, dataset, ids, recognizers, attacks, scorers, question, name, folder, shards, tracker
+    )
 
     def evaluations() -> int:
         return sum(model.evaluations.total() for model in models)
@@ -215,6 +223,8 @@ def publish(cell: Cell, done: Sequence[str]) -> None:
         "device": torch.device(cfg.device).type,
         **provenance.record(),
     }
+    said = meanings(cell.scorers, cell.recognizers, cell.attacks, cell.method, cfg.far)
+    write_whole(folder / "meanings.csv", said.csv())
     write_whole(folder / "run.json", json.dumps(record, indent=2).encode() + b"\n")
     sheet = draw_sheet(folder, ids)
     cell.tracker(f"{cfg.name}-{folder.name}", record, statistics, sheet)
@@ -315,17 +325,23 @@ def draw_sheet(folder: Path, ids: Sequence[str]) -> Path | None:
     return path
 
 
-def same_attacks(folder: Path, attacks: Any) -> None:
+def same_attacks(folder: Path, attacks: Mapping[str, Attack]) -> None:
     """Refuse to mix two attacks under one view's name: pictures made with other settings are already there."""
     (folder / "attacks").mkdir(parents=True, exist_ok=True)
-    for view, settings in attacks.items():
-        path = folder / "attacks" / f"{view}.json"
+    for view, attack in attacks.items():
+        path, settings = folder / "attacks" / f"{view}.json", settings_of(attack)
         if not path.exists():
-            write_whole(path, json.dumps(settings, indent=2).encode())
-        elif json.loads(path.read_text()) != settings:
+            write_whole(path, settings.encode())
+        elif path.read_text("utf-8") != settings:
             raise ValueError(
                 f"{folder / view} holds pictures of this attack with other settings; rename the attack or delete it"
             )
+
+
+def settings_of(attack: Attack) -> str:
+    """What an attack is and does: a function with its arguments, or an object with its fields."""
+    what, settings = (attack.func, attack.keywords) if isinstance(attack, partial) else (type(attack), vars(attack))
+    return json.dumps({"what": f"{what.__module__}.{what.__qualname__}", **settings}, indent=2, default=repr)
 
 
 def own_weights(method: Any) -> list[str | None]:

@@ -27,11 +27,13 @@ from safetensors.torch import save
 from tabulate import tabulate
 
 from experiments.harness import layout, preflight, provenance, results
+from experiments.harness.meaning import Meanings
 from experiments.harness.plots import share_curve
 from experiments.run import shown
 from keyanon import runner
 from keyanon.attacks import leakage
 from keyanon.attacks.attackers import (
+    VIEWS,
     Case,
     Files,
     Found,
@@ -41,13 +43,14 @@ from keyanon.attacks.attackers import (
     laws,
     publish,
     published_key,
+    summaries,
 )
 from keyanon.attacks.leakage import Method
 from keyanon.channel.keys import experiment_key
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.channel.whole import write_whole
 from keyanon.measures.biometrics import Floats, Statistic, cosine, threshold_at_far
-from keyanon.types import Dataset, FaceParser, Image, Key, Recognizer
+from keyanon.types import COSINE, Dataset, FaceParser, Image, Key, Measure, Recognizer, View
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +120,12 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
         ],
         columns=[column for column in results.SCORES if column != "dataset"],
     ).assign(dataset=choices["dataset"])[results.SCORES]
-    results.commit(cfg.name, statistics, scores)
+    said = Meanings(
+        {one.view: VIEWS.get(one.view, View("attacked")) for _, one in found},
+        {one.scorer: COSINE if one.scorer in recognizers else one.measure for _, one in found},
+        summaries(cfg.far),
+    )
+    results.commit(cfg.name, statistics, scores, said)
     rows = results.build(cfg.name)
     write_whole(Path("results/tables") / f"{cfg.name}.beside.md", beside(rows, [*methods, "Argon2id"]).encode())
     share_curve(statistics, "right signs ", Path("results/plots") / f"{cfg.name}.svg")
@@ -176,7 +184,10 @@ def kept_findings(path: Path, attack: Callable[[Case], Iterator[Found]], case: C
     """What an attack found, in this run or in one before."""
     if not path.exists():
         write_whole(path, json.dumps([asdict(one) for one in attack(case)]).encode())
-    return [Found(**one | {"statistic": Statistic(**one["statistic"])}) for one in json.loads(path.read_text("utf-8"))]
+    return [
+        Found(**one | {"statistic": Statistic(**one["statistic"]), "measure": Measure(**one["measure"])})
+        for one in json.loads(path.read_text("utf-8"))
+    ]
 
 
 # Who is attacked

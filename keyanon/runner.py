@@ -45,6 +45,7 @@ from keyanon.types import (
     Image,
     Key,
     Mask,
+    Measure,
     Picture,
     Published,
     Recognizer,
@@ -52,6 +53,7 @@ from keyanon.types import (
     Reversible,
     Scorer,
     Scores,
+    View,
 )
 
 ORIGINAL, MASK, ANONYMIZED, RECOVERED, GALLERY = "original", "mask", "anonymized", "recovered", "gallery"
@@ -65,6 +67,13 @@ COST_SCHEMA = pa.schema(
 )
 SKIPPED_SCHEMA = pa.schema([("id", pa.string()), ("reason", pa.string())])
 HEADER_BYTES = "header_bytes"  # a score of every anonymized picture: what it carries besides its pixels
+VIEWS = {
+    ORIGINAL: View("clean"),
+    RECONSTRUCTED: View("clean"),
+    ANONYMIZED: View("anonymized"),
+    RECOVERED: View("recovered"),
+}
+MEASURES = {HEADER_BYTES: Measure("cost", "bytes", "lower", "what a file carries besides its pixels")}
 IO_WORKERS = 4
 
 

@@ -10,29 +10,29 @@ from typing import Any
 import pandas as pd
 from tabulate import LATEX_ESCAPE_RULES, tabulate
 
+from experiments.harness.meaning import Meanings
 from experiments.harness.paper import CELL, Reference
+from keyanon.types import COSINE, Measure, Summary
 
 METHODS = [
     "dataset", "anonymizer", "kind", "recovery_input", "key_bits", "effective_key_bits", "code_licence",
     "weights_licence", "source",
 ]  # fmt: skip
 BITS = {"key_bits": "Int64", "effective_key_bits": "Int64"}
-CLEAN, ANONYMIZED, RECOVERED, ATTACKED, INVERTED = (
-    "Clean pictures",
-    "Anonymized",
-    "Recovered with the right key",
-    "Attacks and wrong keys",
-    "Inverted noise",
-)
-RECOGNIZERS = ("facenet", "arcface", "adaface", "mobilefacenet", "dlib", "sface")
-KINDS = ("control", "irreversible", "keyless", "keyed")  # keyanon.types.About
-STATISTIC_NAMES = {
-    "std": "standard deviation",
-    "set": "over the whole set",
-    "w2_squared": "squared 2-Wasserstein distance to pairs of strangers",
-    "cosine_between_keys": "mean cosine between two keys of one picture",
-    "frechet": "Fréchet distance of the embeddings to those of clean pictures",
+ROLES = {
+    "clean": "Clean pictures",
+    "anonymized": "Anonymized",
+    "recovered": "Recovered with the right key",
+    "attacked": "Attacks and wrong keys",
+    "noise": "Inverted noise",
+    "": "Views of no declared role",
 }
+SUBJECTS = {  # of a grid's title: the first kind that stands in the grid
+    "identity": COSINE.label,
+    "picture": "picture measures",
+    "noise": "measures of the noise",
+}
+KINDS = ("control", "irreversible", "keyless", "keyed")  # keyanon.types.About
 LEGEND = (
     "Ours with its 95 % bootstrap interval in brackets. reconstructed: D(E(x)), what the autoencoder alone makes of a picture. "
     "n: pictures or comparisons that count; undefined: those that "
@@ -53,17 +53,20 @@ def sections(
     paper: Sequence[Reference],
     methods: pd.DataFrame,
     costs: pd.DataFrame,
+    meanings: Meanings,
 ) -> Iterator[tuple[str, list[Grid]]]:
     """Each dataset's heading and grids."""
     by_cell = {reference.cell: reference for reference in paper}
     kinds = dict(zip(methods.anonymizer, methods.kind, strict=True))
     for dataset, heading in headings.items():
         cells = rows[rows.dataset == dataset]
-        compared = [side_by_side(cells, kinds, costs[costs.dataset == dataset])] if len(kinds) > 1 else []
-        yield heading, [*compared, *grids(originals_once(cells), by_cell, kinds)]
+        compared = [side_by_side(cells, kinds, costs[costs.dataset == dataset], meanings)] if len(kinds) > 1 else []
+        yield heading, [*compared, *grids(originals_once(cells), by_cell, kinds, meanings)]
 
 
-def grids(cells: pd.DataFrame, paper: Mapping[tuple[str, ...], Reference], kinds: Mapping[str, str]) -> Iterator[Grid]:
+def grids(
+    cells: pd.DataFrame, paper: Mapping[tuple[str, ...], Reference], kinds: Mapping[str, str], meanings: Meanings
+) -> Iterator[Grid]:
     """One dataset's rows of a table as grids: anonymizers and views down, scorers across. Where the kinds of anonymizers are
     known, those of a kind stand together under its name.
     """
@@ -74,12 +77,13 @@ def grids(cells: pd.DataFrame, paper: Mapping[tuple[str, ...], Reference], kinds
     for row in rows:
         behind_mean = row.statistic == "std" and (row.anonymizer, row.view, row.scorer) in means
         if not (behind_mean and row.verdict == "no-reference"):
-            group = groups[aim(row.view), row.statistic, is_recognizer(row.scorer)]
+            group = groups[role_of(row.view, meanings), row.statistic, is_identity(row.scorer, meanings)]
             group[row.anonymizer, row.view][row.scorer] = row
-    order = (CLEAN, ANONYMIZED, RECOVERED, ATTACKED, INVERTED)
-    for (wanted, statistic, identity), lines in sorted(groups.items(), key=lambda item: order.index(item[0][0])):
+    order = list(ROLES)
+    for (role, statistic, _), lines in sorted(groups.items(), key=lambda item: order.index(item[0][0])):
         scorers = list(dict.fromkeys(scorer for line in lines.values() for scorer in line))
-        columns = [f"{scorer} {arrow(wanted, scorer, statistic)}".rstrip() for scorer in scorers]
+        summary = meanings.statistics.get(statistic)
+        columns = [f"{name} {arrow(role, meanings.scorers.get(name), summary)}".rstrip() for name in scorers]
         body: list[list[str]] = []
         heading = ""
         for (anonymizer, view), line in lines.items():
@@ -93,29 +97,31 @@ def grids(cells: pd.DataFrame, paper: Mapping[tuple[str, ...], Reference], kinds
                 ours[scorer] = ours_text(row, spread)
                 theirs[scorer] = paper_text(row, paper.get(tuple(getattr(row, key) for key in CELL)))
             counts = [between([row.n for row in ran]), between([row.undefined for row in ran])]
-            body.append([anonymizer, view, "ours", *counts, *ours.values()])
+            body.append([anonymizer, view_label(view, meanings), "ours", *counts, *ours.values()])
             if any(theirs.values()):
                 body.append(["", "", "paper", "", "", *theirs.values()])
-        title = f"{wanted}: {statistic_name(statistic, identity)}"
+        title = f"{ROLES[role]}: {subject(statistic, scorers, meanings)}"
         if any("±" in text for line in body for text in line):
             title += " ± standard deviation"
         yield Grid(title, ["anonymizer", "view", "", "n", "undefined", *columns], body)
 
 
-def side_by_side(cells: pd.DataFrame, kinds: Mapping[str, str], costs: pd.DataFrame) -> Grid:
+def side_by_side(cells: pd.DataFrame, kinds: Mapping[str, str], costs: pd.DataFrame, meanings: Meanings) -> Grid:
     """One dataset's methods, one a row: what published pictures show, what comes back of the file, and what it takes.
 
     Columns that name no view are of the anonymized pictures.
     """
     measured = {(row.anonymizer, row.view, row.scorer, row.statistic): row for row in cells.itertuples()}
     seconds: dict[Any, float] = costs.set_index(["anonymizer", "view"])["seconds"].to_dict()
-    recognizers = [scorer for scorer in cells.scorer.unique() if is_recognizer(scorer)]
+    recognizers = [scorer for scorer in cells.scorer.unique() if is_identity(scorer, meanings)]
     rates = [statistic for statistic in cells.statistic.unique() if re.fullmatch(r"tar@far=[\d.e-]+", statistic)]
     columns = {
         "detected": ("anonymized", "detected", "mean"),
         **{f"{name} cosine": ("anonymized", name, "mean") for name in recognizers},
         **{
-            f"{name} {statistic_name(rate, True)}": ("anonymized", name, rate) for rate in rates for name in recognizers
+            f"{name} {statistic_label(rate, meanings)}": ("anonymized", name, rate)
+            for rate in rates
+            for name in recognizers
         },
         **{f"{name}, recovered": ("recovered", name, "mean") for name in ("psnr_face", "ssim_face")},
         **{f"{name} cosine, recovered": ("recovered", name, "mean") for name in recognizers},
@@ -139,7 +145,7 @@ def side_by_side(cells: pd.DataFrame, kinds: Mapping[str, str], costs: pd.DataFr
         body.append(
             [*line, "-" if side is None else f"{side.ours:.0f}", *("-" if t is None else f"{t:.3g}" for t in times)]
         )
-    titles = [f"{name} {arrow(aim(place[0]), *place[1:])}".rstrip() for name, place in columns.items()]
+    titles = [f"{name} {arrow_of(*place, meanings)}".rstrip() for name, place in columns.items()]
     header = ["anonymizer", *titles, "side bytes", "seconds to anonymize", "to recover"]
     return Grid("Methods side by side", header, body)
 
@@ -153,42 +159,65 @@ def originals_once(cells: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([each[0].assign(anonymizer="all methods"), cells.drop(clean.index)])
 
 
-def aim(view: str) -> str:
-    if view in ("original", "reconstructed"):
-        return CLEAN
-    if view == "anonymized":
-        return ANONYMIZED
-    if view.startswith("noise"):
-        return INVERTED
-    return RECOVERED if view.startswith(("recovered", "jpeg")) else ATTACKED
+def role_of(view: str, meanings: Meanings) -> str:
+    return meanings.views[view].role if view in meanings.views else ""
 
 
-def is_recognizer(scorer: str) -> bool:
-    return scorer.startswith(RECOGNIZERS)
+def view_label(view: str, meanings: Meanings) -> str:
+    return (meanings.views[view].label if view in meanings.views else "") or view
 
 
-def arrow(aim: str, scorer: str, statistic: str) -> str:
-    """↑ where higher is better, ↓ where lower is, else nothing: recovery wants likeness, the rest wants none."""
-    name = statistic.partition("@")[0]
-    if scorer == "detected":
-        return "↑"
-    if scorer == "fid" or name in ("w2_squared", "cosine_between_keys", "frechet"):
-        return "↓"
-    faithful = aim in (CLEAN, RECOVERED)
-    if is_recognizer(scorer) and name in ("mean", "tar", "d_sys", "eer"):
-        return "↑" if faithful != (name == "eer") else "↓"
-    if faithful and name == "mean" and scorer in ("psnr", "ssim", "mae", "lpips"):
-        return "↑" if scorer in ("psnr", "ssim") else "↓"
-    return ""
+def is_identity(scorer: str, meanings: Meanings) -> bool:
+    return scorer in meanings.scorers and meanings.scorers[scorer].kind == "identity"
 
 
-def statistic_name(statistic: str, identity: bool) -> str:
-    if statistic == "mean":
-        return "cosine similarity to the original, mean" if identity else "picture measures, mean"
-    name, _, far = statistic.partition("@far=")
-    if far:
-        return f"{'TAR' if name == 'tar' else name} at FAR {far}"
-    return STATISTIC_NAMES.get(statistic, statistic)
+def arrow(role: str, measure: Measure | None, summary: Summary | None) -> str:
+    """↑ where higher is better, ↓ where lower is, else nothing.
+
+    Likeness to the original is good on clean and recovered views. On others, likeness of persons is bad, and likeness of pictures
+    neither. Nothing for names that nobody declared.
+    """
+    if measure is None or summary is None:
+        return ""
+    direction = summary.direction or measure.direction
+    if direction in ("alike", "apart"):
+        if role in ("clean", "recovered"):
+            return "↑" if direction == "alike" else "↓"
+        if role in ("anonymized", "attacked") and measure.kind == "identity":
+            return "↓" if direction == "alike" else "↑"
+    return {"higher": "↑", "lower": "↓"}.get(direction, "")
+
+
+def arrow_of(view: str, scorer: str, statistic: str, meanings: Meanings) -> str:
+    return arrow(role_of(view, meanings), meanings.scorers.get(scorer), meanings.statistics.get(statistic))
+
+
+def statistic_label(statistic: str, meanings: Meanings) -> str:
+    return (meanings.statistics[statistic].label if statistic in meanings.statistics else "") or statistic
+
+
+def subject(statistic: str, scorers: Sequence[str], meanings: Meanings) -> str:
+    """What a grid shows: its statistic, and of what, unless the statistic is no measure's value."""
+    label, summary = statistic_label(statistic, meanings), meanings.statistics.get(statistic)
+    if summary is None or summary.direction is not None:
+        return label
+    kinds = {meanings.scorers[scorer].kind for scorer in scorers if scorer in meanings.scorers}
+    return f"{next((text for kind, text in SUBJECTS.items() if kind in kinds), 'measures')}, {label}"
+
+
+def legend(rows: pd.DataFrame, meanings: Meanings) -> str:
+    """What each scorer of a table is, as far as it says so, and the names that nobody declared."""
+    named: dict[str, list[str]] = defaultdict(list)
+    for scorer in sorted(set(rows.scorer) & meanings.scorers.keys()):
+        measure = meanings.scorers[scorer]
+        text = ", in ".join(part for part in (measure.label, measure.unit) if part)
+        named[text].append(scorer)
+    parts = [f"{', '.join(scorers)}: {text}" for text, scorers in named.items() if text]
+    known = {"view": meanings.views, "scorer": meanings.scorers, "statistic": meanings.statistics}
+    strange = [name for column, names in known.items() for name in sorted(set(rows[column]) - names.keys())]
+    lines = [f"Scorers. {'; '.join(parts)}."] if parts else []
+    lines += [f"Not declared, and so without an arrow: {', '.join(strange)}."] if strange else []
+    return "\n\n".join(lines)
 
 
 def ours_text(row: Any, spread: float) -> str:
@@ -263,8 +292,11 @@ def markdown(
     shown: Sequence[tuple[str, list[Grid]]],
     paper: Sequence[Reference],
     methods: pd.DataFrame,
+    meanings: Meanings,
 ) -> str:
     parts = [f"# {rows.experiment.iloc[0]}", summary(rows), LEGEND]
+    if explained := legend(rows, meanings):
+        parts.append(explained)
     if not methods.empty:
         grid = consumed(methods, rows)
         parts += [f"## {grid.title}", tabulate(grid.rows, grid.header, tablefmt="pipe", disable_numparse=True)]

@@ -2,6 +2,7 @@
 
     run folders --collect--> results/scores/<experiment>.parquet             (committed)
     scores + results/paper/<experiment>.yaml --table--> results/tables/<experiment>.{md,tex,csv}
+    run folders --> results/scores/<experiment>.meanings.csv                 (what its names mean, as declared)
     run folders --> results/scores/<experiment>.costs.csv --> results/tables/<experiment>.costs.md    (of one machine)
 
 A table is a pure function of committed files. The CSV has every cell, one a row; Markdown and LaTeX show the same cells
@@ -10,7 +11,9 @@ below.
 """
 
 import json
+import operator
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from experiments.harness.layout import BITS, METHODS, latex, markdown, sections, titles
+from experiments.harness.meaning import Meanings, read_meanings
 from experiments.harness.paper import CELL, Reference, read_paper
 from keyanon.channel.whole import write_whole
 from keyanon.runner import read_costs
@@ -33,7 +37,7 @@ def build(experiment: str, runs: Sequence[Path] = (), results: Path = RESULTS) -
     """Commit the scores of `runs`, if any are given, then write the experiment's tables from what is committed."""
     scores, references = results / "scores" / f"{experiment}.parquet", results / "paper" / f"{experiment}.yaml"
     if runs:
-        commit(experiment, collect(runs, experiment), collect_scores(runs), results)
+        commit(experiment, collect(runs, experiment), collect_scores(runs), collect_meanings(runs), results)
     if not scores.is_file() and not references.is_file():
         raise FileNotFoundError(
             f"{experiment}: neither {scores} nor {references} exists; "
@@ -51,16 +55,21 @@ def build(experiment: str, runs: Sequence[Path] = (), results: Path = RESULTS) -
     costs = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=COSTS)
     if not costs.empty:
         write_costs(experiment, costs, results)
+    meanings = read_meanings(results / "paper" / "meanings.csv") if paper else Meanings()
+    meanings |= read_meanings(results / "scores" / f"{experiment}.meanings.csv")
     rows = table(statistics, paper, experiment)
-    write(rows, titles(rows, statistics), paper, methods, costs, results / "tables")
+    write(rows, titles(rows, statistics), paper, methods, costs, meanings, results / "tables")
     return rows
 
 
-def commit(experiment: str, statistics: pd.DataFrame, scores: pd.DataFrame, results: Path = RESULTS) -> None:
+def commit(
+    experiment: str, statistics: pd.DataFrame, scores: pd.DataFrame, meanings: Meanings, results: Path = RESULTS
+) -> None:
     """Write what a table is made from, with the columns STATISTICS and SCORES."""
     (results / "scores").mkdir(parents=True, exist_ok=True)
     for table, suffix in ((statistics, "parquet"), (scores, "scores.parquet")):
         write_whole(results / "scores" / f"{experiment}.{suffix}", table.to_parquet(index=False))
+    write_whole(results / "scores" / f"{experiment}.meanings.csv", meanings.csv())
 
 
 def write(
@@ -69,13 +78,14 @@ def write(
     paper: Sequence[Reference],
     methods: pd.DataFrame,
     costs: pd.DataFrame,
+    meanings: Meanings,
     folder: Path,
 ) -> None:
     """Write <experiment>.md, .tex and .csv into `folder`; each appears whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    experiment, shown = rows.experiment.iloc[0], list(sections(rows, headings, paper, methods, costs))
+    experiment, shown = rows.experiment.iloc[0], list(sections(rows, headings, paper, methods, costs, meanings))
     texts = {
-        "md": markdown(rows, shown, paper, methods),
+        "md": markdown(rows, shown, paper, methods, meanings),
         "tex": latex(experiment, shown),
         "csv": rows.to_csv(index=False, float_format="%.6g", lineterminator="\n"),
     }
@@ -182,6 +192,11 @@ def collect_methods(runs: Sequence[Path]) -> pd.DataFrame:
         if "about" in about
     ]
     return pd.DataFrame(rows, columns=METHODS).astype(BITS)
+
+
+def collect_meanings(runs: Sequence[Path]) -> Meanings:
+    """What the names of run folders mean; nothing of runs that did not take it down."""
+    return reduce(operator.or_, (read_meanings(run / "meanings.csv") for run in runs), Meanings())
 
 
 def read_about(run: Path) -> dict[str, Any]:

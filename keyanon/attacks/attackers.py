@@ -26,7 +26,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ from keyanon.channel.streams import normals, signs
 from keyanon.faces.parsing import EllipseParser
 from keyanon.faces.recognition import with_places_of
 from keyanon.measures.biometrics import (
+    AVERAGES,
     Floats,
     Statistic,
     cosine,
@@ -51,13 +52,27 @@ from keyanon.measures.biometrics import (
     quantile_statistic,
     rate_statistic,
     verification_statistics,
+    verification_summaries,
 )
 from keyanon.measures.gaussianity import MEASURES, generator_of, measure
 from keyanon.measures.scorers import psnr_face
 from keyanon.methods.exact import Exact, pixels
 from keyanon.methods.signflip import SignFlip
 from keyanon.methods.transforms import BandRotation
-from keyanon.types import Attack, Image, Key, Latent, Mask, Published, Recognizer
+from keyanon.types import (
+    COSINE,
+    Attack,
+    Image,
+    Key,
+    Latent,
+    Mask,
+    Measure,
+    Published,
+    Recognizer,
+    Summary,
+    View,
+    declared,
+)
 
 SEEDS = 2**32
 DICTIONARY = 2**30
@@ -67,9 +82,27 @@ CONTROLS = ("strangers", "fresh face")
 PASSWORD = "everyone may know this password"
 HOUR, YEAR = 3600, 365.25 * 86400  # seconds
 MIB = 1024  # KiB
+VIEWS = {"original": View("clean"), "anonymized": View("anonymized"), "recovered": View("recovered")}  # others: attacks
+FACE = cast(Measure, declared(psnr_face))
+COST, ATTACK = Measure("cost"), Measure("attack")
 ORACLES = tuple(name for name in MEASURES if name != "ks_passed")
 
 log = logging.getLogger(__name__)
+
+
+def summaries(far: float) -> dict[str, Summary]:
+    """What the statistics of this battery tell, by name."""
+    return {
+        **AVERAGES,
+        **verification_summaries(far),
+        **leakage.SUMMARIES,
+        "p90": Summary(),
+        "max": Summary(),
+        "rate": Summary(direction="none"),
+        f"median share to pass at far={far:g}": Summary(direction="none"),
+        "seconds per guess": Summary(direction="none"),
+        "years for 2^30 guesses": Summary(direction="none"),
+    }
 
 
 @dataclass(frozen=True)
@@ -80,6 +113,7 @@ class Found:
     scorer: str
     statistic: Statistic
     values: Mapping[str, float] = field(default_factory=dict)
+    measure: Measure = ATTACK  # of `scorer`, unless that is a recognizer's name
 
 
 @dataclass(frozen=True)
@@ -276,7 +310,7 @@ def known_plaintext(case: Case, *, pictures: int | None, pairs: Sequence[int]) -
 def opened(case: Case, view: str, out: Image, face: Mask, targets: slice) -> Iterator[Found]:
     """How like their originals the pictures `out` are that somebody without the key has opened."""
     ids = case.people.ids[targets]
-    yield averaged(case, view, "psnr_face", psnr_face(out, case.people.pictures[targets], face).tolist(), ids)
+    yield averaged(case, view, "psnr_face", psnr_face(out, case.people.pictures[targets], face).tolist(), ids, FACE)
     for name, recognizer in case.people.recognizers.items():
         cosines = (embeddings_of(recognizer, out) * case.people.clean[name][targets]).sum(1)
         yield averaged(case, view, name, cosines, ids)
@@ -369,8 +403,8 @@ def seed_search(case: Case, *, pictures: int, tried: int) -> Iterator[Found]:
     right = [float(seed == key.seed) for (seed, _, _), key in zip(results, keys, strict=True)]
     yield averaged(case, view, f"right seed of {tried}", right, ids)
     yield averaged(case, view, "agreement in deviations", [agreement for _, agreement, _ in results], ids)
-    yield averaged(case, view, "seeds per second", [rate for _, _, rate in results], ids)
-    yield averaged(case, view, f"hours for {SEEDS:,}", [SEEDS / rate / HOUR for _, _, rate in results], ids)
+    yield averaged(case, view, "seeds per second", [rate for _, _, rate in results], ids, COST)
+    yield averaged(case, view, f"hours for {SEEDS:,}", [SEEDS / rate / HOUR for _, _, rate in results], ids, COST)
 
 
 def identities(case: Case, *, pictures: int | None) -> Iterator[Found]:
@@ -445,7 +479,7 @@ def laws(case: Case, found: Sequence[Found]) -> Iterator[Found]:
         for view, own in cosines.items():
             for control, others in controls.items():
                 for statistic in leakage.same_law(own, others):
-                    yield Found(view, f"{name} beside {control}", statistic)
+                    yield Found(view, f"{name} beside {control}", statistic, measure=COSINE)
 
 
 def firsts(people: People, values: Mapping[str, float]) -> Floats:
@@ -514,7 +548,7 @@ def learned(case: Case, *, pictures: int | None, people: int, steps: int) -> Ite
             yield from recognized(case, f"learned: {pairs_of}, {len(ids)} others, {learner}", rows)
         face = pixels(files.mask, who.pictures)
         view = f"learned: {pairs_of}, {len(ids)} others, de-anonymizer"
-        yield averaged(case, view, "psnr_face", psnr_face(restored, who.pictures, face).tolist())
+        yield averaged(case, view, "psnr_face", psnr_face(restored, who.pictures, face).tolist(), measure=FACE)
 
 
 def magnitudes(files: Files) -> Floats:
@@ -591,7 +625,9 @@ def noise_oracle(case: Case, *, pictures: int | None, wrong_keys: int) -> Iterat
             for name in ORACLES:
                 values[name][row, column] = found[name]
     for name, table in values.items():
-        yield Found("right key told by z_T", name, leakage.auc_statistic(table[:, :1], table[:, 1:]))
+        yield Found(
+            "right key told by z_T", name, leakage.auc_statistic(table[:, :1], table[:, 1:]), measure=MEASURES[name]
+        )
 
 
 def tampering(case: Case, *, pictures: int | None) -> Iterator[Found]:
@@ -621,7 +657,13 @@ def tampering(case: Case, *, pictures: int | None) -> Iterator[Found]:
         yield Found(f"tampering: {what}", "refused", rate_statistic(refused, owners, 0, "rate"))
     back = case.recovered("tampered", replace(files, images=changed), files.keys)
     face = pixels(files.mask, people.pictures)
-    yield averaged(case, "tampering: one bit of a pixel", "psnr_face", psnr_face(back, people.pictures, face).tolist())
+    yield averaged(
+        case,
+        "tampering: one bit of a pixel",
+        "psnr_face",
+        psnr_face(back, people.pictures, face).tolist(),
+        measure=FACE,
+    )
 
 
 def password_dictionary(*, settings: Sequence[Mapping[str, int]], guesses: int) -> Iterator[Found]:
@@ -635,8 +677,8 @@ def password_dictionary(*, settings: Sequence[Mapping[str, int]], guesses: int) 
         seconds = leakage.argon2_seconds(one["iterations"], one["memory"] * MIB, one["lanes"], guesses)
         cost = mean_statistic(seconds, name="seconds per guess")
         years = [bound * DICTIONARY / YEAR for bound in (cost.value, cost.low, cost.high)]
-        yield Found("password dictionary", name, cost)
-        yield Found("password dictionary", name, Statistic("years for 2^30 guesses", cost.n, 0, *years))
+        yield Found("password dictionary", name, cost, measure=COST)
+        yield Found("password dictionary", name, Statistic("years for 2^30 guesses", cost.n, 0, *years), measure=COST)
 
 
 # Keys, pictures in, values out
@@ -648,13 +690,20 @@ def published_key(off: bool = False) -> MasterKey:
     return Recipe(salt).derive(PASSWORD[:-1] + chr(ord(PASSWORD[-1]) ^ off))
 
 
-def averaged(case: Case, view: str, scorer: str, values: Any, ids: Sequence[str] | None = None) -> Found:
+def averaged(
+    case: Case,
+    view: str,
+    scorer: str,
+    values: Any,
+    ids: Sequence[str] | None = None,
+    measure: Measure = ATTACK,
+) -> Found:
     """The mean over pictures, by default all of them, with its interval over people."""
     ids = case.people.ids if ids is None else ids
     people = dict(zip(case.people.ids, case.people.names, strict=True))
     numbers = [float(value) for value in values]
     statistic = mean_statistic(numbers, [people[id] for id in ids])
-    return Found(view, scorer, statistic, dict(zip(ids, numbers, strict=True)))
+    return Found(view, scorer, statistic, dict(zip(ids, numbers, strict=True)), measure)
 
 
 def embeddings_of(recognizer: Recognizer, images: Image) -> Floats:
