@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from hydra import compose, initialize_config_dir
 
 from experiments.harness import results
 from experiments.run import run, same_attacks, sharded, telling
+from keyanon.attacks.views import Jpeg
 from keyanon.channel.keys import Recipe, write_key, write_new_key
 from tests.conftest import ROOT, smooth_picture
 
@@ -67,7 +69,12 @@ def test_from_pictures_to_a_table(faces, tiny_ldm, tmp_path, monkeypatch):
     assert list(table.columns) == results.TIDY
     assert set(table["view"]) == {"original", "reconstructed", "anonymized", "recovered", "wrong_key"}
     assert (table["n"] == 5).all()
-    assert "random weights stand in for LDM-FFHQ" in Path("results/tables/tiny.md").read_text()
+    markdown = Path("results/tables/tiny.md").read_text()
+    assert "random weights stand in for LDM-FFHQ" in markdown
+    assert (
+        "psnr_face ↑" in markdown.split("### Recovered with the right key: picture measures, mean")[1].splitlines()[2]
+    )
+    assert "Not declared" not in markdown
     skipped = pd.read_csv(folder / "skipped.csv", index_col="id")["reason"]
     assert set(skipped.index) == {"broken", "cut"}
     record = json.loads((folder / "run.json").read_text())
@@ -224,10 +231,13 @@ def test_shard_arithmetic():
 
 
 def test_a_view_is_not_mixed_from_two_attacks(tmp_path):
-    same_attacks(tmp_path, {"jpeg": {"quality": 90}})
-    same_attacks(tmp_path, {"jpeg": {"quality": 90}, "other": {}})
+    same_attacks(tmp_path, {"jpeg": Jpeg(90)})
+    same_attacks(tmp_path, {"jpeg": Jpeg(90), "other": partial(sharded, shard="1/2")})
+    same_attacks(tmp_path, {"other": partial(sharded, shard="1/2")})
+    with pytest.raises(ValueError, match="other holds pictures of this attack with other settings"):
+        same_attacks(tmp_path, {"other": partial(sharded, shard="2/2")})
     with pytest.raises(ValueError, match="other settings"):
-        same_attacks(tmp_path, {"jpeg": {"quality": 50}})
+        same_attacks(tmp_path, {"jpeg": Jpeg(50)})
 
 
 def test_a_sweep_makes_one_table_with_a_row_for_each_cell(faces, tiny_ldm, tmp_path):
