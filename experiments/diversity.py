@@ -24,6 +24,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments.harness.command import start
+from experiments.harness.meaning import Meanings
 from experiments.harness.session import Cell, Result, Session, begin, fill, model_notes, plain, show
 from experiments.harness.statistics import of, vectors
 from keyanon import runner
@@ -35,9 +36,14 @@ from keyanon.measures.biometrics import Floats, Statistic, mean_statistic, w2_sq
 from keyanon.measures.scorers import frechet_distance
 from keyanon.run_folder import ANONYMIZED, read_parts
 from keyanon.runner import Observed
-from keyanon.types import Anonymizer, Embeddings, Image, Mask, Recognizer
+from keyanon.types import COSINE, Anonymizer, Embeddings, Image, Mask, Recognizer, Summary
 
 Vectors = Floats  # (keys, pictures, d): unit rows; of NaN where no face was found
+SUMMARIES = {
+    "cosine_between_keys": Summary("mean cosine between two keys of one picture", "lower"),
+    "w2_squared": Summary("squared 2-Wasserstein distance to pairs of strangers", "lower"),
+    "frechet": Summary("Fréchet distance of the embeddings to those of clean pictures", "lower"),
+}
 SHUFFLES = 20  # of the clean pictures, whose pairs are the strangers
 
 
@@ -132,7 +138,8 @@ def fill_row(session: Session, cell: Cell, method: Anonymizer) -> bool:
             statistics += [(ANONYMIZED, name, statistic) for statistic in found]
             means = np.nanmean(between_keys(versions), axis=0)
             scores.append(pd.DataFrame({"id": order, "view": ANONYMIZED, "scorer": name, "value": means}))
-        return Result(statistics, pd.concat(scores, ignore_index=True))
+        said = Meanings(runner.VIEWS, dict.fromkeys(session.recognizers, COSINE), SUMMARIES)
+        return Result(statistics, pd.concat(scores, ignore_index=True), said)
 
     return fill(session, cell, work, conclude)
 

@@ -21,17 +21,21 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments.harness.command import start
+from experiments.harness.meaning import Meanings
 from experiments.harness.session import Cell, Result, Session, begin, fill, model_notes, plain, scores_of, show
 from experiments.harness.statistics import averages
 from keyanon import runner
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import Solver
+from keyanon.measures.biometrics import AVERAGES
 from keyanon.measures.gaussianity import MEASURES, PATCH, generator_of, measure
 from keyanon.runner import Observed
-from keyanon.types import FaceParser, Image, Mask
+from keyanon.types import FaceParser, Image, Mask, Measure, View
 
 CONTROL = "standard normal"
 WHOLE, FACE = "noise", "noise in the face"
+ROUND_TRIP = {"round_trip": Measure("noise", "", "lower", "|sample(z_T) - z_0| / |z_0|")}
+MEANINGS = Meanings(dict.fromkeys((WHOLE, FACE), View("noise")), {**MEASURES, **ROUND_TRIP}, AVERAGES)
 
 
 def look(
@@ -85,7 +89,8 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], _: Sequence[str] = (), comm
 
 def row(session: Session, name: str, solver: Solver | None, backbone: LatentDiffusion) -> Cell:
     cfg, choices = session.cfg, session.choices
-    notes = [*map(str, cfg.notes), *model_notes(cfg.backbone, choices["backbone"], choices["parser"])]
+    stand_in = ["bundled model, which stands in for LDM-FFHQ"] if cfg.backbone.source.startswith("bundled:") else []
+    notes = [*stand_in, *map(str, cfg.notes), *model_notes(cfg.backbone, choices["backbone"], choices["parser"])]
     question = {"backbone": plain(cfg.backbone), "solver": repr(solver)}
     return session.cell(name, question, [*notes, f"mmd2 of {PATCH} x {PATCH} patches"], backbone)
 
@@ -98,7 +103,7 @@ def fill_row(session: Session, cell: Cell, solver: Solver | None, backbone: Late
 
     def conclude(ids: Sequence[str]) -> Result:
         scores = scores_of(cell.folder, ids)
-        return Result(list(averages(scores, session.people)), scores)
+        return Result(list(averages(scores, session.people)), scores, MEANINGS)
 
     return fill(session, cell, work, conclude)
 

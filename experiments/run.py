@@ -6,6 +6,7 @@ folder at once: each makes and scores its own pictures, and the last to end aver
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +34,24 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     import pandas as pd
     from hydra.utils import instantiate
 
+    from experiments.harness.meaning import meanings
     from experiments.harness.session import Result, begin, fill, plain, scores_of, show
     from experiments.harness.shards import sharded
     from experiments.harness.statistics import averages, scores_of_enrolled, verification
     from keyanon import runner
+    from keyanon.attacks.views import by_view
     from keyanon.measures.scorers import Against
     from keyanon.run_folder import MASK, ORIGINAL, RunFiles
 
     key = instantiate(cfg.key)
     method, attacks = (instantiate(part, _convert_="all") for part in (cfg.anonymizer, cfg.attacks))
+    attacks = by_view(attacks)
     session = begin(cfg, choices, command, method, views=4 + len(attacks))
     question = {"anonymizer": plain(cfg.anonymizer), "key": key.fingerprint}
     measures = {group: plain(cfg[group]) for group in MEASURES}
     row = ",".join([choices["anonymizer"], *swept])
     cell = session.cell(row, question, notes_of(cfg, choices), method, measures)
-    refuse_changed_attacks(cell.folder, measures["attacks"])
+    refuse_changed_attacks(cell.folder, attacks)
 
     def work(ids: Sequence[str]) -> None:
         runner.generate(cell.folder, session.originals, ids, method, key, attacks, cfg.batch_size, cell.evaluations)
@@ -79,7 +83,8 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
             *averages(scores, session.people),
             *verification(cell.folder, enrolled, session.dataset.gallery, ids, session.people, cfg.far),
         ]
-        return Result(statistics, scores, draw_sheet(session.originals, RunFiles(cell.folder), ids))
+        said = meanings(session.scorers, session.recognizers, attacks, method, cfg.far)
+        return Result(statistics, scores, said, draw_sheet(session.originals, RunFiles(cell.folder), ids))
 
     if fill(session, cell, work, conclude):
         show(session, [cell])
@@ -118,16 +123,23 @@ def draw_sheet(originals: Any, files: Any, ids: Sequence[str]) -> Path | None:
 def refuse_changed_attacks(folder: Path, attacks: Mapping[str, Any]) -> None:
     """Refuse to mix two attacks under one view's name: pictures made with other settings are already there."""
     from keyanon.channel.whole import write_whole
+    from keyanon.errors import BadSetting
 
     (folder / "attacks").mkdir(parents=True, exist_ok=True)
-    for view, settings in attacks.items():
-        path = folder / "attacks" / f"{view}.json"
+    for view, attack in attacks.items():
+        path, settings = folder / "attacks" / f"{view}.json", settings_of(attack)
         if not path.exists():
-            write_whole(path, json.dumps(settings, indent=2).encode())
-        elif json.loads(path.read_text()) != settings:
-            raise ValueError(
+            write_whole(path, settings.encode())
+        elif path.read_text("utf-8") != settings:
+            raise BadSetting(
                 f"{folder / view} holds pictures of this attack with other settings; rename the attack or delete it"
             )
+
+
+def settings_of(attack: Any) -> str:
+    """What an attack is and does: a function with its arguments, or an object with its fields."""
+    what, settings = (attack.func, attack.keywords) if isinstance(attack, partial) else (type(attack), vars(attack))
+    return json.dumps({"what": f"{what.__module__}.{what.__qualname__}", **settings}, indent=2, default=repr)
 
 
 if __name__ == "__main__":

@@ -62,15 +62,24 @@ from keyanon.types import (
     Image,
     Key,
     Mask,
+    Measure,
     Picture,
     Recognizer,
     Reconstructs,
     Reversible,
     Scorer,
     Scores,
+    View,
 )
 
-HEADER_BYTES = "header_bytes"  # a score of every anonymized picture: what it carries besides its pixels
+HEADER_BYTES = "header_bytes"  # a score of every anonymized picture
+VIEWS = {
+    ORIGINAL: View("clean"),
+    RECONSTRUCTED: View("clean"),
+    ANONYMIZED: View("anonymized"),
+    RECOVERED: View("recovered"),
+}
+MEASURES = {HEADER_BYTES: Measure("cost", "bytes", "lower", "what a file carries besides its pixels")}
 
 
 def prepare(

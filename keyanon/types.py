@@ -5,7 +5,8 @@ Everything hangs on a picture's id, never on its position in a batch: keys, nonc
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from functools import partial
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
@@ -51,6 +52,7 @@ class About:
         code_licence: of the authors' code; what stands here is always our own.
         weights_licence: of what it runs on; "-" for no weights.
         source: paper or repository.
+        measures: what the method takes down while publishing (`Published.measured`), by name, and what it means.
     """
 
     kind: Literal["control", "irreversible", "keyless", "keyed"]
@@ -60,6 +62,7 @@ class About:
     code_licence: str
     weights_licence: str
     source: str
+    measures: Mapping[str, "Measure"] = field(default_factory=dict)
 
     @staticmethod
     def irreversible(code_licence: str, weights_licence: str, source: str) -> "About":
@@ -146,3 +149,76 @@ class Attack(Protocol):
     def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
         """What an attacker, or a receiver over a bad channel, makes of published pictures: one more view."""
         ...
+
+
+# What the names in a table mean. Whoever makes a view, a measure or a statistic says so; a table guesses nothing from a name.
+
+Role = Literal["clean", "anonymized", "recovered", "attacked", "noise"]
+Kind = Literal["picture", "identity", "detection", "cost", "noise", "attack"]
+Direction = Literal["alike", "apart", "higher", "lower", "none"]
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class View:
+    """What a view shows.
+
+    Args:
+        role: its place in a table. On `clean` and `recovered` views likeness to the original is wanted, on others it is not.
+        label: shown instead of the view's name; "" shows the name.
+    """
+
+    role: Role
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a number of one picture means.
+
+    Args:
+        kind: `picture` (likeness of pictures), `identity` (likeness of persons), `detection` (is there a face), `cost` (time,
+            bytes, tries), `noise` (of the inverted noise), or `attack` (what an attacker reaches).
+        unit: "dB", "bytes", ...; "" for none.
+        direction: `alike` or `apart` where higher means more or less like the original, which is good on some views and bad on
+            others; `higher` or `lower` where that is better on every view; `none` where neither is.
+        label: what it is, in words, for a table's legend.
+    """
+
+    kind: Kind
+    unit: str = ""
+    direction: Direction = "none"
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a statistic tells of a measure's values.
+
+    Args:
+        label: shown instead of the statistic's name; "" shows the name.
+        direction: as a measure's; None for that of the measure, as a mean has it.
+    """
+
+    label: str = ""
+    direction: Direction | None = None
+
+
+COSINE = Measure(
+    "identity", "", "alike", "cosine similarity to the original"
+)  # of every recognizer: `keyanon.runner.score`
+
+
+def declares(meaning: View | Measure) -> Callable[[Part], Part]:
+    """Say what a scorer or an attack means that is a function. One that is a class has an attribute `meaning` itself."""
+
+    def declaring(part: Part) -> Part:
+        part.meaning = meaning  # type: ignore[attr-defined]
+        return part
+
+    return declaring
+
+
+def declared(part: object) -> object:
+    """What a scorer or an attack says that it means, also through functools.partial; None where it says nothing."""
+    return getattr(part.func if isinstance(part, partial) else part, "meaning", None)

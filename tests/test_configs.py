@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from experiments.harness.preflight import missing_parts
+from keyanon.attacks.views import Jpeg, PartialKey, WrongKey, by_view
 from keyanon.channel.keys import write_new_key
 from tests.conftest import ROOT
 
@@ -42,6 +43,37 @@ def test_leaf_composes_and_instantiates(leaf: str, tmp_path: Path, monkeypatch):
         made = instantiate(node, _convert_="all")
         assert made is not None
         missing_parts(made)  # raises if it names a card that is none
+
+
+def test_one_file_of_an_attack_makes_all_its_views():
+    made = by_view(
+        instantiate(
+            composed("attacks=[jpeg,wrong_signs,wrong_key]", "attacks.jpeg.quality=[50,75]").attacks, _convert_="all"
+        )
+    )
+    shares = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 1)
+    signs = {f"wrong_signs_{share}".replace(".", "p"): PartialKey(share) for share in shares}
+    assert made == {"jpeg50": Jpeg(50), "jpeg75": Jpeg(75), **signs, "wrong_key": WrongKey()}
+
+
+@pytest.mark.parametrize(
+    ("experiment", "views"),
+    [
+        ("jpeg", ["jpeg100", "jpeg90", "jpeg75", "jpeg50"]),
+        ("lossy", ["jpeg100", "jpeg95", "jpeg90", "jpeg75", "jpeg50"]),
+        ("bundled_celebahq", ["recovered_float", "wrong_key", "jpeg90", "wrong_signs_0p1"]),
+        ("table2", ["recovered_float", "wrong_key", "near_key", "jpeg100", "jpeg90", "jpeg75", "jpeg50"]),
+    ],
+)
+def test_views_of_experiments_are_those_of_their_tables(experiment: str, views: list[str]):
+    attacks = composed(f"experiment={experiment}").attacks
+    assert list(by_view(instantiate(attacks, _convert_="all"))) == views
+
+
+@pytest.mark.parametrize("old", ["jpeg90", "wrong_signs_0p1"])
+def test_an_attack_by_its_former_name_is_a_clear_error(old: str):
+    with pytest.raises(MissingConfigException, match=f"Could not load 'attacks/{old}'"):
+        composed(f"attacks=[{old}]")
 
 
 def swept() -> list[tuple[str, str]]:

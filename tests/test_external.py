@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.harness.paper import read_paper
 from experiments.harness.preflight import missing_parts
-from experiments.tables import read_paper
 from keyanon.attacks.views import Jpeg, NearKey, NoKey, WrongKey
 from keyanon.channel.headers import BadHeader, Header
 from keyanon.channel.keys import MasterKey, Nobody

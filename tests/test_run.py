@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +15,11 @@ import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments import tables
+from experiments.harness import results
 from experiments.harness.command import row_overrides
 from experiments.harness.shards import sharded
 from experiments.run import refuse_changed_attacks, run
+from keyanon.attacks.views import Jpeg
 from keyanon.channel.keys import Recipe, write_key, write_new_key
 from tests.conftest import ROOT, smooth_picture
 
@@ -66,10 +68,15 @@ def test_from_pictures_to_a_table(faces, tiny_ldm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = in_process(overrides(faces, tiny_ldm))
     table = pd.read_csv("results/tables/tiny.csv")
-    assert list(table.columns) == tables.TIDY
+    assert list(table.columns) == results.TIDY
     assert set(table["view"]) == {"original", "reconstructed", "anonymized", "recovered", "wrong_key"}
     assert (table["n"] == 5).all()
-    assert "random weights stand in for LDM-FFHQ" in Path("results/tables/tiny.md").read_text()
+    markdown = Path("results/tables/tiny.md").read_text()
+    assert "random weights stand in for LDM-FFHQ" in markdown
+    assert (
+        "psnr_face ↑" in markdown.split("### Recovered with the right key: picture measures, mean")[1].splitlines()[2]
+    )
+    assert "Not declared" not in markdown
     skipped = pd.read_csv(folder / "skipped.csv", index_col="id")["reason"]
     assert set(skipped.index) == {"broken", "cut"}
     record = json.loads((folder / "run.json").read_text())
@@ -226,10 +233,13 @@ def test_shard_arithmetic():
 
 
 def test_a_view_is_not_mixed_from_two_attacks(tmp_path):
-    refuse_changed_attacks(tmp_path, {"jpeg": {"quality": 90}})
-    refuse_changed_attacks(tmp_path, {"jpeg": {"quality": 90}, "other": {}})
+    refuse_changed_attacks(tmp_path, {"jpeg": Jpeg(90)})
+    refuse_changed_attacks(tmp_path, {"jpeg": Jpeg(90), "other": partial(sharded, shard="1/2")})
+    refuse_changed_attacks(tmp_path, {"other": partial(sharded, shard="1/2")})
+    with pytest.raises(ValueError, match="other holds pictures of this attack with other settings"):
+        refuse_changed_attacks(tmp_path, {"other": partial(sharded, shard="2/2")})
     with pytest.raises(ValueError, match="other settings"):
-        refuse_changed_attacks(tmp_path, {"jpeg": {"quality": 50}})
+        refuse_changed_attacks(tmp_path, {"jpeg": Jpeg(50)})
 
 
 def test_a_sweep_makes_one_table_with_a_row_for_each_cell(faces, tiny_ldm, tmp_path):

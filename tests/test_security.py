@@ -8,7 +8,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from experiments import tables
+from experiments.harness import results
 from experiments.security import run
 from keyanon.attacks import attackers
 from keyanon.attacks.attackers import best_of, in_batches
@@ -96,10 +96,10 @@ def test_the_table_is_made_from_committed_files(made, monkeypatch):
     assert "3 pictures; 2 files each; thresholds at FAR 0.001: pixel 0.9000" in markdown
     assert "suspects are the photographs themselves" in markdown
     path.unlink()
-    tables.build("tiny")
+    results.build("tiny")
     assert path.read_text() == markdown
     scores = pd.read_parquet("results/scores/tiny.scores.parquet")
-    assert list(scores.columns) == tables.SCORES
+    assert list(scores.columns) == results.SCORES
     assert scores.groupby(["anonymizer", "view", "scorer"]).id.nunique().max() == 3
 
 

@@ -9,24 +9,32 @@ import pandas as pd
 import pytest
 import yaml
 
-from experiments.tables import (
-    COSTS,
-    METHODS,
-    STATISTICS,
-    TIDY,
-    Reference,
-    arrow,
-    build,
-    collect,
-    known_experiments,
-    main,
-    read_paper,
-    table,
-)
-from keyanon.types import About
+from experiments.harness.layout import METHODS, arrow
+from experiments.harness.meaning import Meanings, read_meanings
+from experiments.harness.paper import Reference, read_paper
+from experiments.harness.results import COSTS, STATISTICS, TIDY, build, collect, known_experiments, table
+from experiments.tables import main
+from keyanon.measures.biometrics import AVERAGES, verification_summaries
+from keyanon.types import COSINE, About, Measure, Summary, View
 
 ROOT = Path(__file__).parents[1]
-CLEAN, ANONYMIZED, RECOVERED = "Clean pictures", "Anonymized", "Recovered with the right key"
+PSNR, MAE = Measure("picture", "dB", "alike", "peak signal-to-noise ratio"), Measure("picture", "", "apart")
+DECLARED = Meanings(
+    {
+        "original": View("clean"),
+        "anonymized": View("anonymized"),
+        "wrong_key": View("attacked"),
+        **dict.fromkeys(("recovered", "recovered_float"), View("recovered")),
+    },
+    {
+        "psnr": PSNR,
+        "psnr_face": PSNR,
+        "fid": Measure("picture", "", "lower"),
+        "detected": Measure("detection", "", "higher"),
+        **dict.fromkeys(("facenet_vggface2", "arcface_r50", "adaface_vit", "dlib"), COSINE),
+    },
+    {**AVERAGES, **verification_summaries(1e-3), "set": Summary("over the whole set")},
+)
 NAN = float("nan")
 
 
@@ -276,6 +284,7 @@ def test_methods_side_by_side_with_their_costs(tmp_path):
         cell(scorer="detected", anonymizer="blur", value=0.75),
         *(cell(scorer="psnr", view="original", anonymizer=name, value=58.92) for name in ("signflip", "blur")),
     ).to_parquet(results / "scores" / "rivals.parquet")
+    (results / "scores" / "rivals.meanings.csv").write_bytes(DECLARED.csv())
     (results / "scores" / "rivals.methods.csv").write_text(
         f"{','.join(METHODS)}\ncelebahq,signflip,keyed,-,256,256,-,-,-\ncelebahq,blur,irreversible,-,,,-,-,-\n"
     )
@@ -286,7 +295,7 @@ def test_methods_side_by_side_with_their_costs(tmp_path):
     markdown = (results / "tables" / "rivals.md").read_text()
     assert lines_of(markdown, "### Methods side by side") == [
         [
-            "anonymizer", "detected ↑", "dlib cosine ↓", "dlib TAR at FAR 0.001 ↓", "psnr_face, recovered",
+            "anonymizer", "detected ↑", "dlib cosine ↓", "dlib TAR at FAR 0.001 ↓", "psnr_face, recovered ↑",
             "dlib cosine, wrong key ↓", "side bytes", "seconds to anonymize", "to recover",
         ],
         ["*irreversible*", *[""] * 8],
@@ -358,9 +367,10 @@ def lines_of(markdown: str, heading: str) -> list[list[str]]:
 def shown(tmp_path):
     """The Markdown and LaTeX of some cells, through the files."""
 
-    def show(cells: list[dict], references: list[Reference] = ()) -> tuple[str, str]:
+    def show(cells: list[dict], references: list[Reference] = (), declared: Meanings = DECLARED) -> tuple[str, str]:
         (tmp_path / "scores").mkdir()
         measured(*cells).to_parquet(tmp_path / "scores" / "table1.parquet")
+        (tmp_path / "scores" / "table1.meanings.csv").write_bytes(declared.csv())
         if references:
             (tmp_path / "paper").mkdir()
             texts = [{k: v for k, v in vars(r).items() if v is not None} for r in references]
@@ -396,7 +406,7 @@ def test_markdown_reads_like_a_papers_table(shown):
 
 
 def test_every_cell_is_shown_in_some_grid(shown):
-    views = ["original", "anonymized", "recovered", "recovered_float", "jpeg75", "wrong_key", "near_key"]
+    views = ["original", "anonymized", "recovered", "recovered_float", "jpeg75", "wrong_key", "nobody declared it"]
     scorers = ["psnr", "arcface_r50", "fid"]
     cells = [
         cell(view=view, scorer=scorer, statistic=statistic, value=100 + i * 10 + j + k / 10)
@@ -421,7 +431,7 @@ def test_an_undefined_number_and_a_missing_interval(shown):
         "100",
         "undefined",
     ]
-    assert lines_of(markdown, "### Anonymized: over the whole set")[1][-1] == "12.50"
+    assert lines_of(markdown, "### Anonymized: picture measures, over the whole set")[1][-1] == "12.50"
 
 
 def test_titles_carry_every_note_and_say_whom_it_is_about(shown):
@@ -433,28 +443,88 @@ def test_titles_carry_every_note_and_say_whom_it_is_about(shown):
     assert latex.count(f"{both}; {one} (signflip)") == latex.count("\\caption") - 1
 
 
+TAR, EER = Summary("TAR", "alike"), Summary(direction="apart")
+
+
 @pytest.mark.parametrize(
-    ("aim", "scorer", "statistic", "expected"),
+    ("role", "measure", "summary", "expected"),
     [
-        (ANONYMIZED, "arcface_r50", "mean", "↓"),
-        (RECOVERED, "arcface_r50", "mean", "↑"),
-        ("Attacks and wrong keys", "arcface_r50", "tar@far=0.001", "↓"),
-        (CLEAN, "facenet_casia", "tar@far=0.001", "↑"),
-        (ANONYMIZED, "facenet_casia", "eer", "↑"),
-        (RECOVERED, "facenet_casia", "eer", "↓"),
-        (ANONYMIZED, "facenet_casia", "d_sys", "↓"),
-        (RECOVERED, "psnr", "mean", "↑"),
-        (RECOVERED, "mae", "mean", "↓"),
-        (ANONYMIZED, "psnr", "mean", ""),
-        (ANONYMIZED, "fid", "set", "↓"),
-        (RECOVERED, "detected", "mean", "↑"),
-        (CLEAN, "arcface_r50", "threshold@far=0.001", ""),
-        (RECOVERED, "psnr", "std", ""),
-        (RECOVERED, "a_new_measure", "mean", ""),
+        ("anonymized", COSINE, Summary(), "↓"),
+        ("recovered", COSINE, Summary(), "↑"),
+        ("attacked", COSINE, TAR, "↓"),
+        ("clean", COSINE, TAR, "↑"),
+        ("anonymized", COSINE, EER, "↑"),
+        ("recovered", COSINE, EER, "↓"),
+        ("anonymized", COSINE, Summary(direction="lower"), "↓"),
+        ("recovered", COSINE, Summary(direction="none"), ""),
+        ("recovered", PSNR, Summary(), "↑"),
+        ("clean", MAE, Summary(), "↓"),
+        ("anonymized", PSNR, Summary(), ""),
+        ("attacked", MAE, Summary(), ""),
+        ("anonymized", Measure("picture", "", "lower"), Summary(), "↓"),
+        ("anonymized", Measure("cost", "bytes", "lower"), Summary(), "↓"),
+        ("recovered", Measure("detection", "", "higher"), Summary(), "↑"),
+        ("recovered", PSNR, Summary("standard deviation", "none"), ""),
+        ("noise", Measure("noise"), Summary(), ""),
+        ("", COSINE, Summary(), ""),
+        ("recovered", None, Summary(), ""),
+        ("recovered", PSNR, None, ""),
     ],
 )
-def test_arrows(aim, scorer, statistic, expected):
-    assert arrow(aim, scorer, statistic) == expected
+def test_arrows(role, measure, summary, expected):
+    assert arrow(role, measure, summary) == expected
+
+
+def test_names_say_nothing_and_declarations_all(shown):
+    """A recognizer called edgeface, a measure of any name, a view called resize75: each where it says that it belongs."""
+    declared = DECLARED | Meanings(
+        {"resize75": View("recovered", "resized to 75 %"), "jpeg_of_a_wrong_key": View("attacked")},
+        {"edgeface": COSINE, "dlib_runtime": Measure("cost", "s", "lower", "time of a picture"), "anything": MAE},
+    )
+    markdown, latex = shown(
+        [
+            cell(view=view, scorer=scorer)
+            for view in ("anonymized", "resize75", "jpeg_of_a_wrong_key")
+            for scorer in ("edgeface", "dlib_runtime", "anything")
+        ],
+        declared=declared,
+    )
+    alike, others = "cosine similarity to the original, mean", "picture measures, mean"
+    for place, view, edgeface, anything in (
+        ("Anonymized", "anonymized", "edgeface ↓", "anything"),
+        ("Recovered with the right key", "resized to 75 %", "edgeface ↑", "anything ↓"),
+        ("Attacks and wrong keys", "jpeg_of_a_wrong_key", "edgeface ↓", "anything"),
+    ):
+        header, row = lines_of(markdown, f"### {place}: {alike}")
+        assert (row[1], header[5:]) == (view, [edgeface])
+        header, row = lines_of(markdown, f"### {place}: {others}")
+        assert (row[1], header[5:]) == (view, [anything, "dlib_runtime ↓"])
+    assert "dlib_runtime: time of a picture, in s" in markdown
+    assert "Not declared" not in markdown
+    assert r"resized to 75 \%" in latex
+
+
+def test_names_that_nobody_declared_come_last_without_arrows_and_are_named(shown):
+    cells = [cell(view=view, scorer=scorer) for view in ("recovered", "jpeg75") for scorer in ("psnr", "arcface_new")]
+    markdown, _ = shown([*cells, cell(view="recovered", statistic="of its own")])
+    assert "Not declared, and so without an arrow: jpeg75, arcface_new, of its own.\n" in markdown
+    assert [line.split(" ", 1)[1] for line in markdown.splitlines() if line.startswith("### ")] == [
+        "Recovered with the right key: picture measures, mean",
+        "Recovered with the right key: of its own",
+        "Views of no declared role: picture measures, mean",
+    ]
+    assert lines_of(markdown, "### Recovered with the right key: picture")[0][5:] == ["arcface_new", "psnr ↑"]
+    assert lines_of(markdown, "### Views of no declared role")[0][5:] == ["arcface_new", "psnr"]
+
+
+def test_what_runs_declare_is_committed_with_their_scores(tmp_path):
+    run, other = (run_folder(tmp_path / name, anonymizer=name) for name in ("a", "b"))
+    (run / "meanings.csv").write_bytes(Meanings({"recovered": View("recovered")}, {"psnr": MAE}).csv())
+    (other / "meanings.csv").write_bytes(Meanings({"near": View("attacked")}, {"psnr": PSNR}).csv())
+    build("quick", [run, other], tmp_path / "results")
+    kept = read_meanings(tmp_path / "results" / "scores" / "quick.meanings.csv")
+    assert kept == Meanings({"near": View("attacked"), "recovered": View("recovered")}, {"psnr": PSNR})  # the last word
+    assert "psnr: peak signal-to-noise ratio, in dB" in (tmp_path / "results" / "tables" / "quick.md").read_text()
 
 
 def test_latex_escapes_what_would_break_it(shown):

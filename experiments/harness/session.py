@@ -20,8 +20,8 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import tables
-from experiments.harness import preflight, provenance
+from experiments.harness import preflight, provenance, results
+from experiments.harness.meaning import Meanings
 from experiments.harness.shards import FailedShard, Shards, numbers, one_line, sharded, until_unchanged
 from experiments.harness.statistics import write_parquets
 from experiments.harness.tracking import Tracker
@@ -41,10 +41,11 @@ SHOWN_SKIPPED = 10
 
 @dataclass(frozen=True)
 class Result:
-    """What a cell comes to: statistics by view and scorer, the pictures' own numbers (id, view, scorer, value), a contact sheet."""
+    """What a cell comes to: statistics by view and scorer, the pictures' own numbers (id, view, scorer, value), what names mean."""
 
     statistics: Sequence[tuple[str, str, Statistic]]
     scores: pd.DataFrame
+    meanings: Meanings
     sheet: Path | None = None
 
 
@@ -244,10 +245,11 @@ def publish(session: Session, cell: Cell, conclude: Callable[[Sequence[str]], Re
         "device": torch.device(cfg.device).type,
         **provenance.record(),
     }
+    write_whole(folder / "meanings.csv", result.meanings.csv())
     write_whole(folder / "run.json", json.dumps(record, indent=2).encode() + b"\n")
     session.tracker(f"{cfg.name}-{folder.name}", record, statistics, result.sheet)
     # Cells of a sweep may end at once as well.
-    until_unchanged(lambda: latest_cells(folder.parent), lambda cells: tables.build(cfg.name, sorted(cells)))
+    until_unchanged(lambda: latest_cells(folder.parent), lambda cells: results.build(cfg.name, sorted(cells)))
     return True
 
 

@@ -24,6 +24,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ from keyanon.channel.streams import normals, signs
 from keyanon.faces.parsing import EllipseParser
 from keyanon.faces.recognition import with_places_of
 from keyanon.measures.biometrics import (
+    AVERAGES,
     Floats,
     Statistic,
     cosine,
@@ -61,11 +63,25 @@ from keyanon.measures.biometrics import (
     quantile_statistic,
     rate_statistic,
     verification_statistics,
+    verification_summaries,
 )
 from keyanon.measures.gaussianity import MEASURES, generator_of, measure
 from keyanon.measures.scorers import psnr_face
 from keyanon.methods.exact import pixels
-from keyanon.types import Image, Key, KeyedNoise, Latent, Mask, Published, Scores
+from keyanon.types import (
+    COSINE,
+    Image,
+    Key,
+    KeyedNoise,
+    Latent,
+    Mask,
+    Measure,
+    Published,
+    Scores,
+    Summary,
+    View,
+    declared,
+)
 
 SEEDS = 2**32
 DICTIONARY = 2**30
@@ -76,9 +92,27 @@ PASSWORD = "everyone may know this password"
 HOUR, YEAR = 3600, 365.25 * 86400  # seconds
 MIB = 1024  # KiB
 ORACLES = tuple(name for name in MEASURES if name != "ks_passed")
+VIEWS = {"original": View("clean"), "anonymized": View("anonymized"), "recovered": View("recovered")}  # others: attacks
+FACE = cast(Measure, declared(psnr_face))
+COST = Measure("cost")
 STREAMS: Mapping[str, Callable[[Key], Key]] = {"one key stream": OneStream, "nonces": lambda key: key}
 
 log = logging.getLogger(__name__)
+
+
+def summaries(far: float) -> dict[str, Summary]:
+    """What the statistics of these attackers tell, by name."""
+    return {
+        **AVERAGES,
+        **verification_summaries(far),
+        **leakage.SUMMARIES,
+        "p90": Summary(),
+        "max": Summary(),
+        "rate": Summary(direction="none"),
+        f"median share to pass at far={far:g}": Summary(direction="none"),
+        "seconds per guess": Summary(direction="none"),
+        "years for 2^30 guesses": Summary(direction="none"),
+    }
 
 
 @dataclass(frozen=True)
@@ -248,7 +282,7 @@ def pairs_view(stream: str, m: int) -> str:
 
 def likeness_to_originals(case: Case, people: People, taken: Taken, view: str) -> Iterator[Found]:
     """How like their originals the pictures are that somebody without the key has recovered."""
-    yield people.averaged(view, "psnr_face", taken.values(view, "psnr_face"))
+    yield people.averaged(view, "psnr_face", taken.values(view, "psnr_face"), FACE)
     for name in case.recognizers:
         yield people.averaged(view, name, (taken.vectors(view, name) * people.clean[name]).sum(1))
 
@@ -433,8 +467,8 @@ class SeedSearch:
         people, rates = case.people.of(taken.ids), taken.values(SEARCH, "seeds per second")
         yield people.averaged(SEARCH, f"right seed of {self.tried}", taken.values(SEARCH, "right seed"))
         yield people.averaged(SEARCH, "agreement in deviations", taken.values(SEARCH, "agreement in deviations"))
-        yield people.averaged(SEARCH, "seeds per second", rates)
-        yield people.averaged(SEARCH, f"hours for {SEEDS:,}", SEEDS / rates / HOUR)
+        yield people.averaged(SEARCH, "seeds per second", rates, COST)
+        yield people.averaged(SEARCH, f"hours for {SEEDS:,}", SEEDS / rates / HOUR, COST)
 
 
 SEARCH = "32-bit seed search"
@@ -534,7 +568,7 @@ def distribution_tests(case: Case, found: Sequence[Found]) -> Iterator[Found]:
         for view, own in cosines.items():
             for control, others in controls.items():
                 for statistic in leakage.kolmogorov_smirnov(own, others):
-                    yield Found(view, f"{name} beside {control}", statistic)
+                    yield Found(view, f"{name} beside {control}", statistic, measure=COSINE)
 
 
 def first_pictures(people: People, values: Mapping[str, float]) -> Floats:
@@ -658,7 +692,7 @@ class Learned:
             yield from recognition(case, people, view, {name: taken.vectors(view, name) for name in case.recognizers})
         for pairs_of in PAIRS:
             view = self.view(pairs_of, RESTORER)
-            yield people.averaged(view, "psnr_face", taken.values(view, "psnr_face"))
+            yield people.averaged(view, "psnr_face", taken.values(view, "psnr_face"), FACE)
 
     def view(self, pairs_of: str, learner: str) -> str:
         return f"learned: {pairs_of}, {self.people} others, {learner}"
@@ -783,7 +817,7 @@ class NoiseOracle:
     def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
         for name in ORACLES:
             table = np.stack([taken.values(f"key {number}", name) for number in range(self.wrong_keys + 1)], axis=1)
-            yield Found("right key told by z_T", name, leakage.auc_statistic(table[:, :1], table[:, 1:]))
+            yield Found("right key told by z_T", name, leakage.auc_statistic(table[:, :1], table[:, 1:]), measure=MEASURES[name])
 
 
 @dataclass(frozen=True)
@@ -835,7 +869,7 @@ class Tampering:
             hits = np.concatenate([np.arange(n) < k for k, n in zip(refused, tried, strict=True)])
             owners = [name for name, n in zip(people.names, tried, strict=True) for _ in range(n)]
             yield Found(f"tampering: {what}", "refused", rate_statistic(hits, owners, 0, "rate"))
-        yield people.averaged(f"tampering: {CHANGED}", "psnr_face", taken.values(CHANGED, "psnr_face"))
+        yield people.averaged(f"tampering: {CHANGED}", "psnr_face", taken.values(CHANGED, "psnr_face"), FACE)
 
 
 CHANGED = "one bit of a pixel"
@@ -853,8 +887,8 @@ def password_dictionary(*, settings: Sequence[Mapping[str, int]], guesses: int) 
         seconds = leakage.argon2_seconds(one["iterations"], one["memory"] * MIB, one["lanes"], guesses)
         cost = mean_statistic(seconds, name="seconds per guess")
         years = [bound * DICTIONARY / YEAR for bound in (cost.value, cost.low, cost.high)]
-        yield Found("password dictionary", name, cost)
-        yield Found("password dictionary", name, Statistic("years for 2^30 guesses", cost.n, 0, *years))
+        yield Found("password dictionary", name, cost, measure=COST)
+        yield Found("password dictionary", name, Statistic("years for 2^30 guesses", cost.n, 0, *years), measure=COST)
 
 
 def published_key(off: bool = False) -> MasterKey:

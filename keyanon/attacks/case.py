@@ -20,20 +20,9 @@ from keyanon.channel.headers import Header
 from keyanon.channel.pixels import to_floats
 from keyanon.measures.biometrics import Floats, Statistic, mean_statistic
 from keyanon.methods.exact import pixels
-from keyanon.types import (
-    Bytes,
-    Embeddings,
-    Image,
-    Key,
-    KeyedNoise,
-    Latent,
-    Mask,
-    Published,
-    Recognizer,
-    Scores,
-    Verifies,
-)
+from keyanon.types import Bytes, Embeddings, Image, Key, KeyedNoise, Latent, Mask, Measure, Published, Recognizer, Scores, Verifies
 
+ATTACK = Measure("attack")
 Place = tuple[str, str]  # view and scorer
 Knowledge = dict[str, Tensor]
 
@@ -46,6 +35,7 @@ class Found:
     scorer: str
     statistic: Statistic
     values: Mapping[str, float] = field(default_factory=dict)
+    measure: Measure = ATTACK  # of `scorer`, unless that is a recognizer's name
 
 
 @dataclass(frozen=True)
@@ -144,11 +134,11 @@ class People:
         clean, suspects = ({name: seen[rows] for name, seen in by.items()} for by in (self.clean, self.suspects))
         return replace(self, ids=list(ids), names=[self.names[i] for i in rows], clean=clean, suspects=suspects)
 
-    def averaged(self, view: str, scorer: str, values: Floats) -> Found:
+    def averaged(self, view: str, scorer: str, values: Floats, measure: Measure = ATTACK) -> Found:
         """The mean of one number for each picture, with its interval over people."""
         numbers = [float(value) for value in values]
         statistic = mean_statistic(numbers, self.names)
-        return Found(view, scorer, statistic, dict(zip(self.ids, numbers, strict=True)))
+        return Found(view, scorer, statistic, dict(zip(self.ids, numbers, strict=True)), measure)
 
 
 @dataclass(frozen=True)

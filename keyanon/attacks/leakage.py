@@ -33,7 +33,7 @@ from keyanon.measures.biometrics import RESAMPLES, Floats, Statistic, d_sys
 from keyanon.methods.exact import Exact, masks
 from keyanon.methods.signflip import SignFlip
 from keyanon.methods.transforms import coded, decoded
-from keyanon.types import Bytes, Image, Key, Latent, Mask
+from keyanon.types import Bytes, Image, Key, Latent, Mask, Summary
 
 Method = SignFlip | Exact
 Rows = NDArray[np.intp]
@@ -129,6 +129,15 @@ def feature_likeness(a: Floats, b: Floats) -> Floats:
     spread = np.nanstd(np.concatenate([a, b]), axis=0)
     unit = np.where(spread > 0, spread, 1)
     return -np.asarray(cdist(a / unit, b / unit))
+
+
+SUMMARIES = {
+    "auc": Summary(direction="none"),  # 0.5 tells nothing; above and below tell
+    "d_sys": Summary(direction="lower"),
+    "d_sys by chance": Summary(direction="none"),
+    "ks_d": Summary(direction="none"),
+    "ks_p": Summary(direction="none"),
+}
 
 
 def linkage_statistics(scores: Floats, seed: int = 0) -> list[Statistic]:

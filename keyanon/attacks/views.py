@@ -6,8 +6,9 @@ them all.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,7 +17,15 @@ from keyanon.channel.headers import FIXED
 from keyanon.channel.keys import MasterKey
 from keyanon.channel.pixels import jpeg, to_floats
 from keyanon.channel.streams import SIGNS
-from keyanon.types import Image, Key, Published, Reversible, RunsWithoutKey
+from keyanon.types import Attack, Image, Key, Published, Reversible, RunsWithoutKey, View
+
+
+def by_view(attacks: Mapping[str, Attack | Mapping[str, Attack]]) -> dict[str, Attack]:
+    """Attacks by the view that each makes, from those of a configuration, where one entry may make several views."""
+    views: dict[str, Attack] = {}
+    for name, attack in attacks.items():
+        views |= attack if isinstance(attack, Mapping) else {name: attack}
+    return views
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,7 @@ class WrongKey:
     """Recovery with a random, unrelated master key, another one for each picture and `trial`."""
 
     trial: int = 0
+    meaning: ClassVar = View("attacked")
 
     def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
         # Of the header only what comes before the pixels are known: a tag would make the key depend on their last bit.
@@ -37,6 +47,7 @@ class NearKey:
     """Recovery with the nearest wrong master key: one bit of it differs."""
 
     bit: int = 0
+    meaning: ClassVar = View("attacked")
 
     def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
         near = [key.with_bit_flipped(self.bit) for key in keys if isinstance(key, MasterKey)]
@@ -54,9 +65,18 @@ class PartialKey:
 
     wrong: float
 
+    @property
+    def meaning(self) -> View:
+        return View("attacked", f"{100 * self.wrong:g} % wrong signs")
+
     def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
         partial = [FlippedSigns(key, self.wrong) for key in keys]
         return heedless(method).recover(to_floats(published.images), published.headers, partial)
+
+
+def wrong_signs(share: Sequence[float]) -> dict[str, PartialKey]:
+    """One view for each share of wrong signs: wrong_signs_0p1, ..., wrong_signs_1."""
+    return {f"wrong_signs_{each:g}".replace(".", "p"): PartialKey(each) for each in share}
 
 
 @dataclass(frozen=True)
@@ -64,6 +84,8 @@ class NoKey:
     """What one sees who runs the receiver without any key, where that gives anything; else the published picture, which is all
     that such a one has: of a scrambled face, of an encrypted crop, of a program that asks for a key, of ready-made pictures.
     """
+
+    meaning: ClassVar = View("attacked")
 
     def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
         images = to_floats(published.images)
@@ -76,14 +98,25 @@ class Jpeg:
 
     quality: int
 
+    @property
+    def meaning(self) -> View:
+        return View("recovered", f"JPEG {self.quality}")
+
     def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
         damaged = torch.stack([jpeg(picture, self.quality) for picture in published.images])
         return heedless(method).recover(to_floats(damaged), published.headers, keys)
 
 
+def jpegs(quality: Sequence[int]) -> dict[str, Jpeg]:
+    """One view for each quality: jpeg50, jpeg75, ..."""
+    return {f"jpeg{each}": Jpeg(each) for each in quality}
+
+
 @dataclass(frozen=True)
 class FloatChannel:
     """Recovery with the right key from the decoder's unrounded floats, as the authors measure it. No file carries these."""
+
+    meaning: ClassVar = View("recovered")
 
     def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
         if published.floats is None:

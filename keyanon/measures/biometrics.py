@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from keyanon.types import Summary
+
 Floats = NDArray[np.floating[Any]]
 Codes = NDArray[np.intp]
 Bools = NDArray[np.bool_]
 RESAMPLES = 1000
+AVERAGES = {"mean": Summary(), "std": Summary("standard deviation", "none"), "median": Summary(), "p10": Summary()}
 GRID = 400  # thresholds that stand for an ROC curve while identities are drawn again
 
 
@@ -266,6 +269,19 @@ def verification_statistics(
         mean_statistic(genuine, persons, "genuine mean", resamples, seed),
         _impostor_mean_statistic(trial, weights),
     ]
+
+
+def verification_summaries(far: float) -> dict[str, Summary]:
+    """What `verification_statistics` at `far` gives, by name."""
+    return {
+        f"tar@far={far:g}": Summary(f"TAR at FAR {far:g}", "alike"),
+        f"tar@far={far:g} (unfound accepted)": Summary(f"TAR at FAR {far:g} (unfound accepted)", "alike"),
+        f"threshold@far={far:g}": Summary(f"threshold at FAR {far:g}", "none"),
+        "eer": Summary(direction="apart"),
+        "rank1": Summary(direction="alike"),
+        "genuine mean": Summary(direction="alike"),
+        "impostor mean": Summary(direction="none"),
+    }
 
 
 # An impostor comparison has two identities. Of persons drawn v and w times it should weigh v w; here it weighs

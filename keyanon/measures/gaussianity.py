@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.spatial.distance import pdist, squareform
 
+from keyanon.types import Measure
+
 Floats = NDArray[np.floating[Any]]
 
 Bools = NDArray[np.bool_]
@@ -22,9 +24,16 @@ LEVEL = 0.05  # of the Kolmogorov-Smirnov test
 
 PATCH = 2
 
-MEASURES = (
-    "ks_d", "ks_passed", "mmd2", "mean", "variance", "skewness", "excess_kurtosis", "neighbour_correlation",
-)  # fmt: skip
+MEASURES = {
+    "ks_d": Measure("noise", "", "lower", "largest gap to the distribution function of N(0, 1)"),
+    "ks_passed": Measure("noise", "", "higher", "1 where that gap does not reject N(0, 1) at 5 %"),
+    "mmd2": Measure("noise", "", "lower", "squared maximum mean discrepancy to normal noise"),
+    "mean": Measure("noise", label="of the entries, 0 for N(0, 1)"),
+    "variance": Measure("noise", label="of the entries, 1 for N(0, 1)"),
+    "skewness": Measure("noise", label="of the entries, 0 for N(0, 1)"),
+    "excess_kurtosis": Measure("noise", label="of the entries, 0 for N(0, 1)"),
+    "neighbour_correlation": Measure("noise", label="of adjacent entries, 0 for N(0, I)"),
+}
 
 
 def measure(z: Floats, inside: Bools, generator: np.random.Generator) -> dict[str, float]:

@@ -7,7 +7,8 @@ pictures.
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,13 +18,14 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.functional.image.lpips import _NoTrainLpips
 
 from keyanon.faces.detection import Detector
-from keyanon.types import Image, Mask, Scorer, Scores
+from keyanon.types import Image, Mask, Measure, Scorer, Scores, declared, declares
 from keyanon.weights import Card, missing, named, resolve
 
 PSNR_CEILING = 10 * math.log10(12 * 255**2)  # 58.9 dB
 SSIM_BORDER = 5  # pixels: half of its window
 
 
+@declares(Measure("picture", "dB", "alike", "peak signal-to-noise ratio"))
 def psnr(view: Image, original: Image, face: Mask) -> Scores:
     """Peak signal-to-noise ratio in dB over the whole picture, up to PSNR_CEILING; higher is more alike.
 
@@ -33,12 +35,14 @@ def psnr(view: Image, original: Image, face: Mask) -> Scores:
     return psnr_face(view, original, torch.ones_like(face))
 
 
+@declares(Measure("picture", "dB", "alike", "peak signal-to-noise ratio on the face"))
 def psnr_face(view: Image, original: Image, face: Mask) -> Scores:
     """`psnr` over the face's pixels; NaN where there are none."""
     error = _mean_where(face, (view - original).square())
     return (10 * torch.log10(4 / error)).clamp(max=PSNR_CEILING)
 
 
+@declares(Measure("picture", "", "alike", "structural similarity"))
 def ssim(view: Image, original: Image, face: Mask) -> Scores:
     """Structural similarity over the whole picture, in [-1, 1], 1 for equal pictures; higher is more alike.
 
@@ -51,6 +55,7 @@ def ssim(view: Image, original: Image, face: Mask) -> Scores:
     return _ssim_map(view, original)[..., inside, inside].mean(dim=(1, 2, 3))
 
 
+@declares(Measure("picture", "", "alike", "structural similarity on the face"))
 def ssim_face(view: Image, original: Image, face: Mask) -> Scores:
     """`ssim` over the windows centred on the face's pixels, mirrored at the picture's border; NaN where it has none."""
     return _mean_where(face, _ssim_map(view, original))
@@ -66,11 +71,17 @@ class Against:
     view: str
     scorer: Scorer
 
+    @property
+    def meaning(self) -> object:
+        alone = declared(self.scorer)
+        return replace(alone, label=f"{alone.label}, to the view {self.view}") if isinstance(alone, Measure) else None
+
     def __call__(self, view: Image, original: Image, face: Mask) -> Scores:
         """`original` is the picture of that other view here."""
         return self.scorer(view, original, face)
 
 
+@declares(Measure("picture", "", "apart", "mean absolute error on the scale [-1, 1]"))
 def mae(view: Image, original: Image, face: Mask) -> Scores:
     """Mean absolute error over the whole picture on the [-1, 1] scale, so in [0, 2]; lower is more alike."""
     return (view - original).abs().mean(dim=(1, 2, 3))
@@ -86,6 +97,7 @@ class LPIPS:
 
     card: str | Card = "lpips_alexnet"
     path: str | None = None
+    meaning: ClassVar = Measure("picture", "", "apart", "learned perceptual distance")
 
     def missing(self) -> str | None:
         """What a preflight says if AlexNet is not on this machine, None if it is; downloads nothing."""
@@ -102,6 +114,7 @@ class Detected:
     """1 where `detector` finds a face on the view, else 0; the mean is the detection rate, higher is better."""
 
     detector: Detector
+    meaning: ClassVar = Measure("detection", "", "higher", "1 where a face is found, else 0")
 
     def cards(self) -> tuple[Card, ...]:
         return self.detector.cards()

@@ -39,9 +39,14 @@ from keyanon.methods import residuals
 from keyanon.methods.refinement import Refinement
 from keyanon.methods.seams import Seam
 from keyanon.methods.transforms import Transform, Unchanged
-from keyanon.types import About, FaceParser, Image, Key, Latent, Mask, Published
+from keyanon.types import About, FaceParser, Image, Key, Latent, Mask, Measure, Published
 
 log = logging.getLogger(__name__)
+MEASURES = {
+    "verified_psnr": Measure("picture", "dB", "higher", "PSNR of what comes back to D(E(x)), as the sender found it"),
+    "attempts": Measure("cost", "", "lower", "nonces tried"),
+    "refined_psnr": Measure("picture", "dB", "higher", "PSNR of the refined picture to the unrefined one"),
+}
 FILL_POOLS = (
     2,
     4,
@@ -86,7 +91,14 @@ class Exact:
     @property
     def about(self) -> About:
         return About(
-            "keyed", "8-bit file + header", 256, 256, "-", self.backbone.licence, "arXiv 2510.01031, and this project"
+            "keyed",
+            "8-bit file + header",
+            256,
+            256,
+            "-",
+            self.backbone.licence,
+            "arXiv 2510.01031, and this project",
+            MEASURES,
         )
 
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:

@@ -38,7 +38,7 @@ from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.channel.streams import signs
 from keyanon.measures.scorers import psnr, ssim
 from keyanon.methods.baselines.classical import Filter
-from keyanon.types import About, Image, Key, Published
+from keyanon.types import About, Image, Key, Measure, Published
 from keyanon.weights import Card, named, resolve
 
 Bands = Float[Tensor, "b c u v"]  # Haar bands of a picture, four for each channel, half its height and width
@@ -47,6 +47,10 @@ TRAINED = 128  # pixels a side, of the pictures ours were trained on
 COLOUR, KEY = 12, 4  # bands of a picture, of a key
 AUTHORS_SALT, AUTHORS_ITERATIONS = b"\x01", 10
 PASSWORD_BYTES = 32
+MEASURES = {
+    "obfuscated_psnr": Measure("picture", "dB", "higher", "PSNR of the published picture to the mere obfuscation"),
+    "obfuscated_ssim": Measure("picture", "", "higher", "SSIM of the published picture to the mere obfuscation"),
+}
 HAAR = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2  # its own inverse
 
 
@@ -139,6 +143,7 @@ class ProFaceS:
             code_licence="none stated",
             weights_licence=self.cards()[0].licence,
             source="https://github.com/lixionga/ProFace",
+            measures=MEASURES,
         )
 
 

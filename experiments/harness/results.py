@@ -1,0 +1,216 @@
+"""What is committed of results, and the tables made of it.
+
+    run folders --collect--> results/scores/<experiment>.parquet             (committed)
+    scores + results/paper/<experiment>.yaml --table--> results/tables/<experiment>.{md,tex,csv}
+    run folders --> results/scores/<experiment>.meanings.csv                 (what its names mean, as declared)
+    run folders --> results/scores/<experiment>.costs.csv --> results/tables/<experiment>.costs.md    (of one machine)
+
+A table is a pure function of committed files. The CSV has every cell, one a row; Markdown and LaTeX show the same cells
+as a paper would: anonymizers and views down, scorers across, our number with its interval, the paper's with its verdict
+below.
+"""
+
+import json
+import operator
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tabulate import tabulate
+
+from experiments.harness.layout import BITS, METHODS, latex, markdown, sections, titles
+from experiments.harness.meaning import Meanings, read_meanings
+from experiments.harness.paper import CELL, Reference, read_paper
+from keyanon.channel.whole import write_whole
+from keyanon.run_folder import read_costs
+
+RESULTS = Path("results")
+STATISTICS = ["experiment", "dataset", "anonymizer", "notes", *CELL[2:], "n", "undefined", "value", "low", "high"]
+COSTS = ["dataset", "anonymizer", "view", "pictures", "seconds", "evaluations", "device", "processor", "threads"]
+SCORES = ["dataset", "anonymizer", "id", "view", "scorer", "value"]
+TIDY = ["experiment", *CELL, "n", "undefined", "ours", "ci_low", "ci_high", "paper", "tolerance", "verdict"]
+
+
+def build(experiment: str, runs: Sequence[Path] = (), results: Path = RESULTS) -> pd.DataFrame:
+    """Commit the scores of `runs`, if any are given, then write the experiment's tables from what is committed."""
+    scores, references = results / "scores" / f"{experiment}.parquet", results / "paper" / f"{experiment}.yaml"
+    if runs:
+        commit(experiment, collect(runs, experiment), collect_scores(runs), collect_meanings(runs), results)
+    if not scores.is_file() and not references.is_file():
+        raise FileNotFoundError(
+            f"{experiment}: neither {scores} nor {references} exists; "
+            f"run `python -m experiments.run experiment={experiment}`"
+        )
+    statistics = pd.read_parquet(scores) if scores.is_file() else pd.DataFrame(columns=STATISTICS)
+    paper = read_paper(references) if references.is_file() else []
+    path = results / "scores" / f"{experiment}.methods.csv"
+    if runs and not (found := collect_methods(runs)).empty:
+        write_whole(path, found.to_csv(index=False).encode())
+    methods = pd.read_csv(path, dtype=BITS) if path.is_file() else pd.DataFrame(columns=METHODS)
+    path = results / "scores" / f"{experiment}.costs.csv"
+    if runs and not (spent := collect_costs(runs)).empty:
+        write_whole(path, spent.to_csv(index=False, float_format="%.4g").encode())
+    costs = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=COSTS)
+    if not costs.empty:
+        write_costs(experiment, costs, results)
+    meanings = read_meanings(results / "paper" / "meanings.csv") if paper else Meanings()
+    meanings |= read_meanings(results / "scores" / f"{experiment}.meanings.csv")
+    rows = table(statistics, paper, experiment)
+    write(rows, titles(rows, statistics), paper, methods, costs, meanings, results / "tables")
+    return rows
+
+
+def commit(
+    experiment: str, statistics: pd.DataFrame, scores: pd.DataFrame, meanings: Meanings, results: Path = RESULTS
+) -> None:
+    """Write what a table is made from, with the columns STATISTICS and SCORES."""
+    (results / "scores").mkdir(parents=True, exist_ok=True)
+    for table, suffix in ((statistics, "parquet"), (scores, "scores.parquet")):
+        write_whole(results / "scores" / f"{experiment}.{suffix}", table.to_parquet(index=False))
+    write_whole(results / "scores" / f"{experiment}.meanings.csv", meanings.csv())
+
+
+def write(
+    rows: pd.DataFrame,
+    headings: Mapping[str, str],
+    paper: Sequence[Reference],
+    methods: pd.DataFrame,
+    costs: pd.DataFrame,
+    meanings: Meanings,
+    folder: Path,
+) -> None:
+    """Write <experiment>.md, .tex and .csv into `folder`; each appears whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    experiment, shown = rows.experiment.iloc[0], list(sections(rows, headings, paper, methods, costs, meanings))
+    texts = {
+        "md": markdown(rows, shown, paper, methods, meanings),
+        "tex": latex(experiment, shown),
+        "csv": rows.to_csv(index=False, float_format="%.6g", lineterminator="\n"),
+    }
+    for suffix, text in texts.items():
+        write_whole(folder / f"{experiment}.{suffix}", text.encode())
+
+
+def write_costs(experiment: str, costs: pd.DataFrame, results: Path = RESULTS) -> None:
+    """The table of committed costs: they are of one machine and one moment, and no part of the paper's tables."""
+    shown = tabulate(costs.values.tolist(), COSTS, tablefmt="pipe", floatfmt=".4g")
+    (results / "tables").mkdir(parents=True, exist_ok=True)
+    title = f"# {experiment}: cost of a picture\n\nSeconds and network evaluations, means over the pictures.\n\n"
+    write_whole(results / "tables" / f"{experiment}.costs.md", f"{title}{shown}\n".encode())
+
+
+def known_experiments(results: Path = RESULTS) -> list[str]:
+    """Every experiment with committed scores or with numbers of the paper."""
+    scores = {path.stem for path in (results / "scores").glob("*.parquet") if not path.stem.endswith(".scores")}
+    return sorted(scores | {path.stem for path in (results / "paper").glob("*.yaml")})
+
+
+def table(statistics: pd.DataFrame, paper: Sequence[Reference], experiment: str) -> pd.DataFrame:
+    """Every measured cell and every cell of the paper, one a row, with the columns TIDY.
+
+    Verdicts: `within` the tolerance (inclusive), `outside` it (also where ours is undefined for every picture),
+    `no-reference` for a cell that the paper does not have, `not-run` for one of the paper's that nobody ran. Cells of
+    the paper come first, in the order of its file, then the others, sorted. ValueError where a cell was measured twice.
+    """
+    measured = {tuple(row[key] for key in CELL): row for row in statistics.to_dict("records")}
+    if len(measured) < len(statistics):
+        twice = statistics[statistics.duplicated(CELL)].iloc[0]
+        raise ValueError(f"{experiment}: measured twice: {' '.join(twice[CELL])}; start again from its run folders")
+    printed = {reference.cell: reference for reference in paper}
+    rows = []
+    for cell in [*printed, *sorted(measured.keys() - printed.keys())]:
+        ours, theirs = measured.get(cell), printed.get(cell)
+        row: dict[str, Any] = {"experiment": experiment, **dict(zip(CELL, cell, strict=True)), "n": 0, "undefined": 0}
+        if ours:
+            row |= {"n": ours["n"], "undefined": ours["undefined"]}
+            row |= {"ours": ours["value"], "ci_low": ours["low"], "ci_high": ours["high"]}
+        if theirs:
+            row |= {"paper": theirs.paper, "tolerance": theirs.tolerance}
+        rows.append(row | {"verdict": verdict(ours["value"] if ours else None, theirs)})
+    return pd.DataFrame(rows, columns=TIDY).astype({"n": int, "undefined": int})
+
+
+def verdict(ours: float | None, theirs: Reference | None) -> str:
+    if theirs is None:
+        return "no-reference"
+    if ours is None:
+        return "not-run"
+    # 0.4 - 0.1 > 0.3 in binary: a difference of exactly the tolerance has to stay within it
+    return "within" if abs(ours - theirs.paper) <= theirs.tolerance * (1 + 1e-9) else "outside"
+
+
+# From run folders
+
+
+def collect(runs: Sequence[Path], experiment: str) -> pd.DataFrame:
+    """The statistics of run folders, one cell (dataset, anonymizer) each, with the columns STATISTICS.
+
+    Raises:
+        FileNotFoundError: a folder is no finished run.
+        ValueError: two folders hold the same cell.
+    """
+    frames, seen = [], dict[tuple[str, str], Path]()
+    for run in runs:
+        about = read_about(run)
+        cell = (about["dataset"], about["anonymizer"])
+        if cell in seen:
+            raise ValueError(f"{experiment}: {seen[cell]} and {run} are both {' '.join(cell)}; name one of them")
+        seen[cell] = run
+        keys = {"experiment": experiment, "dataset": cell[0], "anonymizer": cell[1]}
+        frames.append(read_parquet(run, "statistics").assign(**keys, notes="\n".join(about["title_notes"])))
+    return pd.concat(frames, ignore_index=True)[STATISTICS]
+
+
+def collect_scores(runs: Sequence[Path]) -> pd.DataFrame:
+    """The per-picture scores of run folders with the columns SCORES."""
+    frames = []
+    for run in runs:
+        about = read_about(run)
+        frames.append(read_parquet(run, "scores").assign(dataset=about["dataset"], anonymizer=about["anonymizer"]))
+    return pd.concat(frames, ignore_index=True)[SCORES]
+
+
+def collect_costs(runs: Sequence[Path]) -> pd.DataFrame:
+    """What anonymizing and recovering took a picture, in seconds and network evaluations, with the columns COSTS."""
+    frames = []
+    for run in runs:
+        about, spent = read_about(run), read_costs(run).to_pandas().groupby("view", as_index=False).sum()
+        spent[["seconds", "evaluations"]] = spent[["seconds", "evaluations"]].div(spent["pictures"], axis=0)
+        frames.append(spent.assign(**{name: about.get(name, "") for name in COSTS if name not in spent}))
+    costs: pd.DataFrame = pd.concat(frames, ignore_index=True).reindex(columns=COSTS)
+    return costs
+
+
+def collect_methods(runs: Sequence[Path]) -> pd.DataFrame:
+    """What each method needs and gives, with the columns METHODS; no row for runs that did not take it down."""
+    abouts = [read_about(run) for run in runs]
+    rows = [
+        about["about"] | {"dataset": about["dataset"], "anonymizer": about["anonymizer"]}
+        for about in abouts
+        if "about" in about
+    ]
+    return pd.DataFrame(rows, columns=METHODS).astype(BITS)
+
+
+def collect_meanings(runs: Sequence[Path]) -> Meanings:
+    """What the names of run folders mean; nothing of runs that did not take it down."""
+    return reduce(operator.or_, (read_meanings(run / "meanings.csv") for run in runs), Meanings())
+
+
+def read_about(run: Path) -> dict[str, Any]:
+    path = run / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run}: no run.json there; name run folders, as results/runs/<signature>")
+    about: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return about
+
+
+def read_parquet(run: Path, name: str) -> pd.DataFrame:
+    path = run / f"{name}.parquet"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{run}: no {path.name} there; the run is not finished: start its experiment again to resume it"
+        )
+    return pd.read_parquet(path)
