@@ -21,13 +21,13 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file, save
 from tabulate import tabulate
 
-from experiments import tables
-from experiments.harness import provenance
+from experiments.harness import layout, provenance, results
 from experiments.harness.command import start
+from experiments.harness.meaning import Meanings
 from experiments.harness.plots import share_curve
 from experiments.harness.session import Cell, Result, Session, begin, fill, model_notes, plain, show
 from keyanon import runner
-from keyanon.attacks.attackers import distribution_tests, published_key
+from keyanon.attacks.attackers import VIEWS, distribution_tests, published_key, summaries
 from keyanon.attacks.case import Attacker, Case, Files, Found, Knowledge, Learns, People, Taken, Victims, publish
 from keyanon.batching import filled
 from keyanon.channel.keys import experiment_key
@@ -37,7 +37,7 @@ from keyanon.errors import UserError
 from keyanon.measures.biometrics import Floats, cosine, threshold_at_far
 from keyanon.run_folder import ORIGINAL, RunFiles, read_parts, vectors_of
 from keyanon.runner import Observed
-from keyanon.types import Bytes, Image, Key, KeyedNoise, Mask
+from keyanon.types import COSINE, Bytes, Image, Key, KeyedNoise, Mask, View
 
 DICTIONARY = "Argon2id"  # the row of what a password costs, which is no method's
 
@@ -66,7 +66,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], _: Sequence[str] = (), comm
         written.append(attacked(session, cells[-1], method, attackers, people))
     if dictionary is not None:
         cells.append(session.cell(DICTIONARY, {"dictionary": plain(cfg.security.password_dictionary)}, notes, ids=[]))
-        written.append(fill(session, cells[-1], lambda _: None, lambda _: result(list(dictionary()))))
+        written.append(fill(session, cells[-1], lambda _: None, lambda _: result(session, list(dictionary()))))
     if all(written):
         beside = methods_beside(cfg.name, [*methods, DICTIONARY])
         write_whole(Path("results/tables") / f"{cfg.name}.beside.md", beside.encode())
@@ -150,7 +150,7 @@ def attacked(
             wanted, done = set(attacker.chosen(case)), set(ids)
             if chosen := [id for id in people.ids if id in wanted and id in done]:
                 found += attacker.conclude(case, taken_from(folders[name], chosen))
-        return result([*found, *distribution_tests(case, found)])
+        return result(session, [*found, *distribution_tests(case, found)])
 
     return fill(session, cell, work, conclude)
 
@@ -188,12 +188,17 @@ def taken_from(folder: Path, ids: Sequence[str]) -> Taken:
     return Taken(ids, values, vectors)
 
 
-def result(found: Sequence[Found]) -> Result:
+def result(session: Session, found: Sequence[Found]) -> Result:
     scores = pd.DataFrame(
         [(id, one.view, one.scorer, value) for one in found for id, value in one.values.items()],
         columns=["id", "view", "scorer", "value"],
     )
-    return Result([(one.view, one.scorer, one.statistic) for one in found], scores)
+    said = Meanings(
+        {one.view: VIEWS.get(one.view, View("attacked")) for one in found},
+        {one.scorer: COSINE if one.scorer in session.recognizers else one.measure for one in found},
+        summaries(session.cfg.far),
+    )
+    return Result([(one.view, one.scorer, one.statistic) for one in found], scores, said)
 
 
 def keys(count: int) -> list[Key]:
@@ -270,12 +275,12 @@ class PublishedFiles:
 
 def methods_beside(experiment: str, methods: Sequence[str]) -> str:
     """A table's cells in Markdown, a column for each method: value, interval and the number of pictures or comparisons."""
-    rows = tables.build(experiment)
+    rows = results.build(experiment)
     lines: dict[tuple[str, str, str], dict[str, str]] = {}
     every: list[Any] = list(rows.itertuples())
     for row in every:
         line = lines.setdefault((row.view, row.scorer, row.statistic), dict.fromkeys(methods, ""))
-        line[row.anonymizer] = f"{tables.ours_text(row, np.nan)}; {row.n}"
+        line[row.anonymizer] = f"{layout.ours_text(row, np.nan)}; {row.n}"
     body = [[text.replace("|", "\\|") for text in (*cell, *line.values())] for cell, line in lines.items()]
     table = tabulate(body, ["attack", "by", "statistic", *methods], tablefmt="pipe", disable_numparse=True)
     about = "Each cell: value [95 % interval]; n. keyanon/attacks/attackers.py says what each attacker knows and does."

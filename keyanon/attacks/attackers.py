@@ -817,7 +817,9 @@ class NoiseOracle:
     def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
         for name in ORACLES:
             table = np.stack([taken.values(f"key {number}", name) for number in range(self.wrong_keys + 1)], axis=1)
-            yield Found("right key told by z_T", name, leakage.auc_statistic(table[:, :1], table[:, 1:]), measure=MEASURES[name])
+            yield Found(
+                "right key told by z_T", name, leakage.auc_statistic(table[:, :1], table[:, 1:]), measure=MEASURES[name]
+            )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,20 @@ from keyanon.channel.headers import Header
 from keyanon.channel.pixels import to_floats
 from keyanon.measures.biometrics import Floats, Statistic, mean_statistic
 from keyanon.methods.exact import pixels
-from keyanon.types import Bytes, Embeddings, Image, Key, KeyedNoise, Latent, Mask, Measure, Published, Recognizer, Scores, Verifies
+from keyanon.types import (
+    Bytes,
+    Embeddings,
+    Image,
+    Key,
+    KeyedNoise,
+    Latent,
+    Mask,
+    Measure,
+    Published,
+    Recognizer,
+    Scores,
+    Verifies,
+)
 
 ATTACK = Measure("attack")
 Place = tuple[str, str]  # view and scorer

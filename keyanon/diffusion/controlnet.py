@@ -67,7 +67,11 @@ class MaskControl:
             backbone.evaluations[t] += len(z)
             with arithmetic(backbone.precision):
                 out = in_chunks(
-                    lambda part, seen: controlled(backbone.unet, control, part, seen, t), z, hint, chunk=backbone.chunk, fits=backbone.fits
+                    lambda part, seen: controlled(backbone.unet, control, part, seen, t),
+                    z,
+                    hint,
+                    chunk=backbone.chunk,
+                    fits=backbone.fits,
                 )
             return backbone.as_noise(out, z, t)
 

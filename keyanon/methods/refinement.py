@@ -155,7 +155,9 @@ class Refinement:
         def refine_pixels(*part: Tensor) -> Bytes:
             return self._refine_pixels(backbone, weights, levels, *part)
 
-        return in_chunks(refine_pixels, target, start, added * free, free, cells, chunk=backbone.chunk, fits=backbone.fits)
+        return in_chunks(
+            refine_pixels, target, start, added * free, free, cells, chunk=backbone.chunk, fits=backbone.fits
+        )
 
     def _refine_pixels(
         self,
