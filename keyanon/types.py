@@ -10,6 +10,9 @@ from typing import Literal, Protocol, runtime_checkable
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
+from keyanon.errors import BadPicture as BadPicture
+from keyanon.errors import UserError as UserError
+
 Picture = Float[Tensor, "3 h w"]  # one RGB picture in [-1, 1]
 Image = Float[Tensor, "b 3 h w"]  # RGB in [-1, 1]
 Bytes = UInt8[Tensor, "b 3 h w"]  # RGB as published: 0 .. 255
@@ -18,10 +21,6 @@ Latent = Float[Tensor, "b c u v"]  # 3 x 64 x 64 for the 256 px latent diffusion
 Embeddings = Float[Tensor, "b d"]  # unit rows; a row of NaN where no face was found
 Scores = Float[Tensor, " b"]  # one number per picture, NaN where it cannot be measured
 Denoiser = Callable[[Latent, int], Latent]  # eps(z, t): the noise in z at the integer timestep t
-
-
-class BadPicture(Exception):
-    """A picture that cannot be used (corrupt, too small, no face): recorded, counted and skipped, never a crash."""
 
 
 @dataclass(frozen=True)

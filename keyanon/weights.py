@@ -24,12 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from keyanon.errors import UserError
 
-class MissingWeights(Exception):
+
+class MissingWeights(UserError):
     """Weights that are nowhere to be had: the message names the card, what was tried, the licence and the remedy."""
 
 
-class WrongWeights(Exception):
+class WrongWeights(UserError):
     """A file whose SHA-256 is not its card's."""
 
 

@@ -26,6 +26,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from keyanon.errors import UserError
+
 log = logging.getLogger(__name__)
 KEY_BYTES = 32
 NONCE_BYTES = 24
@@ -35,7 +37,7 @@ MAX_PASSES, MAX_MEMORY, MAX_LANES = 1000, 4 * 2**20, 64  # KiB
 MAX_WORK = 16 * 2**20  # KiB written over all passes: about a minute
 
 
-class BadKey(Exception):
+class BadKey(UserError):
     """A key file that is missing, malformed or readable by others; a password or recipe that gives no key."""
 
 
