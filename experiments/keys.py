@@ -10,10 +10,10 @@ import os
 import sys
 from pathlib import Path
 
-from keyanon.channel.headers import BadHeader, Header, unseal
+from keyanon.channel.headers import Header, unseal
 from keyanon.channel.keys import SALT_BYTES, BadKey, MasterKey, Recipe, read_key, write_key, write_new_key
 from keyanon.channel.pixels import read_png
-from keyanon.types import BadPicture
+from keyanon.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         print(args.action(args).fingerprint)
-    except (BadKey, BadHeader, BadPicture, OSError) as error:
+    except (UserError, OSError) as error:  # a file that cannot be read or written
         sys.exit(f"keyanon: {error}")
 
 

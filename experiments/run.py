@@ -4,7 +4,6 @@ Preflight, then make every view, then score it, then average, then write the tab
 folder at once: each makes and scores its own pictures, and the last to end averages over all.
 """
 
-import errno
 import json
 import logging
 import re
@@ -27,17 +26,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import tables
 from experiments.harness import preflight, provenance
+from experiments.harness.errors import is_full_disk, user_error
 from experiments.harness.plots import contact_sheet
 from experiments.harness.shards import FailedShard, Shards, numbers, one_line, settled, sharded
 from experiments.harness.statistics import write_statistics
 from experiments.harness.tracking import Tracker
 from keyanon import runner
-from keyanon.channel.headers import BadHeader
-from keyanon.channel.keys import BadKey, MasterKey
+from keyanon.channel.keys import MasterKey
 from keyanon.channel.whole import write_whole
-from keyanon.diffusion.model import BadModel, LatentDiffusion
-from keyanon.types import Anonymizer, BadPicture, Dataset, Recognizer
-from keyanon.weights import MissingWeights, WrongWeights
+from keyanon.diffusion.model import LatentDiffusion
+from keyanon.errors import BadData, BadSetting
+from keyanon.types import Anonymizer, Dataset, Recognizer
 
 log = logging.getLogger(__name__)
 
@@ -49,17 +48,6 @@ UNTOLD = {
 MEASURES = ("attacks", "recognizers", "scorers")
 SHEET_ROWS, SHOWN_SKIPPED = 8, 10
 SHEET_VIEWS = (runner.ORIGINAL, runner.MASK, runner.ANONYMIZED, runner.RECOVERED, "wrong_key")
-READABLE = (
-    BadKey,
-    BadHeader,
-    BadModel,
-    BadPicture,
-    MissingWeights,
-    WrongWeights,
-    FileNotFoundError,
-    ValueError,
-    OSError,
-)
 
 
 @hydra.main(config_path="../conf", config_name="config", version_base="1.3")
@@ -72,12 +60,13 @@ def main(cfg: DictConfig) -> None:
     try:
         swept = telling(job.overrides.task) if sweep and varied(job) else []
         run(cfg, dict(job.runtime.choices), swept, alone(job))
-    except (*READABLE, FailedShard) as error:
-        log.debug("", exc_info=True)
-        if sweep and isinstance(error, FailedShard):
+    except Exception as error:
+        failed = isinstance(error, FailedShard)
+        if (reason := str(error) if failed else user_error(error)) is None or (sweep and failed):
             raise
+        log.debug("", exc_info=True)
         remedy = f"; free some below {cfg.runs} and start again to resume" if is_full_disk(error) else ""
-        message = f"keyanon: {error}{remedy}"
+        message = f"keyanon: {reason}{remedy}"
         if sweep:  # an exit would take the other jobs along
             raise CompactHydraException(message) from error
         print(message, file=sys.stderr)
@@ -89,8 +78,10 @@ def shown(experiment: Callable[[], object], name: str) -> None:
     try:
         experiment()
         print(Path("results/tables", f"{name}.md").read_text("utf-8"))
-    except READABLE as error:
-        print(f"keyanon: {error}", file=sys.stderr)
+    except Exception as error:
+        if (message := user_error(error)) is None:
+            raise
+        print(f"keyanon: {message}", file=sys.stderr)
         sys.exit(FAILED)
 
 
@@ -172,7 +163,7 @@ def run(cfg: DictConfig, choices: dict[str, Any], swept: Sequence[str] = (), arg
         publish_if_last(cell)
         if count == 1:
             raise
-        log.log(logging.DEBUG if isinstance(error, READABLE) else logging.ERROR, "", exc_info=True)
+        log.log(logging.DEBUG if user_error(error) else logging.ERROR, "", exc_info=True)
         raise FailedShard(f"shard {cfg.shard}: {one_line(error)}", shards, arguments) from error
     for id, reason in list(skipped.items())[:SHOWN_SKIPPED]:
         log.warning("skipped %s: %s", id, reason)
@@ -196,7 +187,7 @@ def publish(cell: Cell, done: Sequence[str]) -> None:
     ids, files = [id for id in cell.ids if id in there], runner.RunFiles(folder)
     skipped = files.skipped()
     if ids and all(id in skipped for id in ids):
-        raise ValueError(f"none of the {len(ids)} pictures could be used; the first, {ids[0]}: {skipped[ids[0]]}")
+        raise BadData(f"none of the {len(ids)} pictures could be used; the first, {ids[0]}: {skipped[ids[0]]}")
     files.list_skipped()
     log.info(
         "%d of %d pictures skipped, all listed in %s", len(there & skipped.keys()), len(ids), folder / "skipped.csv"
@@ -291,10 +282,6 @@ def what_it_ran_on(cfg: DictConfig, choices: dict[str, Any], folder: Path) -> st
     return f"ran on: {what}; {where}; {sum(about['seconds'].values()):.0f} s"
 
 
-def is_full_disk(error: Exception) -> bool:
-    return isinstance(error, OSError) and error.errno == errno.ENOSPC
-
-
 def latest_cells(folder: Path) -> dict[Path, int]:
     """The finished run folders beside `folder`, the latest of each dataset and anonymizer, and when they were finished."""
     cells: dict[tuple[str, str], tuple[int, Path]] = {}
@@ -324,7 +311,7 @@ def same_attacks(folder: Path, attacks: Any) -> None:
         if not path.exists():
             write_whole(path, json.dumps(settings, indent=2).encode())
         elif json.loads(path.read_text()) != settings:
-            raise ValueError(
+            raise BadSetting(
                 f"{folder / view} holds pictures of this attack with other settings; rename the attack or delete it"
             )
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keyanon.errors import UserError
+from keyanon.errors import BadSetting, UserError
 
 
 class MissingWeights(UserError):
@@ -407,7 +407,7 @@ def named(card: str | Card) -> Card:
     if isinstance(card, Card):
         return card
     if card not in CARDS:
-        raise KeyError(f"no weights card is called {card!r}; there are {', '.join(CARDS)}")
+        raise BadSetting(f"no weights card is called {card!r}; there are {', '.join(CARDS)}")
     return CARDS[card]
 
 
@@ -424,7 +424,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             place = locate(card) if options.command == "list" else resolve(card)
             print(f"{card.name:18} {place or 'missing: ' + card.source}  [{card.licence}]")
-        except (MissingWeights, WrongWeights) as error:
+        except UserError as error:
             failed += 1
             print(error)
     return 1 if failed else 0

@@ -15,6 +15,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from keyanon.errors import BadSetting
 from keyanon.faces.onnx import open_onnx
 from keyanon.weights import (
     CARDS,
@@ -65,7 +66,7 @@ def test_every_card_is_complete(entry):
 
 
 def test_an_unknown_card_is_named_with_those_there_are():
-    with pytest.raises(KeyError, match=r"facenet.*mobilefacenet"):
+    with pytest.raises(BadSetting, match=r"facenet.*mobilefacenet"):
         named("facenet")
 
 

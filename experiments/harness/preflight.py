@@ -11,11 +11,11 @@ from typing import Any
 from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from experiments.harness.errors import user_error
 from keyanon import weights
 from keyanon.types import Dataset
 
@@ -76,8 +76,10 @@ def open_dataset(config: Any, name: str, problems: list[str]) -> Dataset | None:
     try:
         dataset: Dataset = instantiate(config)
         _ = dataset.ids  # read at its first use
-    except (FileNotFoundError, ValueError, InstantiationException) as error:
-        problems.append(f"dataset {name}: {error.__cause__ or error}")
+    except Exception as error:
+        if (message := user_error(error)) is None:
+            raise
+        problems.append(f"dataset {name}: {message}")
         return None
     return dataset
 

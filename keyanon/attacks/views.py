@@ -16,6 +16,7 @@ from keyanon.channel.headers import FIXED
 from keyanon.channel.keys import MasterKey
 from keyanon.channel.pixels import jpeg, to_floats
 from keyanon.channel.streams import SIGNS
+from keyanon.errors import BadSetting
 from keyanon.types import Image, Key, Published, Reversible, RunsWithoutKey
 
 
@@ -41,7 +42,7 @@ class NearKey:
     def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
         near = [key.with_bit_flipped(self.bit) for key in keys if isinstance(key, MasterKey)]
         if len(near) != len(keys):
-            raise TypeError("near_key flips a bit of a master key; this run has other keys")
+            raise BadSetting("near_key flips a bit of a master key; this run has other keys")
         return heedless(method).recover(to_floats(published.images), published.headers, near)
 
 
@@ -87,7 +88,7 @@ class FloatChannel:
 
     def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
         if published.floats is None:
-            raise ValueError("recovered_float: this anonymizer publishes no floats")
+            raise BadSetting("recovered_float: this anonymizer publishes no floats")
         return heedless(method).recover(published.floats, published.headers, keys)
 
 

@@ -27,6 +27,7 @@ from jaxtyping import Bool, UInt8
 from torch import Tensor
 
 from keyanon.channel.keys import NONCE_BYTES, RECIPE_BYTES, BadKey, MasterKey, Recipe
+from keyanon.errors import UserError
 from keyanon.types import Bytes, Key
 
 MAGIC = b"KA"
@@ -39,16 +40,17 @@ MAX_BYTES = 2**16  # of a header; those of real pictures have some hundreds
 MAX_PARTS = MAX_BYTES - 9 * 2**10  # of what it carries besides the mask, which with the rest is less than 9 KiB
 
 
-class BadHeader(Exception):
+class BadHeader(UserError):
     """A published file without a header, with one that cannot be read, or with one that the key does not accept."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """The nonce of a picture's key stream and, where the method keeps them, the face mask (1 u v) at latent size,
-    what the
-    keyed transform sends along (keyanon/methods/transforms.py), the jumps at the face's border (keyanon/methods/seams.py), what the pixels lack
-    of the latent (keyanon/methods/residuals.py), how the key comes from a password, and the tag.
+    """The nonce of a picture's key stream and what else the method keeps there.
+
+    The face mask (1 u v) at latent size, what the keyed transform sends along (keyanon/methods/transforms.py), the jumps at the
+    face's border (keyanon/methods/seams.py), what the pixels lack of the latent (keyanon/methods/residuals.py), how the key comes
+    from a password, and the tag.
     """
 
     nonce: bytes

@@ -22,6 +22,7 @@ from keyanon.channel.pixels import to_bytes
 from keyanon.diffusion.controlnet import MaskControl
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import Known, Solver
+from keyanon.errors import BadSetting
 from keyanon.methods.transforms import Involution, SignFlipping, Transform, Unchanged
 from keyanon.types import About, Denoiser, FaceParser, Image, Key, Mask, Published
 
@@ -59,7 +60,7 @@ class SignFlip:
     def __post_init__(self) -> None:
         if not isinstance(self.transform, Involution):
             names = ", ".join(kind.__name__ for kind in get_args(Involution))
-            raise ValueError(f"anonymizer.transform: {self.transform} is not its own inverse; take one of {names}")
+            raise BadSetting(f"anonymizer.transform: {self.transform} is not its own inverse; take one of {names}")
 
     @property
     def about(self) -> About:

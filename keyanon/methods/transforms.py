@@ -31,6 +31,7 @@ from torch import Tensor
 
 from keyanon.channel.headers import BadHeader
 from keyanon.channel.streams import normals, signs
+from keyanon.errors import BadSetting
 from keyanon.types import Key, Latent, Mask
 
 # log r is roughly logistic over channels of inverted photographs, with outliers at 5 deviations. 16 pictures each: mean 0.21 and
@@ -80,7 +81,7 @@ class NoiseFlipping:
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
-            raise ValueError(f"anonymizer.transform.share is a share of the noise, 0 to 1, not {self.share}")
+            raise BadSetting(f"anonymizer.transform.share is a share of the noise, 0 to 1, not {self.share}")
 
     def apply(self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> tuple[Latent, list[bytes]]:
         shape = tuple(zT.shape[1:])

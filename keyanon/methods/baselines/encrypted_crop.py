@@ -28,6 +28,7 @@ from torch import Tensor
 from keyanon.channel.headers import MAX_PARTS, BadHeader, Header, seal, unseal
 from keyanon.channel.nonces import Nonces, nonce_for
 from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.errors import BadSetting
 from keyanon.methods.baselines.classical import bounds
 from keyanon.types import About, Anonymizer, Image, Key, Published
 
@@ -53,14 +54,14 @@ class EncryptedCrop:
 
     def __post_init__(self) -> None:
         if self.quality is not None and not 0 <= self.quality <= 100:
-            raise ValueError(f"anonymizer.quality is 0 to 100, or null for lossless, not {self.quality}")
+            raise BadSetting(f"anonymizer.quality is 0 to 100, or null for lossless, not {self.quality}")
 
     @property
     def about(self) -> About:
         return About("keyed", "8-bit file + header", 256, 256, "-", "-", "RFC 5116")
 
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
-        """ValueError where a crop is too large for a header."""
+        """BadSetting where a crop is too large for a header."""
         originals = to_bytes(images).cpu()
         nonces = [self.nonces(key, id, x) for key, id, x in zip(keys, ids, to_floats(originals), strict=True)]
         shown = self.visible.anonymize(images, keys, ids).images
@@ -68,7 +69,7 @@ class EncryptedCrop:
         for key, id, nonce, original, published in zip(keys, ids, nonces, originals, shown, strict=True):
             sent = encrypted(packed(original, published, self.quality), key, nonce)
             if len(sent) > MAX_PARTS:
-                raise ValueError(
+                raise BadSetting(
                     f"{id}: its encrypted face has {len(sent)} bytes, a header has room for {MAX_PARTS}; take a lower "
                     "anonymizer.quality (null is lossless, try 90) or a smaller dataset.size"
                 )

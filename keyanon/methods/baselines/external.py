@@ -44,6 +44,7 @@ from keyanon.channel.keys import KEY_BYTES, MasterKey
 from keyanon.channel.nonces import Nonces, nonce_for
 from keyanon.channel.pixels import open_rgb, to_bytes, to_floats, write_png
 from keyanon.channel.whole import write_whole
+from keyanon.errors import BadSetting, UserError
 from keyanon.faces.layouts import SUFFIXES
 from keyanon.types import About, BadPicture, Bytes, Image, Key, Published
 
@@ -52,7 +53,7 @@ SHOWN_LINES, SHOWN_FILES = 10, 5  # in a message
 Pixels = UInt8[Tensor, "3 h w"]
 
 
-class BadMethod(ValueError):
+class BadMethod(UserError, ValueError):
     """A program of others that failed, or pictures of one that cannot be used: the message names method, place and remedy."""
 
 
@@ -72,7 +73,7 @@ class Secret:
 
     def __post_init__(self) -> None:
         if self.bits < 1 or self.format not in ("hex", "digits", "bits"):
-            raise ValueError(
+            raise BadSetting(
                 f"anonymizer.secret: {self.bits} bits as {self.format!r}; expected 1 bit or more as 'hex', 'digits' or 'bits'"
             )
 
@@ -126,12 +127,12 @@ class External:
         for command in self.commands:
             found = set(re.findall(r"\{(\w+)\}", " ".join(command)))
             if found != wanted:
-                raise ValueError(
+                raise BadSetting(
                     f"{self.name}: the command {' '.join(command)!r} has the places {', '.join(sorted(found)) or 'none'}; expected "
                     f"{', '.join(sorted(wanted))}, each in braces"
                 )
         if "{name}" not in self.outputs:
-            raise ValueError(f"{self.name}: outputs={self.outputs!r} does not say where a picture's {{name}} stands")
+            raise BadSetting(f"{self.name}: outputs={self.outputs!r} does not say where a picture's {{name}} stands")
 
     @property
     def commands(self) -> list[Sequence[str]]:
@@ -339,7 +340,7 @@ class Ready:
 
     def __post_init__(self) -> None:
         if "{id}" not in self.files:
-            raise ValueError(f"anonymizer.files={self.files!r} does not say where a picture's {{id}} stands")
+            raise BadSetting(f"anonymizer.files={self.files!r} does not say where a picture's {{id}} stands")
 
     @property
     def folders(self) -> dict[str, str | None]:

@@ -27,6 +27,7 @@ from torchvision.transforms.functional import gaussian_blur
 from keyanon.channel.pixels import to_bytes
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import NoiseSchedule
+from keyanon.errors import BadSetting
 from keyanon.faces.detection import Detector, MtcnnDetector
 from keyanon.faces.parsing import reduce_mask
 from keyanon.methods.baselines.sampling import Level, denoiser, drawn, mean, resized, spread
@@ -61,9 +62,9 @@ class Ldfa:
 
     def __post_init__(self) -> None:
         if self.sampler not in ETA:
-            raise ValueError(f"anonymizer.sampler={self.sampler!r} is none of {', '.join(ETA)}")
+            raise BadSetting(f"anonymizer.sampler={self.sampler!r} is none of {', '.join(ETA)}")
         if not 1 <= self.executed <= self.steps:
-            raise ValueError(
+            raise BadSetting(
                 f"anonymizer.strength={self.strength} runs {self.executed} of {self.steps} steps; it has to run some"
             )
 

@@ -28,6 +28,7 @@ from keyanon.batching import in_chunks
 from keyanon.channel.pixels import to_bytes
 from keyanon.diffusion.model import BadModel, LatentDiffusion
 from keyanon.diffusion.solvers import DDIM, NoiseSchedule
+from keyanon.errors import BadSetting
 from keyanon.methods.baselines.sampling import Level, drawn, mean, resized, spread, step
 from keyanon.types import About, Denoiser, Embeddings, FaceParser, Image, Key, Latent, Published, Recognizer
 from keyanon.weights import Card, named, resolve
@@ -51,7 +52,7 @@ class NoiseInversion:
 
     def __post_init__(self) -> None:
         if not 0 <= self.skip < self.steps or self.eta <= 0:
-            raise ValueError(
+            raise BadSetting(
                 f"inversion: steps={self.steps}, skip={self.skip}, eta={self.eta}; some steps have to be left, "
                 "and some noise to store"
             )

@@ -36,6 +36,7 @@ from keyanon.channel.headers import Header, seal, unseal
 from keyanon.channel.nonces import Nonces, nonce_for
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.channel.streams import signs
+from keyanon.errors import BadSetting
 from keyanon.measures.scorers import psnr, ssim
 from keyanon.methods.baselines.classical import Filter
 from keyanon.types import About, Image, Key, Published
@@ -73,6 +74,10 @@ class ProFaceS:
     nonces: Nonces = nonce_for
     authenticate: bool = True
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.kdf not in ("hkdf", "authors"):
+            raise BadSetting(f"anonymizer.kdf={self.kdf!r} is neither 'hkdf' nor 'authors'")
 
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Published pictures of `images` under one key each; `measured` is how like the mere obfuscation they are."""
@@ -248,7 +253,7 @@ def _load(path: Path, device: str) -> HidingNetwork:
 def _check_even(images: Image) -> None:
     height, width = images.shape[-2:]
     if height % 2 or width % 2:
-        raise ValueError(f"PRO-Face S halves pictures: {width}x{height} pixels is odd; set an even dataset.size")
+        raise BadSetting(f"PRO-Face S halves pictures: {width}x{height} pixels is odd; set an even dataset.size")
 
 
 def _card(name: str, sha256: str, trained: str) -> Card:

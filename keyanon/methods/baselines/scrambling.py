@@ -21,6 +21,7 @@ from keyanon.channel.headers import BadHeader, Header, seal, unseal
 from keyanon.channel.nonces import Nonces, nonce_for
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.channel.streams import signs
+from keyanon.errors import BadSetting
 from keyanon.types import About, FaceParser, Image, Key, Published
 
 MAX_CELLS = 256  # a side: what a header's mask can have
@@ -32,7 +33,7 @@ class Scrambling:
 
     Args:
         parser: what finds the face; asked for masks of one cell a block.
-        block: side of a block in pixels; 1 puts all pixels of the face in one secret order. ValueError where a picture is
+        block: side of a block in pixels; 1 puts all pixels of the face in one secret order. BadSetting where a picture is
             no whole number of blocks.
         inside: put the pixels of each block in an order of its own.
         negative: invert half of the blocks, by a secret bit each.
@@ -104,7 +105,7 @@ class Scrambling:
         """Rows and columns of blocks."""
         height, width = images.shape[-2:]
         if height % self.block or width % self.block or max(height, width) > MAX_CELLS * self.block:
-            raise ValueError(
+            raise BadSetting(
                 f"anonymizer.block={self.block}: a picture of {height}x{width} pixels does not consist of such blocks, at most "
                 f"{MAX_CELLS} a side; take another dataset.size or anonymizer.block"
             )
