@@ -34,9 +34,8 @@ from experiments.harness.tracking import Tracker
 from keyanon import runner
 from keyanon.channel.keys import MasterKey
 from keyanon.channel.whole import write_whole
-from keyanon.diffusion.model import LatentDiffusion
 from keyanon.errors import BadData, BadSetting
-from keyanon.types import Anonymizer, Dataset, Recognizer
+from keyanon.types import Anonymizer, Dataset, NeedsWeights, Recognizer
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +126,7 @@ def run(cfg: DictConfig, choices: dict[str, Any], swept: Sequence[str] = (), arg
     preflight.stop_if(problems)
     assert dataset is not None
 
-    models = [part for part in preflight.walk(method) if isinstance(part, LatentDiffusion)]
+    models = preflight.models(method)
     question = {
         "dataset": OmegaConf.to_container(cfg.dataset, resolve=True),
         "anonymizer": OmegaConf.to_container(cfg.anonymizer, resolve=True),
@@ -318,7 +317,7 @@ def same_attacks(folder: Path, attacks: Any) -> None:
 
 def own_weights(method: Any) -> list[str | None]:
     """SHA-256 of the weights that a method brings besides a diffusion model."""
-    return [card.sha256 for card in method.cards()] if hasattr(method, "cards") else []
+    return [card.sha256 for card in method.cards()] if isinstance(method, NeedsWeights) else []
 
 
 def model_name(cfg: DictConfig, choices: Mapping[str, Any]) -> str | None:

@@ -31,24 +31,22 @@ from experiments.harness import preflight, provenance
 from experiments.harness.plots import share_curve
 from experiments.run import shown
 from keyanon import runner
-from keyanon.attacks import leakage
 from keyanon.attacks.attackers import (
     Case,
     Files,
     Found,
     People,
+    distribution_tests,
     embeddings_of,
     in_batches,
-    laws,
     publish,
     published_key,
 )
-from keyanon.attacks.leakage import Method
 from keyanon.channel.keys import experiment_key
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.channel.whole import write_whole
 from keyanon.measures.biometrics import Floats, Statistic, cosine, threshold_at_far
-from keyanon.types import Dataset, FaceParser, Image, Key, Recognizer
+from keyanon.types import Dataset, FaceParser, Image, Key, KeyedNoise, Published, Recognizer
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +91,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any]) -> pd.DataFrame:
             path = folder / f"{attack}-{provenance.signature(asked | plain(settings))}.json"
             log.info("%s: %s", name, attack)
             ours += kept_findings(path, battery[attack], case)
-        found += [(name, one) for one in [*ours, *laws(case, ours)]]
+        found += [(name, one) for one in [*ours, *distribution_tests(case, ours)]]
     for id, reason in skipped.items():
         log.warning("skipped %s: %s", id, reason)
     if dictionary:
@@ -147,16 +145,16 @@ def plain(node: DictConfig) -> Any:
     return OmegaConf.to_container(node, resolve=True)
 
 
-def signature(cfg: DictConfig, name: str, method: Method, people: People) -> str:
+def signature(cfg: DictConfig, name: str, method: KeyedNoise, people: People) -> str:
     """Of what a method's published files depend on."""
     question = {"dataset": plain(cfg.dataset), "method": plain(cfg.methods[name]), "pictures": people.ids}
-    return provenance.signature(question | {"weights": [method.backbone.sha256]})
+    return provenance.signature(question | {"weights": [model.sha256 for model in preflight.models(method)]})
 
 
 # What is kept, and not made again
 
 
-def kept_files(folder: Path, place: int, method: Method, people: People, key: Key, batch_size: int) -> Files:
+def kept_files(folder: Path, place: int, method: KeyedNoise, people: People, key: Key, batch_size: int) -> Files:
     """All pictures' files under one key."""
     path, count = folder / f"files-{place}.safetensors", len(people.ids)
     if not path.exists():
@@ -169,7 +167,11 @@ def kept_files(folder: Path, place: int, method: Method, people: People, key: Ke
     with safe_open(path, "pt") as file:
         images, zT, mask = to_floats(file.get_tensor("images")), file.get_tensor("zT"), file.get_tensor("mask")
         headers = tuple(bytes.fromhex(header) for header in json.loads(file.metadata()["headers"]))
-    read = in_batches("read", batch_size, lambda x, packed: leakage.received(method, x, packed), images, headers)
+
+    def encoded(x: Image, packed: tuple[bytes, ...]) -> Image:
+        return method.encoded_pictures(Published(to_bytes(x), packed))
+
+    read = in_batches("read", batch_size, encoded, images, headers)
     return Files(images, headers, [key] * count, read, zT, mask)
 
 

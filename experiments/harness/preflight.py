@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from experiments.harness.errors import user_error
 from keyanon import weights
-from keyanon.types import Dataset
+from keyanon.types import Anonymizer, Dataset, Model, NeedsFiles, NeedsWeights, TakesWeights
 
 NOT_READY = 2  # exit code
 BYTES_PER_VALUE = 1.2  # a PNG of a photograph, against its 3 h w raw bytes, with some air
@@ -50,15 +50,20 @@ def missing_parts(*parts: Any) -> list[str]:
     """Messages of all models and weights below `parts` that are not on this machine; each says how to get it."""
     found: dict[str, None] = {}
     for part in walk(parts):
-        if hasattr(part, "missing"):
+        if isinstance(part, NeedsFiles):
             message = part.missing()
             found |= {message: None} if message else {}
-        if hasattr(part, "cards"):
+        if isinstance(part, NeedsWeights):
             for place, card in enumerate(part.cards()):
-                path = getattr(part, "weights", None) if place == 0 else None  # a part's own card comes first
+                path = part.weights if place == 0 and isinstance(part, TakesWeights) else None
                 message = weights.missing(card, path)
                 found |= {message: None} if message else {}
     return list(found)
+
+
+def models(method: Anonymizer) -> list[Model]:
+    """The diffusion models of a method."""
+    return [part for part in walk(method) if isinstance(part, Model)]
 
 
 def missing_disk(folder: Path, pictures: int, views: int, size: int) -> list[str]:

@@ -15,7 +15,7 @@
     password_dictionary what a dictionary costs by Argon2id, on this machine
 
 Each is a function of a Case, or of nothing for the dictionary, and yields what it found; conf/battery and conf/dictionary hold
-their settings. keyanon/leakage.py and keyanon/attacks/learned.py have the attackers themselves, and say what they know.
+their settings. keyanon/attacks/leakage.py and keyanon/attacks/learned.py have the attackers themselves, and say what they know.
 
 Bars: AUC 0.5 and D_sys 0 tell nothing; strangers, the wrong suspect and the fresh face are the controls.
 """
@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 
 from keyanon.attacks import leakage
-from keyanon.attacks.leakage import Method, NonceOff, OneStream, SeededSigns
+from keyanon.attacks.leakage import NonceOff, OneStream, SeededSigns
 from keyanon.attacks.learned import deanonymizer, noise_features, ridge
-from keyanon.attacks.views import NearKey, PartialKey, WrongKey, heedless
+from keyanon.attacks.views import NearKey, PartialKey, WrongKey, without_authentication
 from keyanon.batching import batches
 from keyanon.channel.headers import Header
 from keyanon.channel.keys import SALT_BYTES, MasterKey, Recipe, experiment_key
@@ -54,15 +54,13 @@ from keyanon.measures.biometrics import (
 )
 from keyanon.measures.gaussianity import MEASURES, generator_of, measure
 from keyanon.measures.scorers import psnr_face
-from keyanon.methods.exact import Exact, pixels
-from keyanon.methods.signflip import SignFlip
-from keyanon.methods.transforms import BandRotation
-from keyanon.types import Attack, Image, Key, Latent, Mask, Published, Recognizer
+from keyanon.methods.exact import pixels
+from keyanon.types import Attack, Image, Key, KeyedNoise, Latent, Mask, Published, Recognizer, Verifies
 
 SEEDS = 2**32
 DICTIONARY = 2**30
 WRONG_KEYS = ("wrong key", "key off by one bit", "password off by one bit", "nonce off by one bit")
-JUDGED = ("anonymized", *WRONG_KEYS, "face blanked, its place known")
+COMPARED = ("anonymized", *WRONG_KEYS, "face blanked, its place known")
 CONTROLS = ("strangers", "fresh face")
 PASSWORD = "everyone may know this password"
 HOUR, YEAR = 3600, 365.25 * 86400  # seconds
@@ -84,18 +82,21 @@ class Found:
 
 @dataclass(frozen=True)
 class Files:
-    """Published pictures, one key each, and what anyone computes from them: z'_T and the face's cells."""
+    """Published pictures, one key each, and what anyone computes from them.
+
+    `encoded` are the pictures as the method encodes them, `zT` is z'_T, `mask` the face's cells.
+    """
 
     images: Image
     headers: tuple[bytes, ...]
     keys: Sequence[Key]
-    read: Image
+    encoded: Image
     zT: Latent
     mask: Mask
 
     def first(self, count: int) -> "Files":
         images, headers, keys = self.images[:count], self.headers[:count], self.keys[:count]
-        return Files(images, headers, keys, self.read[:count], self.zT[:count], self.mask[:count])
+        return Files(images, headers, keys, self.encoded[:count], self.zT[:count], self.mask[:count])
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class People:
 class Case:
     """A method under attack: `files` are those of each key, `public` gives so many pictures of people who are not tested."""
 
-    method: Method
+    method: KeyedNoise
     people: People
     files: list[Files]
     public: Callable[[int], tuple[list[str], Image]]
@@ -165,16 +166,16 @@ class Case:
     def batches(self, title: str, function: Callable[..., Any], *columns: Any) -> Any:
         return in_batches(title, self.batch_size, function, *columns)
 
-    def publish(self, keys: Sequence[Key], method: Method | None = None) -> Files:
+    def publish(self, keys: Sequence[Key], method: KeyedNoise | None = None) -> Files:
         """Files of the first pictures, one for each key."""
         people = self.people.first(len(keys))
         return publish(method or self.method, people.pictures, keys, people.ids, self.batch_size)
 
-    def originals(self, pictures: Image, headers: Sequence[bytes], method: Method | None = None) -> tuple[Latent, Mask]:
+    def originals(
+        self, pictures: Image, headers: Sequence[bytes], method: KeyedNoise | None = None
+    ) -> tuple[Latent, Mask]:
         """z_T of photographs, by one who has them and the headers of their files."""
-        found: tuple[Latent, Mask] = self.batches(
-            "invert", lambda x, packed: leakage.noise(method or self.method, x, packed), pictures, headers
-        )
+        found: tuple[Latent, Mask] = self.batches("invert", (method or self.method).noise, pictures, headers)
         return found
 
     def attacked(self, title: str, attack: Attack, files: Files) -> Image:
@@ -188,19 +189,22 @@ class Case:
         return out
 
     def recovered(self, title: str, files: Files, keys: Sequence[Key]) -> Image:
-        out: Image = self.batches(title, heedless(self.method).recover, files.images, files.headers, keys)
-        return out
-
-    def drawn(
-        self, title: str, files: Files, zT: Latent, rows: slice = slice(None), method: Method | None = None
-    ) -> Image:
+        receiver = without_authentication(self.method)
         out: Image = self.batches(
             title,
-            lambda x, headers, z: leakage.drawn(method or self.method, x, headers, z),
-            files.read[rows],
-            files.headers[rows],
-            zT,
+            lambda x, headers, keys: receiver.recover(Published(to_bytes(x), headers), keys),
+            files.images,
+            files.headers,
+            keys,
         )
+        return out
+
+    def redrawn(
+        self, title: str, files: Files, zT: Latent, rows: slice = slice(None), method: KeyedNoise | None = None
+    ) -> Image:
+        """The pictures of other noise in the files' backgrounds."""
+        redraw = (method or self.method).redraw
+        out: Image = self.batches(title, redraw, files.encoded[rows], files.headers[rows], zT)
         return out
 
 
@@ -260,7 +264,7 @@ def known_plaintext(case: Case, *, pictures: int | None, pairs: Sequence[int]) -
         for m in fits:
             view = f"known plaintext, {stream}, {m:2} pairs"
             found = leakage.voted_signs(z[:m], files.zT[:m], mask[:m] & files.mask[:m])
-            if isinstance(case.method, SignFlip):
+            if case.method.transform.secret == "signs of cells":
                 nonces = [Header.unpack(header).nonce for header in files.headers[targets]]
                 shares = [
                     leakage.share_right(found, signs(key, nonce, tuple(found.shape)), inside)
@@ -270,11 +274,11 @@ def known_plaintext(case: Case, *, pictures: int | None, pairs: Sequence[int]) -
             guess = torch.where(found == 0, signs(experiment_key(1), b"coins", tuple(found.shape)), found)
             inside = files.mask[targets].expand_as(files.zT[targets])
             turned = torch.where(inside, files.zT[targets] * guess, files.zT[targets])
-            yield from opened(case, view, case.drawn(view, files, turned, targets), face, targets)
+            yield from likeness_to_originals(case, view, case.redrawn(view, files, turned, targets), face, targets)
 
 
-def opened(case: Case, view: str, out: Image, face: Mask, targets: slice) -> Iterator[Found]:
-    """How like their originals the pictures `out` are that somebody without the key has opened."""
+def likeness_to_originals(case: Case, view: str, out: Image, face: Mask, targets: slice) -> Iterator[Found]:
+    """How like their originals the pictures `out` are that somebody without the key has recovered."""
     ids = case.people.ids[targets]
     yield averaged(case, view, "psnr_face", psnr_face(out, case.people.pictures[targets], face).tolist(), ids)
     for name, recognizer in case.people.recognizers.items():
@@ -293,7 +297,7 @@ def reused_rotations(
     truth, the mean over channels.
     """
     method = case.method
-    if not isinstance(method, Exact) or not isinstance(method.transform, BandRotation):
+    if method.transform.secret != "rotation":
         return
     most, n = max(pairs), max(pairs) + targets
     if n > len(case.people.ids):
@@ -302,7 +306,7 @@ def reused_rotations(
         )
         return
     case = case.first(n)
-    method = replace(method, parser=EllipseParser(centre, axes), floor=None)
+    method = replace(without_verification(method), parser=EllipseParser(centre, axes))
     rest = slice(most, None)
     for stream, wrap in (("one key stream", OneStream), ("nonces", lambda key: key)):
         files = case.publish([wrap(key) for key in case.files[0].keys], method)
@@ -317,7 +321,7 @@ def reused_rotations(
             )
             alike = torch.cosine_similarity(turned[:, :, cells], z[rest][:, :, cells], dim=2).mean(1)
             yield averaged(case, view, "cosine of z_T", alike.tolist(), case.people.ids[rest])
-            yield from opened(case, view, case.drawn(view, files, turned, rest, method), face, rest)
+            yield from likeness_to_originals(case, view, case.redrawn(view, files, turned, rest, method), face, rest)
 
 
 def right_signs(case: Case, *, pictures: int | None, shares: Sequence[float]) -> Iterator[Found]:
@@ -326,7 +330,7 @@ def right_signs(case: Case, *, pictures: int | None, shares: Sequence[float]) ->
     Wrong signs leave cos(z_T, what he has) = 1 - 2 h, h their share. Only for keys that are signs: rotations have none, and a
     master key has no neighbours (`identities` has those that differ in a bit).
     """
-    if not isinstance(case.method, SignFlip):
+    if case.method.transform.secret not in ("signs of cells", "signs of frequencies"):
         return
     case = case.first(pictures)
     files, people = case.files[0], case.people
@@ -354,7 +358,7 @@ def seed_search(case: Case, *, pictures: int, tried: int) -> Iterator[Found]:
     Tried is a small range that holds the seed; from the rate follows the time for all of them. An agreement above 6.2 deviations
     is more than the luckiest of 2^32 wrong seeds has.
     """
-    if not isinstance(case.method, SignFlip):
+    if case.method.transform.secret != "signs of cells":
         return
     case = case.first(pictures)
     count = len(case.people.ids)
@@ -376,9 +380,9 @@ def seed_search(case: Case, *, pictures: int, tried: int) -> Iterator[Found]:
 def identities(case: Case, *, pictures: int | None) -> Iterator[Found]:
     """The attacker has a recognizer and a clean picture of everyone: whom does he see, with no key or a wrong one?
 
-    Mean, 90th percentile and maximum of the cosine to the right person, TAR, rank 1. `laws` then asks whether wrong keys look like
-    strangers. A mean colour in the face's place leaves background, hair and outline, which most often is no face to a detector
-    (undefined; `background_only` goes on there).
+    Mean, 90th percentile and maximum of the cosine to the right person, TAR, rank 1. `distribution_tests` then asks whether
+    wrong keys look like strangers. A mean colour in the face's place leaves background, hair and outline, which most often is no
+    face to a detector (undefined; `background_only` goes on there).
     """
     case = case.first(pictures)
     files, people = case.files[0], case.people
@@ -397,7 +401,7 @@ def identities(case: Case, *, pictures: int | None) -> Iterator[Found]:
         "key off by one bit": case.attacked("near key", NearKey(), files),
         "password off by one bit": case.recovered("password", files, [published_key(off=True)] * len(files.headers)),
         "nonce off by one bit": case.recovered("nonce", files, [NonceOff(key) for key in files.keys]),
-        "fresh face": case.drawn("fresh", files, fresh),
+        "fresh face": case.redrawn("fresh", files, fresh),
         "face blanked": without_faces(case),
     }
     for name, recognizer in people.recognizers.items():
@@ -411,7 +415,7 @@ def identities(case: Case, *, pictures: int | None) -> Iterator[Found]:
             defined = own[~np.isnan(own)]
             most = float(defined.max()) if defined.size else np.nan
             yield Found(view, name, Statistic("max", defined.size, own.size - defined.size, most, np.nan, np.nan))
-            yield from matched(case, view, name, probes)
+            yield from identification(case, view, name, probes)
 
 
 def without_faces(case: Case) -> Image:
@@ -421,11 +425,11 @@ def without_faces(case: Case) -> Image:
     return leakage.blanked(pictures, pixels(mask, pictures))
 
 
-def laws(case: Case, found: Sequence[Found]) -> Iterator[Found]:
-    """Do cosines to the right person follow the law of strangers? Two-sample tests, one picture of each person, of what was found.
+def distribution_tests(case: Case, found: Sequence[Found]) -> Iterator[Found]:
+    """Are cosines to the right person distributed as those of strangers? Two-sample tests of what was found, one picture a person.
 
     Strangers: each clean picture beside one of somebody else, as many and as independent. Impostors: each beside everybody else's,
-    which depend on each other and are so many that their law is as good as known. Fresh faces: of other noise in the same
+    which depend on each other and are so many that their distribution is as good as known. Fresh faces: of other noise in the same
     background, alike to wrong keys where these tell no more than the background does; a generated face may well be less like
     everyone than people are. `wrong keys, all four` takes the four kinds together, four faces a person.
     """
@@ -435,7 +439,7 @@ def laws(case: Case, found: Sequence[Found]) -> Iterator[Found]:
         cosines = {
             view: firsts(people, own)
             for (view, by), own in means.items()
-            if by == name and view in (*JUDGED, *CONTROLS)
+            if by == name and view in (*COMPARED, *CONTROLS)
         }
         strange = np.not_equal.outer([people.names[i] for i in places], people.gallery_names)
         controls = {"impostors": cosine(people.clean[name][places], people.gallery[name])[strange]}
@@ -444,7 +448,7 @@ def laws(case: Case, found: Sequence[Found]) -> Iterator[Found]:
             cosines["wrong keys, all four"] = np.concatenate([cosines[view] for view in WRONG_KEYS])
         for view, own in cosines.items():
             for control, others in controls.items():
-                for statistic in leakage.same_law(own, others):
+                for statistic in leakage.kolmogorov_smirnov(own, others):
                     yield Found(view, f"{name} beside {control}", statistic)
 
 
@@ -463,7 +467,7 @@ def background_only(case: Case, *, pictures: int | None) -> Iterator[Found]:
     rows = {
         name: embeddings_of(with_places_of(people.pictures, one), hidden) for name, one in people.recognizers.items()
     }
-    yield from recognized(case, "face blanked, its place known", rows)
+    yield from recognition(case, "face blanked, its place known", rows)
     for name, probes in rows.items():
         statistic = quantile_statistic(people.own(name, probes), people.names, 0.9, "p90")
         yield Found("face blanked, its place known", name, statistic)
@@ -483,14 +487,14 @@ def learned(case: Case, *, pictures: int | None, people: int, steps: int) -> Ite
         log.warning("learned: the dataset has pictures of %d other people, %d are asked for", len(ids), people)
         return
     clean = {name: embeddings_of(recognizer, photographs) for name, recognizer in who.recognizers.items()}
-    yield from recognized(
+    yield from recognition(
         case, "learned: ignorant", {n: embeddings_of(r, victims.images) for n, r in who.recognizers.items()}
     )
     own = [experiment_key(10_000 + i) for i in range(len(ids))]
     one = OneStream(victims.keys[0])
     # A picture that comes back badly is published all the same: another nonce would be no other stream, and the attacker's own
     # pictures need not come back.
-    quick = replace(method, floor=None) if isinstance(method, Exact) else method
+    quick = without_verification(method)
     for pairs_of, keys, files in (
         ("own keys", own, victims),
         ("one key stream", [one] * len(ids), case.publish([one] * len(who.ids), quick)),
@@ -504,14 +508,14 @@ def learned(case: Case, *, pictures: int | None, people: int, steps: int) -> Ite
                 "parrot": (embeddings_of(recognizer, train.images), embeddings_of(recognizer, files.images)),
                 "from |z_T|": (magnitudes(train), magnitudes(files)),
                 "from z_T": (noise(train), noise(files)),
-                "from the mask alone": (shapes(train), shapes(files)),
+                "from the mask alone": (mask_cells(train), mask_cells(files)),
                 "from the original pixels": (photographs.flatten(1), who.pictures.flatten(1)),
             }
             for learner, (pairs, probes) in seen.items():
                 guesses[learner][name] = ridge(pairs, clean[name])(probes)
             guesses["de-anonymizer"][name] = embeddings_of(recognizer, restored)
         for learner, rows in guesses.items():
-            yield from recognized(case, f"learned: {pairs_of}, {len(ids)} others, {learner}", rows)
+            yield from recognition(case, f"learned: {pairs_of}, {len(ids)} others, {learner}", rows)
         face = pixels(files.mask, who.pictures)
         view = f"learned: {pairs_of}, {len(ids)} others, de-anonymizer"
         yield averaged(case, view, "psnr_face", psnr_face(restored, who.pictures, face).tolist())
@@ -525,22 +529,22 @@ def noise(files: Files) -> Floats:
     return noise_features(files.zT, files.mask, "noise")
 
 
-def shapes(files: Files) -> Floats:
+def mask_cells(files: Files) -> Floats:
     """The masks' cells (n u*v)."""
     return np.asarray(files.mask.flatten(1).double().cpu().numpy())
 
 
-def recognized(case: Case, view: str, rows: Mapping[str, Floats]) -> Iterator[Found]:
+def recognition(case: Case, view: str, rows: Mapping[str, Floats]) -> Iterator[Found]:
     """How well embeddings, by recognizer, tell who is on the pictures."""
     people = case.people
     for name, probes in rows.items():
         own, other = people.own(name, probes), (probes * people.suspects[name][people.others]).sum(1)
         yield averaged(case, view, name, own)
         yield Found(view, name, leakage.auc_statistic(own[:, None], other[:, None]))
-        yield from matched(case, view, name, probes)
+        yield from identification(case, view, name, probes)
 
 
-def matched(case: Case, view: str, name: str, probes: Floats) -> Iterator[Found]:
+def identification(case: Case, view: str, name: str, probes: Floats) -> Iterator[Found]:
     """TAR and rank 1 among the gallery."""
     people = case.people
     calibration = people.clean[name] if people.enrolled else people.thresholds[name]
@@ -585,7 +589,7 @@ def noise_oracle(case: Case, *, pictures: int | None, wrong_keys: int) -> Iterat
     trials = [files.keys, *([experiment_key(1000 + i)] * len(files.headers) for i in range(wrong_keys))]
     values = {name: np.empty((len(files.headers), len(trials))) for name in ORACLES}
     for column, keys in enumerate(trials):
-        zT = leakage.unlocked(case.method, files.zT, files.mask, files.headers, keys).double().cpu().numpy()
+        zT = case.method.undo(files.zT, files.mask, files.headers, keys).double().cpu().numpy()
         for row, (id, z, inside) in enumerate(zip(case.people.ids, zT, files.mask[:, 0].cpu().numpy(), strict=True)):
             found = measure(z, inside, generator_of(id, "oracle"))
             for name in ORACLES:
@@ -597,16 +601,16 @@ def noise_oracle(case: Case, *, pictures: int | None, wrong_keys: int) -> Iterat
 def tampering(case: Case, *, pictures: int | None) -> Iterator[Found]:
     """The attacker changes files on their way to the owner, who has the right key and looks at tags: are they refused?
 
-    One bit of a pixel; every bit of the header, one at a time; another file's header; no tag; no header. An owner who heeds no tags
-    gets `psnr_face` of the changed pixel.
+    One bit of a pixel; every bit of the header, one at a time; another file's header; no tag; no header. An owner who looks at
+    no tags gets `psnr_face` of the changed pixel.
     """
     case = case.first(pictures)
     files, people = case.files[0], case.people
-    changed = leakage.one_bit_off(files.images, files.headers)
+    changed = leakage.one_bit_off_pictures(files.images, files.headers)
     views: dict[str, tuple[Image, list[list[bytes]]]] = {
         "nothing changed": (files.images, [[header] for header in files.headers]),
         "one bit of a pixel": (changed, [[header] for header in files.headers]),
-        "one bit of the header": (files.images, [leakage.neighbours(header) for header in files.headers]),
+        "one bit of the header": (files.images, [leakage.one_bit_off_headers(header) for header in files.headers]),
         "the header of another file": (files.images, [[files.headers[i]] for i in people.others]),
         "no tag": (files.images, [[leakage.without_tag(header)] for header in files.headers]),
         "no header": (files.images, [[b""] for _ in files.headers]),
@@ -673,15 +677,19 @@ def in_batches(title: str, size: int, function: Callable[..., Any], *columns: An
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def publish(method: Method, pictures: Image, keys: Sequence[Key], ids: Sequence[str], batch_size: int) -> Files:
+def publish(method: KeyedNoise, pictures: Image, keys: Sequence[Key], ids: Sequence[str], batch_size: int) -> Files:
     headers: list[bytes] = []
 
     def anonymized(x: Image, keys: Sequence[Key], ids: Sequence[str]) -> tuple[Image, Image, Latent, Mask]:
         out = method.anonymize(x, keys, ids)
         headers.extend(out.headers)
-        images = to_floats(out.images)
-        read = leakage.received(method, images, out.headers)
-        return images, read, *leakage.noise(method, read, out.headers)
+        encoded = method.encoded_pictures(out)
+        return to_floats(out.images), encoded, *method.noise(encoded, out.headers)
 
-    images, read, zT, mask = in_batches("publish", batch_size, anonymized, pictures, keys, ids)
-    return Files(images, tuple(headers), keys, read, zT, mask)
+    images, encoded, zT, mask = in_batches("publish", batch_size, anonymized, pictures, keys, ids)
+    return Files(images, tuple(headers), keys, encoded, zT, mask)
+
+
+def without_verification(method: KeyedNoise) -> KeyedNoise:
+    """The method as one runs it who publishes a picture under the first nonce, however badly it comes back."""
+    return replace(method, floor=None) if isinstance(method, Verifies) else method

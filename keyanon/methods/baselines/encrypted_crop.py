@@ -77,12 +77,11 @@ class EncryptedCrop:
         # what would be published unrounded is just the same
         return Published(shown, seal(headers, shown, keys, self.authenticate), to_floats(shown))
 
-    def recover(self, images: Image, headers: Sequence[bytes], keys: Sequence[Key]) -> Image:
+    def recover(self, published: Published, keys: Sequence[Key]) -> Image:
         """Raises BadHeader; where `authenticate` is False a picture whose crop the key does not open stays as it is."""
-        received = to_bytes(images).cpu()
-        opened = unseal(headers, received, keys, self.authenticate)
+        headers = unseal(published.headers, published.images, keys, self.authenticate)
         out = []
-        for picture, header, key in zip(received, opened, keys, strict=True):
+        for picture, header, key in zip(published.images, headers, keys, strict=True):
             crop = decrypted(header.sent, key, header.nonce)
             if crop is None and self.authenticate:
                 raise BadHeader("the header carries no encrypted face: the file was published by another method")

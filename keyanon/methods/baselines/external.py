@@ -301,25 +301,27 @@ class ReversibleExternal(External):
         # no file of others has what it would publish unrounded
         return Published(out.images, headers, to_floats(out.images))
 
-    def recover(self, images: Image, headers: Sequence[bytes], keys: Sequence[Key]) -> Image:
+    def recover(self, published: Published, keys: Sequence[Key]) -> Image:
         """Raises BadHeader and BadMethod."""
-        pixels = to_bytes(images).cpu()
+        pixels = published.images
         secrets: list[str] = []
         if self.secret is not None:
-            opened = unseal(headers, pixels, keys, self.authenticate)
-            secrets = self.secrets(keys, [header.nonce for header in opened])
+            headers = unseal(published.headers, pixels, keys, self.authenticate)
+            secrets = self.secrets(keys, [header.nonce for header in headers])
         names = [
             # under the key: the name is shown, and must not be a test of guessed keys
             whole_number(key.stream(hashlib.sha256(picture.numpy().tobytes() + header).digest(), "external|name", 8))
-            for key, picture, header in zip(keys, pixels, headers, strict=True)
+            for key, picture, header in zip(keys, pixels, published.headers, strict=True)
         ]
         labels = [f"picture {i + 1} of {len(names)}" for i in range(len(names))]
         return to_floats(self.run("recover", self.recovery, pixels, names, secrets, labels))
 
-    def without_key(self, images: Image, headers: Sequence[bytes]) -> Image:
+    def without_key(self, published: Published) -> Image:
         """All that a method without a key recovers; else the published pictures, since its program asks for a key."""
+        if self.secret is not None:
+            return to_floats(published.images)
         anybody = MasterKey(bytes(KEY_BYTES))  # for the files' names
-        return images if self.secret is not None else self.recover(images, headers, [anybody] * len(images))
+        return self.recover(published, [anybody] * len(published.images))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,17 +392,16 @@ class ReversibleReady(Ready):
         ]
         return Published(out, seal(headers, out, keys, authenticate=True))
 
-    def recover(self, images: Image, headers: Sequence[bytes], keys: Sequence[Key]) -> Image:
+    def recover(self, published: Published, keys: Sequence[Key]) -> Image:
         """Raises BadHeader and BadMethod."""
-        pixels = to_bytes(images).cpu()
         try:
-            opened = unseal(headers, pixels, keys, authenticate=True)
+            headers = unseal(published.headers, published.images, keys, authenticate=True)
         except BadHeader as error:
             raise BadHeader(
                 f"ready-made pictures come back from the published file with the right key alone; start with attacks=[] ({error})"
             ) from error
-        ids = [header.sent.decode() for header in opened]
-        return to_floats(torch.stack([self.picture(self.recovered, id, images.shape[-2:]) for id in ids]))
+        ids = [header.sent.decode() for header in headers]
+        return to_floats(torch.stack([self.picture(self.recovered, id, published.images.shape[-2:]) for id in ids]))
 
 
 def one_picture(what: str, folder: Path, stem: str, size: Sequence[int], remedy: str) -> Pixels:

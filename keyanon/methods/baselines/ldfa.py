@@ -30,7 +30,7 @@ from keyanon.diffusion.solvers import NoiseSchedule
 from keyanon.errors import BadSetting
 from keyanon.faces.detection import Detector, MtcnnDetector
 from keyanon.faces.parsing import reduce_mask
-from keyanon.methods.baselines.sampling import Level, denoiser, drawn, mean, resized, spread
+from keyanon.methods.baselines.sampling import Level, denoiser, keyed_normals, mean, resized, spread
 from keyanon.types import About, FaceParser, Image, Key, Mask, Published
 
 ETA = {"euler": 0.0, "euler_ancestral": 1.0}
@@ -111,7 +111,7 @@ class Ldfa:
         m = interpolate(soft, z0.shape[-2:], mode="area")
         timesteps, levels = self.grid(self.backbone.schedule)
         eta = ETA[self.sampler]
-        noise = drawn(keys, ids, images, "ldfa", (self.executed + 1 if eta else 1, *z0.shape[1:]))
+        noise = keyed_normals(keys, ids, images, "ldfa", (self.executed + 1 if eta else 1, *z0.shape[1:]))
         a, s = levels[-1]
         z = a * z0 + s * noise[:, 0]
         for i in range(self.executed, 0, -1):

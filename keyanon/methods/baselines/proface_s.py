@@ -95,14 +95,23 @@ class ProFaceS:
         }
         return Published(published, headers, floats, measured)
 
-    def recover(self, images: Image, headers: Sequence[bytes], keys: Sequence[Key]) -> Image:
-        """Original pictures from published ones, their headers and keys; raises BadHeader."""
-        _check_even(images)
-        nonces = [header.nonce for header in unseal(headers, to_bytes(images), keys, self.authenticate)]
-        return self.reveal(images, self.signs(keys, nonces, images))
+    def recover(self, published: Published, keys: Sequence[Key]) -> Image:
+        """Original pictures from published files and their keys; raises BadHeader."""
+        return self.receive(to_floats(published.images), published, keys)
 
-    def without_key(self, images: Image, headers: Sequence[bytes]) -> Image:
+    def recover_floats(self, published: Published, keys: Sequence[Key]) -> Image:
+        """The same from the network's unrounded output, as the authors measure recovery."""
+        assert published.floats is not None
+        return self.receive(published.floats, published, keys)
+
+    def receive(self, images: Image, published: Published, keys: Sequence[Key]) -> Image:
+        _check_even(images)
+        headers = unseal(published.headers, published.images, keys, self.authenticate)
+        return self.reveal(images, self.signs(keys, [header.nonce for header in headers], images))
+
+    def without_key(self, published: Published) -> Image:
         """What the network reveals for zeros, the mean of all keys: the face between stripes."""
+        images = to_floats(published.images)
         _check_even(images)
         return self.reveal(images, torch.zeros_like(images[:, :1]))
 
@@ -113,8 +122,7 @@ class ProFaceS:
         """One secret sign for each pixel."""
         draw = {"hkdf": signs, "authors": authors_signs}[self.kdf]
         shape = (1, *images.shape[-2:])
-        drawn = [draw(key, nonce, shape) for key, nonce in zip(keys, nonces, strict=True)]
-        return torch.stack(drawn).to(images)
+        return torch.stack([draw(key, nonce, shape) for key, nonce in zip(keys, nonces, strict=True)]).to(images)
 
     def _hide(self, pictures: Tensor) -> Image:
         covers, originals, key = pictures.split([3, 3, 1], 1)

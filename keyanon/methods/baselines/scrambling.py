@@ -22,7 +22,7 @@ from keyanon.channel.nonces import Nonces, nonce_for
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.channel.streams import signs
 from keyanon.errors import BadSetting
-from keyanon.types import About, FaceParser, Image, Key, Published
+from keyanon.types import About, Bytes, FaceParser, Image, Key, Published
 
 MAX_CELLS = 256  # a side: what a header's mask can have
 
@@ -68,13 +68,12 @@ class Scrambling:
         # what would be published unrounded is just the same
         return Published(published, seal(headers, published, keys, self.authenticate), to_floats(published))
 
-    def recover(self, images: Image, headers: Sequence[bytes], keys: Sequence[Key]) -> Image:
+    def recover(self, published: Published, keys: Sequence[Key]) -> Image:
         """The originals, to the bit where the files are as published; raises BadHeader."""
-        pixels = to_bytes(images).cpu()
-        opened = unseal(headers, pixels, keys, self.authenticate)
-        grid = self.grid(images)
-        blocks = cut(pixels, self.block)
-        for picture, header, key in zip(blocks, opened, keys, strict=True):
+        headers = unseal(published.headers, published.images, keys, self.authenticate)
+        grid = self.grid(published.images)
+        blocks = cut(published.images, self.block).clone()  # with blocks of one pixel it would be a view
+        for picture, header, key in zip(blocks, headers, keys, strict=True):
             if header.mask is None or header.mask.shape[1:] != grid:
                 raise BadHeader(
                     f"the header carries no mask of the {grid[0]}x{grid[1]} blocks of this picture: the file was published by "
@@ -101,7 +100,7 @@ class Scrambling:
             inverted[:, None, None],
         )
 
-    def grid(self, images: Image) -> tuple[int, int]:
+    def grid(self, images: Image | Bytes) -> tuple[int, int]:
         """Rows and columns of blocks."""
         height, width = images.shape[-2:]
         if height % self.block or width % self.block or max(height, width) > MAX_CELLS * self.block:
