@@ -55,8 +55,8 @@ def main() -> None:
         parts = []
         for at in range(0, len(ids), batch_size):
             part = slice(at, at + batch_size)
-            read = to_floats(published.images[part])
-            parts.append(receiver.recover(read, published.headers[part], keys[part]))
+            read = Published(published.images[part], published.headers[part])
+            parts.append(receiver.recover(read, keys[part]))
         return to_bytes(torch.cat(parts))
 
     first = None

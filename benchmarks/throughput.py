@@ -324,7 +324,7 @@ class Ours:
         self.published = self.method.anonymize(self.images, self.keys, self.ids)
 
     def recover(self) -> None:
-        self.method.recover(to_floats(self.published.images), self.published.headers, self.keys)
+        self.method.recover(self.published, self.keys)
 
     @property
     def evaluations(self) -> int:

@@ -31,7 +31,7 @@ from keyanon import runner
 from keyanon.batching import filled
 from keyanon.channel.keys import experiment_key
 from keyanon.channel.pixels import to_floats
-from keyanon.errors import UserError
+from keyanon.errors import BadSetting
 from keyanon.measures.biometrics import Floats, Statistic, mean_statistic, w2_squared
 from keyanon.measures.scorers import frechet_distance
 from keyanon.run_folder import ANONYMIZED, read_parts
@@ -98,7 +98,7 @@ def main(cfg: DictConfig) -> None:
 def run(cfg: DictConfig, choices: Mapping[str, Any], _: Sequence[str] = (), command: Sequence[str] = ()) -> Path:
     """Measure every method, write the scores and the table; the folder of the rows."""
     if cfg.keys_per_picture < 2:
-        raise UserError(f"keys_per_picture={cfg.keys_per_picture}: it takes two to compare")
+        raise BadSetting(f"keys_per_picture={cfg.keys_per_picture}: it takes two to compare")
     methods: dict[str, Anonymizer] = instantiate(cfg.methods, _convert_="all")
     session = begin(cfg, choices, command, methods)
     cells = [row(session, name, method) for name, method in methods.items()]

@@ -25,6 +25,7 @@ from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.channel.whole import write_whole
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import DDIM
+from keyanon.errors import BadSetting
 from keyanon.faces.alignment import FACES128_TEMPLATE
 from keyanon.faces.detection import Detection, MtcnnDetector
 from keyanon.faces.recognition import ArcFaceOnnx
@@ -77,7 +78,7 @@ def choose(
             chosen.append(int(i))
         if len(chosen) == count:
             return chosen
-    raise ValueError(
+    raise BadSetting(
         f"only {len(chosen)} of {len(found)} samples pass the rule, {count} are wanted; draw more (--samples)"
     )
 

@@ -36,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         print(args.action(args).fingerprint)
-    except (UserError, OSError) as error:
+    except (UserError, OSError) as error:  # a file that cannot be read or written
         sys.exit(f"keyanon: {error}")
 
 

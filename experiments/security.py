@@ -33,7 +33,7 @@ from keyanon.batching import filled
 from keyanon.channel.keys import experiment_key
 from keyanon.channel.pixels import to_floats, write_png
 from keyanon.channel.whole import write_whole
-from keyanon.errors import UserError
+from keyanon.errors import BadSetting
 from keyanon.measures.biometrics import Floats, cosine, threshold_at_far
 from keyanon.run_folder import ORIGINAL, RunFiles, read_parts, vectors_of
 from keyanon.runner import Observed
@@ -50,7 +50,7 @@ def main(cfg: DictConfig) -> None:
 def run(cfg: DictConfig, choices: Mapping[str, Any], _: Sequence[str] = (), command: Sequence[str] = ()) -> Path:
     """Publish, attack, write the scores and the table; the folder of the rows."""
     if cfg.files < 2:
-        raise UserError(f"files={cfg.files}: it takes two files of a picture to link them")
+        raise BadSetting(f"files={cfg.files}: it takes two files of a picture to link them")
     methods, attackers = (instantiate(part, _convert_="all") for part in (cfg.methods, cfg.security))
     dictionary = attackers.pop("password_dictionary", None)  # of passwords, whatever the method: a row of its own
     session = begin(cfg, choices, command, methods)
@@ -86,10 +86,10 @@ def notes_of(session: Session, people: People) -> list[str]:
 
 
 def people_of(session: Session, ids: Sequence[str]) -> People:
-    """Who is on prepared pictures, as recognizers see them; UserError where there are not two people to tell apart."""
+    """Who is on prepared pictures, as recognizers see them; BadSetting where there are not two people to tell apart."""
     names, gallery_ids = session.people(ids), list(session.dataset.gallery)
     if len(set(names)) < 2:
-        raise UserError(f"{len(set(names))} person on {len(ids)} readable pictures; linkage and strangers need two")
+        raise BadSetting(f"{len(set(names))} person on {len(ids)} readable pictures; linkage and strangers need two")
     embeddings = {
         name: vectors_of(at / "embeddings", [*ids, *gallery_ids])
         for name, at in session.enrol(ids, gallery_ids).items()

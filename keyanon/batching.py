@@ -28,7 +28,7 @@ def in_chunks(
 ) -> Tensor:
     """f(*batch), by parts of the batch.
 
-    On a CPU f always sees `chunk` pictures at a time, the last ones filled up with copies: its kernels are chosen by the batch's size
+    On a CPU f always sees `chunk` pictures at a time, the last ones filled up with copies: kernels are chosen by the batch's size
     and round differently, and the loop amplifies that to visible pixels. Elsewhere it sees the whole batch, or where this is too
     much for the memory half of it, a quarter, ...
 

@@ -165,7 +165,7 @@ def generate(
             on_file = stacked(files.reading(pool, ANONYMIZED, names), published.floats if published else None)
             if RECOVERED in todo:
                 with costs_kept(folder, RECOVERED, batch_size, evaluations):
-                    out = method.recover(to_floats(on_file.images), on_file.headers, keys)
+                    out = method.recover(on_file, keys)
                 writes += files.write_all(pool, RECOVERED, batch, to_bytes(out))
             for view, attack in attacks.items():
                 if view in todo:

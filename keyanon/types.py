@@ -1,18 +1,23 @@
-"""The vocabulary of the project on one screen: tensor aliases, and the Protocols that the parts of an experiment satisfy.
+"""The vocabulary of the project: tensor aliases, and the Protocols that the parts of an experiment satisfy.
 
-Everything hangs on a picture's id, never on its position in a batch: keys, nonces, files, rows.
+Everything hangs on a picture's id, never on its position in a batch: keys, nonces, files, rows. Whatever a caller may ask of a part
+is in a Protocol below; what a part can do besides its first one, it shows by meeting another.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field
 from functools import partial
-from typing import Literal, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from keyanon.errors import BadPicture as BadPicture
 from keyanon.errors import UserError as UserError
+
+if TYPE_CHECKING:
+    from keyanon.weights import Card
 
 Picture = Float[Tensor, "3 h w"]  # one RGB picture in [-1, 1]
 Image = Float[Tensor, "b 3 h w"]  # RGB in [-1, 1]
@@ -23,11 +28,12 @@ Latent = Float[Tensor, "b c u v"]  # 3 x 64 x 64 for the 256 px latent diffusion
 Embeddings = Float[Tensor, "b d"]  # unit rows; a row of NaN where no face was found
 Scores = Float[Tensor, " b"]  # one number per picture, NaN where it cannot be measured
 Denoiser = Callable[[Latent, int], Latent]  # eps(z, t): the noise in z at the integer timestep t
+Secret = Literal["signs of cells", "signs of frequencies", "flips of cells", "order of cells", "rotation", "none"]
 
 
 @dataclass(frozen=True)
 class Published:
-    """What an anonymizer gives to the public, one entry per picture.
+    """What an anonymizer gives to the public, one entry per picture: of these a receiver gets `images` and `headers`.
 
     `floats` is the decoder's unrounded, unclipped output. No file carries it: only the authors' float protocol reads it.
     `measured` are numbers the sender takes down while publishing, one per picture, by name: they become scores.
@@ -70,6 +76,9 @@ class About:
         return About("irreversible", "-", None, None, code_licence, weights_licence, source)
 
 
+# What goes in
+
+
 @runtime_checkable
 class Key(Protocol):
     """A secret that yields pseudorandom bytes, the same on every device, for a public nonce and a named purpose."""
@@ -105,6 +114,9 @@ class FaceParser(Protocol):
         ...
 
 
+# Methods
+
+
 @runtime_checkable
 class Anonymizer(Protocol):
     @property
@@ -115,8 +127,20 @@ class Anonymizer(Protocol):
 
 @runtime_checkable
 class Reversible(Anonymizer, Protocol):
-    def recover(self, images: Image, headers: Sequence[bytes], keys: Sequence[Key]) -> Image:
-        """The original faces from published pictures as a receiver reads them: no ids, no side information."""
+    def recover(self, published: Published, keys: Sequence[Key]) -> Image:
+        """The original faces from published files, their bytes and headers: no ids, no side information.
+
+        Raises BadHeader.
+        """
+        ...
+
+
+@runtime_checkable
+class RecoversFloats(Protocol):
+    """A reversible method that can also read what was never in a file: the sender's unrounded floats, as the authors do."""
+
+    def recover_floats(self, published: Published, keys: Sequence[Key]) -> Image:
+        """As `recover`, from `published.floats` in the place of the bytes; the tag is that of the bytes all the same."""
         ...
 
 
@@ -124,7 +148,27 @@ class Reversible(Anonymizer, Protocol):
 class RunsWithoutKey(Protocol):
     """A reversible method that gives something also to one who runs the receiver without any key, and says what."""
 
-    def without_key(self, images: Image, headers: Sequence[bytes]) -> Image: ...
+    def without_key(self, published: Published) -> Image: ...
+
+
+@runtime_checkable
+class Authenticates(Protocol):
+    """A reversible method, a dataclass, that publishes a tag and refuses what does not fit it, if `authenticate` is True."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def authenticate(self) -> bool: ...
+
+
+@runtime_checkable
+class Verifies(Protocol):
+    """A method, a dataclass, that recovers before it publishes and tries again below `floor` dB; None verifies nothing."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def floor(self) -> float | None: ...
 
 
 @runtime_checkable
@@ -132,6 +176,100 @@ class Reconstructs(Protocol):
     """A method that sends pictures through an autoencoder, and can show what that alone does to them."""
 
     def reconstruct(self, images: Image) -> Image: ...
+
+
+class Transform(Protocol):
+    """A keyed map of the noise inside the face, and its inverse.
+
+    `secret` is what the key draws, and so what an attacker looks for.
+    """
+
+    @property
+    def secret(self) -> Secret: ...
+
+    def apply(self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> tuple[Latent, list[bytes]]:
+        """The sender's: z'_T, and what the receiver needs to undo it (public, b"" for nothing)."""
+        ...
+
+    def undo(
+        self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes], sent: Sequence[bytes]
+    ) -> Latent:
+        """The receiver's: z_T."""
+        ...
+
+
+@runtime_checkable
+class KeyedNoise(Reversible, Protocol):
+    """A reversible method that keys the noise z_T of a diffusion model: what everyone who knows it computes from its files.
+
+    Everyone knows model, sampler, parser, files and headers (Kerckhoffs). All but `undo` take no key. A dataclass, so that an
+    attacker can take another parser.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def parser(self) -> FaceParser: ...
+
+    @property
+    def transform(self) -> Transform: ...
+
+    def encoded_pictures(self, published: Published) -> Image:
+        """The pictures that the receiver encodes, as the files' bytes and headers give them."""
+        ...
+
+    def noise(self, images: Image, headers: Sequence[bytes]) -> tuple[Latent, Mask]:
+        """z'_T of `encoded_pictures` and the face's cells; of originals z_T, by one who has them and the headers of their files."""
+        ...
+
+    def redraw(self, images: Image, headers: Sequence[bytes], zT: Latent) -> Image:
+        """The pictures that the sampler makes of `zT` inside the face of `encoded_pictures`."""
+        ...
+
+    def undo(self, zT: Latent, mask: Mask, headers: Sequence[bytes], keys: Sequence[Key]) -> Latent:
+        """z_T, if these are the right keys of z'_T."""
+        ...
+
+
+# What a run asks of any part, however deep in its method
+
+
+@runtime_checkable
+class NeedsFiles(Protocol):
+    """A part that needs more than Python: weights, a program, pictures."""
+
+    def missing(self) -> str | None:
+        """What is not on this machine and how to get it, None where all is here; downloads nothing."""
+        ...
+
+
+@runtime_checkable
+class NeedsWeights(Protocol):
+    """A part that runs on weights with cards; its own comes first, then those of its parts."""
+
+    def cards(self) -> "tuple[Card, ...]": ...
+
+
+@runtime_checkable
+class TakesWeights(NeedsWeights, Protocol):
+    """A part whose own card's file may lie at a path of the user's; None looks where cards are kept."""
+
+    @property
+    def weights(self) -> str | None: ...
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A diffusion model: which weights it has, and how many pictures its network has seen at each timestep."""
+
+    @property
+    def sha256(self) -> str: ...
+
+    @property
+    def evaluations(self) -> Counter[int]: ...
+
+
+# Measures and attacks
 
 
 @runtime_checkable

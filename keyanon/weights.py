@@ -337,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             place = locate(card) if options.command == "list" else resolve(card)
             print(f"{card.name:18} {place or 'missing: ' + card.source}  [{card.licence}]")
-        except (MissingWeights, WrongWeights) as error:
+        except UserError as error:
             failed += 1
             print(error)
     return 1 if failed else 0

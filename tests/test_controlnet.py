@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from experiments.harness.preflight import missing_parts
 from keyanon.attacks.views import NoKey, WrongKey
 from keyanon.channel.keys import experiment_key
-from keyanon.channel.pixels import from_pil, to_floats
+from keyanon.channel.pixels import from_pil
 from keyanon.diffusion.controlnet import AUTHORS, FILE, ControlNetwork, MaskControl, convert
 from keyanon.diffusion.model import BadModel, LatentDiffusion
 from keyanon.diffusion.solvers import DDIM
@@ -129,7 +129,7 @@ def test_the_contract_of_the_method(controlled, pictures):
     before = controlled.evaluations.total()
     published = method.anonymize(pictures, KEYS, IDS)
     assert controlled.evaluations.total() - before == 2 * 2 * 3
-    recovered = method.recover(to_floats(published.images), published.headers, KEYS)
+    recovered = method.recover(published, KEYS)
     assert recovered.shape == pictures.shape
     assert torch.equal(method.anonymize(pictures[1:], KEYS[1:], IDS[1:]).images, published.images[1:])
     for attack in (WrongKey(), NoKey()):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from keyanon.attacks.views import FloatChannel, NoKey, WrongKey, heedless
+from keyanon.attacks.views import FloatChannel, NoKey, WrongKey, without_authentication
 from keyanon.channel.headers import BadHeader, Header
 from keyanon.channel.keys import Nobody, experiment_key
 from keyanon.channel.nonces import nonce_for
@@ -81,8 +81,8 @@ def test_the_face_comes_back_from_the_file(method, pictures, published, face, tm
     for i, (image, header) in enumerate(zip(published.images, published.headers, strict=True)):
         write_png(tmp_path / f"{i}.png", image, header)
     read = [read_png(tmp_path / f"{i}.png") for i in range(2)]
-    received = to_floats(torch.stack([image for image, _ in read]))
-    recovered = method.recover(received, [header for _, header in read], KEYS)
+    received = Published(torch.stack([image for image, _ in read]), tuple(header for _, header in read))
+    recovered = method.recover(received, KEYS)
     assert (psnr_face(recovered, method.reconstruct(pictures), face) > 40).all()
 
 
@@ -103,7 +103,7 @@ def test_a_residual_brings_back_what_rounding_loses(method, pictures, face):
     quality = []
     for sender in (rounded, with_residual):
         published = sender.anonymize(pictures, KEYS, ["a", "b"])
-        recovered = sender.recover(to_floats(published.images), published.headers, KEYS)
+        recovered = sender.recover(published, KEYS)
         quality.append(psnr_face(recovered, sender.reconstruct(pictures), face))
     assert (quality[1] > quality[0] + 6).all()
 
@@ -136,7 +136,7 @@ def test_a_picture_does_not_depend_on_its_batch(method, pictures, published):
 def test_what_is_verified_is_what_the_receiver_gets(method, pictures, face):
     sender = replace(method, floor=0.0, solver=DDIM(2, "karras"))
     published = sender.anonymize(pictures, KEYS, ["a", "b"])
-    recovered = sender.recover(to_floats(published.images), published.headers, KEYS)
+    recovered = sender.recover(published, KEYS)
     achieved = psnr_face(
         to_floats(to_bytes(recovered)),
         to_floats(to_bytes(sender.reconstruct(pictures))),
@@ -186,12 +186,12 @@ def test_public_noise_is_normal_and_a_function_of_the_nonce():
 
 
 def test_headers_without_a_mask_and_cropped_pictures_are_refused(method, published):
-    images = to_floats(published.images)
+    cropped, tagless = replace(published, images=published.images[..., :120, :120]), without_authentication(method)
     with pytest.raises(BadHeader, match="no face mask"):
-        heedless(method).recover(images, [Header(bytes(24)).pack()] * 2, KEYS)
+        tagless.recover(replace(published, headers=(Header(bytes(24)).pack(),) * 2), KEYS)
     with pytest.raises(BadHeader, match="resized or cropped"):
-        heedless(method).recover(images[..., :120, :120], published.headers, KEYS)
+        tagless.recover(cropped, KEYS)
     with pytest.raises(BadHeader, match="cannot tell which"):
-        method.recover(images[..., :120, :120], published.headers, KEYS)
+        method.recover(cropped, KEYS)
     with pytest.raises(BadHeader, match="no keyanon header"):
-        method.recover(images, [b"", b""], KEYS)
+        method.recover(replace(published, headers=(b"", b"")), KEYS)

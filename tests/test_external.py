@@ -89,7 +89,7 @@ def sent(method: Anonymizer, images: Image = IMAGES, key: MasterKey = KEY, ids=I
 
 def back(method: Reversible, published: Published, key: MasterKey = KEY) -> torch.Tensor:
     keys = [key] * len(published.images)
-    return to_bytes(method.recover(to_floats(published.images), published.headers, keys))
+    return to_bytes(method.recover(published, keys))
 
 
 # The program's work

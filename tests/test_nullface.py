@@ -14,7 +14,7 @@ from keyanon.channel.pixels import to_bytes
 from keyanon.diffusion.model import BadModel, LatentDiffusion
 from keyanon.diffusion.solvers import NoiseSchedule
 from keyanon.methods.baselines.nullface import FaceIdAdapter, NoiseInversion, NullFace, NullFaceCore
-from keyanon.methods.baselines.sampling import drawn
+from keyanon.methods.baselines.sampling import keyed_normals
 from keyanon.types import Anonymizer, Image, Mask
 from keyanon.weights import CARDS
 from tests.conftest import CentreFace, PixelRecognizer
@@ -153,7 +153,7 @@ def test_an_inversion_of_nothing_is_refused(change):
 def test_the_core_without_a_face_is_the_replay(model, images, key):
     core = NullFaceCore(model, Nowhere(), SHORT, mask_delay=0)
     assert isinstance(core, Anonymizer)
-    noise = drawn([key] * 2, IDS, images, "nullface", (3, 3, 8, 8))
+    noise = keyed_normals([key] * 2, IDS, images, "nullface", (3, 3, 8, 8))
     start, stored = SHORT.invert(model.eps, model.schedule, model.encode(images), noise)
     expected = to_bytes(model.decode(SHORT.replay(model.eps, model.schedule, start, stored)))
     before = model.evaluations.total()
@@ -199,7 +199,7 @@ def test_the_negated_embedding_and_no_identity_reach_the_network(method, images,
 
 def test_without_guidance_the_input_comes_back(method, images, key):
     """As far as the last step goes: with the network's estimate in place of the noise."""
-    noise, nobody = drawn([key] * 2, IDS, images, "nullface", (3, 4, 16, 16)), torch.zeros(2, 64)
+    noise, nobody = keyed_normals([key] * 2, IDS, images, "nullface", (3, 4, 16, 16)), torch.zeros(2, 64)
     schedule, z0 = method.backbone.schedule, method.backbone.encode(images)
     levels = SHORT.grid(schedule)[1]
     (a, s), (a0, s0) = levels[1], levels[0]

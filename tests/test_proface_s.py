@@ -171,10 +171,10 @@ def test_it_looks_like_the_obfuscation(faces, published):
 
 
 def test_only_the_key_recovers(method, faces, published):
-    heedless = replace(method, authenticate=False)
-    recovered = method.recover(to_floats(published.images), published.headers, KEYS)
-    wrong = WrongKey()(published, KEYS, heedless)
-    half = PartialKey(0.5)(published, KEYS, heedless)  # half of the signs wrong: no better than a guess
+    tagless = replace(method, authenticate=False)
+    recovered = method.recover(published, KEYS)
+    wrong = WrongKey()(published, KEYS, tagless)
+    half = PartialKey(0.5)(published, KEYS, tagless)  # half of the signs wrong: no better than a guess
     assert dB(recovered, faces) > 28
     assert dB(recovered, faces) > dB(to_floats(published.images), faces) + 5
     assert max(dB(wrong, faces), dB(half, faces)) < 15
@@ -188,14 +188,14 @@ def test_without_a_key_the_network_shows_more_than_under_a_wrong_one(method, fac
     seen = NoKey()(published, [Nobody()] * 3, method)
     zeros = torch.zeros(3, 1, 128, 128)
     torch.testing.assert_close(seen, reveal(method.network, floats, zeros))
-    recovered = method.recover(floats, published.headers, KEYS)
+    recovered = method.recover(published, KEYS)
     assert dB(WrongKey()(published, KEYS, method), faces) < dB(seen, faces) < dB(recovered, faces) - 10
 
 
 def test_floats_carry_more_than_bytes(method, faces, published):
-    heedless = replace(method, authenticate=False)
-    from_floats = FloatChannel()(published, KEYS, heedless)
-    from_bytes = method.recover(to_floats(published.images), published.headers, KEYS)
+    tagless = replace(method, authenticate=False)
+    from_floats = FloatChannel()(published, KEYS, tagless)
+    from_bytes = method.recover(published, KEYS)
     assert dB(from_floats, faces) > dB(from_bytes, faces)
 
 
@@ -204,7 +204,7 @@ def test_weights_trained_through_files_lose_less_in_files(faces):
     for name in WEIGHTS:
         method = ProFaceS(BLUR, name, authenticate=False)
         published = method.anonymize(faces, KEYS, IDS)
-        from_bytes = method.recover(to_floats(published.images), published.headers, KEYS)
+        from_bytes = method.recover(published, KEYS)
         losses[name] = dB(FloatChannel()(published, KEYS, method), faces) - dB(from_bytes, faces)
     assert losses["proface_s_rounded"] < losses["proface_s"]
 
@@ -216,15 +216,15 @@ def test_a_picture_does_not_depend_on_its_batch(method, faces, published):
 
 
 def test_a_changed_picture_or_another_key_is_refused(method, published):
-    floats, tampered = to_floats(published.images), published.images.clone()
+    tampered = published.images.clone()
     tampered[2, 0, 0, 0] ^= 1
     with pytest.raises(BadHeader, match="picture 3 of 3"):
-        method.recover(to_floats(tampered), published.headers, KEYS)
+        method.recover(replace(published, images=tampered), KEYS)
     with pytest.raises(BadHeader, match="not the picture's key"):
-        method.recover(floats, published.headers, [KEY, KEY, experiment_key(1)])
-    bare = replace(method, authenticate=False).anonymize(floats, KEYS, IDS)
+        method.recover(published, [KEY, KEY, experiment_key(1)])
+    bare = replace(method, authenticate=False).anonymize(to_floats(published.images), KEYS, IDS)
     with pytest.raises(BadHeader, match="no tag"):
-        method.recover(to_floats(bare.images), bare.headers, KEYS)
+        method.recover(bare, KEYS)
 
 
 def test_twice_the_size_and_the_authors_key():
@@ -232,7 +232,7 @@ def test_twice_the_size_and_the_authors_key():
     face = dataset.load(dataset.ids[0])[None]
     method = ProFaceS(BLUR, kdf="authors")
     published = method.anonymize(face, [KEY], ["a"])
-    assert dB(method.recover(to_floats(published.images), published.headers, [KEY]), face) > 28
+    assert dB(method.recover(published, [KEY]), face) > 28
 
 
 def test_odd_sizes_are_refused():

@@ -8,9 +8,10 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from keyanon.channel.keys import Recipe, experiment_key
-from keyanon.channel.pixels import read_png, to_floats
+from keyanon.channel.pixels import read_png
 from keyanon.faces.datasets import bundled_faces
 from keyanon.measures.scorers import psnr
+from keyanon.types import Published
 from tests.conftest import ROOT
 
 PUBLISHED = Path(__file__).with_name("published")
@@ -27,7 +28,7 @@ def test_a_file_of_header_version_2_is_recovered(method: str):
         anonymizer = instantiate(compose("config", overrides=[f"anonymizer={method}"]).anonymizer, _convert_="all")
     pixels, header = read_png(PUBLISHED / f"{method}.png")
     key = PASSWORD_KEY if method == "exact" else experiment_key(0)
-    recovered = anonymizer.recover(to_floats(pixels[None]), [header], [key])
+    recovered = anonymizer.recover(Published(pixels[None], (header,)), [key])
     original = bundled_faces().load("0000")[None]
     everywhere = torch.ones_like(original[:, :1], dtype=torch.bool)
     assert psnr(recovered.clamp(-1, 1), original, everywhere).item() == pytest.approx(RECOVERED[method], abs=0.3)

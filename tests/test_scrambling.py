@@ -14,7 +14,7 @@ from keyanon.channel.keys import MasterKey, Nobody
 from keyanon.channel.nonces import OneForAll
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.methods.baselines.scrambling import Scrambling, cut, joined, orders
-from keyanon.types import Image, Mask, Reversible
+from keyanon.types import Image, Mask, Published, Reversible
 from tests.conftest import CentreFace
 
 KEY, OTHER = MasterKey(bytes(32)), MasterKey(bytes(31) + b"\1")
@@ -41,7 +41,7 @@ def published(method: Scrambling, images: Image, key: MasterKey = KEY):
 
 
 def recovered(method: Scrambling, sent, key: MasterKey = KEY) -> torch.Tensor:
-    return to_bytes(method.recover(to_floats(sent.images), sent.headers, [key] * len(sent.images)))
+    return to_bytes(method.recover(sent, [key] * len(sent.images)))
 
 
 MASKS = st.tuples(st.integers(1, 6), st.integers(1, 6)).flatmap(lambda size: arrays(bool, size))
@@ -163,12 +163,11 @@ def test_a_picture_without_a_face_stays_as_it_is():
 
 
 def test_files_of_other_methods_are_refused():
-    images = noise(1, 3, 64, 64)
-    pixels = to_bytes(images)
+    pixels = to_bytes(noise(1, 3, 64, 64))
     method = Scrambling(CentreFace())
     for header in (Header(bytes(24)), Header(bytes(24), torch.ones(1, 16, 16, dtype=torch.bool))):
         with pytest.raises(BadHeader, match="no mask of the 8x8 blocks"):
-            method.recover(images, seal([header], pixels, [KEY], authenticate=True), [KEY])
+            method.recover(Published(pixels, seal([header], pixels, [KEY], authenticate=True)), [KEY])
 
 
 @pytest.mark.parametrize(("size", "block"), [((60, 64), 8), ((64, 60), 8), ((16, 272), 1)])

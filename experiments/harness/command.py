@@ -3,7 +3,6 @@
 Imports nothing heavy: a command's help and its complaints about arguments come at once.
 """
 
-import errno
 import logging
 import re
 import sys
@@ -17,7 +16,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.harness.errors import user_error
+from experiments.harness.errors import is_full_disk, user_error
 from experiments.harness.shards import FailedShard
 
 log = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ def start(cfg: DictConfig, run: Run) -> None:
 
 def one_line_for_user(error: Exception, runs: str) -> str | None:
     """What a user reads of an error that can be mended; None of a bug."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if is_full_disk(error):
         return f"keyanon: {error}; free some below {runs} and start again to resume"
     message = str(error) if isinstance(error, FailedShard) else user_error(error)
     return None if message is None else f"keyanon: {message}"

@@ -1,5 +1,22 @@
-"""placeholder until merged"""
+"""Which errors a command says in one line, and which are bugs and show their traceback."""
+
+import errno
+
+from keyanon.errors import UserError
 
 
 def user_error(error: BaseException) -> str | None:
-    return str(error)
+    """What a user can put right, in the words of this error or of one that caused it; None for a bug.
+
+    Hydra wraps what a config's parts raise. A full disk counts as well.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError) or is_full_disk(cause):
+            return str(cause)
+        cause = cause.__cause__
+    return None
+
+
+def is_full_disk(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.ENOSPC

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from experiments.harness.errors import user_error
 from keyanon import weights
 
 if TYPE_CHECKING:
-    from keyanon.types import Dataset  # with torch: seconds, before Hydra has read a command's arguments
+    # with torch: seconds, before Hydra has read a command's arguments
+    from keyanon.types import Anonymizer, Dataset, Model
 
 NOT_READY = 2  # exit code
 BYTES_PER_VALUE = 1.2  # a PNG of a photograph, against its 3 h w raw bytes, with some air
@@ -50,17 +51,26 @@ def choices(override: Override) -> list[str]:
 
 def missing_parts(*parts: Any) -> list[str]:
     """Messages of all models and weights below `parts` that are not on this machine; each says how to get it."""
+    from keyanon.types import NeedsFiles, NeedsWeights, TakesWeights
+
     found: dict[str, None] = {}
     for part in walk(parts):
-        if hasattr(part, "missing"):
+        if isinstance(part, NeedsFiles):
             message = part.missing()
             found |= {message: None} if message else {}
-        if hasattr(part, "cards"):
+        if isinstance(part, NeedsWeights):
             for place, card in enumerate(part.cards()):
-                path = getattr(part, "weights", None) if place == 0 else None  # a part's own card comes first
+                path = part.weights if place == 0 and isinstance(part, TakesWeights) else None
                 message = weights.missing(card, path)
                 found |= {message: None} if message else {}
     return list(found)
+
+
+def models(method: "Anonymizer | None") -> "list[Model]":
+    """The diffusion models of a method."""
+    from keyanon.types import Model
+
+    return [part for part in walk(method) if isinstance(part, Model)]
 
 
 def missing_disk(folder: Path, pictures: int, views: int, size: int) -> list[str]:
@@ -78,8 +88,10 @@ def open_dataset(config: Any, name: str, problems: list[str]) -> "Dataset | None
     try:
         dataset: Dataset = instantiate(config)
         _ = dataset.ids  # read at its first use
-    except (FileNotFoundError, ValueError, InstantiationException) as error:
-        problems.append(f"dataset {name}: {error.__cause__ or error}")
+    except Exception as error:
+        if (message := user_error(error)) is None:
+            raise
+        problems.append(f"dataset {name}: {message}")
         return None
     return dataset
 

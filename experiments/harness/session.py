@@ -27,12 +27,11 @@ from experiments.harness.statistics import write_parquets
 from experiments.harness.tracking import Tracker
 from keyanon import runner
 from keyanon.channel.whole import write_whole
-from keyanon.diffusion.model import LatentDiffusion
-from keyanon.errors import UserError
+from keyanon.errors import BadData
 from keyanon.measures.biometrics import Statistic
 from keyanon.measures.scorers import Against
 from keyanon.run_folder import ORIGINAL, RunFiles, read_parts
-from keyanon.types import About, Dataset, FaceParser, Recognizer, Scorer
+from keyanon.types import About, Anonymizer, Dataset, FaceParser, Model, NeedsWeights, Recognizer, Scorer
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +141,16 @@ class Session:
         ids = list(self.ids if ids is None else ids)
         _, count = numbers(self.cfg.shard)
         shards = Shards(folder, count, provenance.signature({"ids": ids, **(measures or {})}))
-        return Cell(row, ids, folder, asked, shards, tuple(notes), getattr(method, "about", None), models_of(method))
+        return Cell(
+            row,
+            ids,
+            folder,
+            asked,
+            shards,
+            tuple(notes),
+            method.about if isinstance(method, Anonymizer) else None,
+            preflight.models(method),
+        )
 
 
 @dataclass(frozen=True)
@@ -156,7 +164,7 @@ class Cell:
     shards: Shards
     notes: Sequence[str] = ()
     about: About | None = None
-    models: Sequence[LatentDiffusion] = field(default=(), repr=False)
+    models: Sequence[Model] = field(default=(), repr=False)
 
     def evaluations(self) -> int:
         """Pictures that the cell's networks have seen so far."""
@@ -226,7 +234,7 @@ def publish(session: Session, cell: Cell, conclude: Callable[[Sequence[str]], Re
     ids = [id for id in cell.ids if id in there and id not in skipped]
     if there and not ids:
         first = next(id for id in cell.ids if id in there)
-        raise UserError(f"none of the {len(there)} pictures could be used; the first, {first}: {skipped[first]}")
+        raise BadData(f"none of the {len(there)} pictures could be used; the first, {first}: {skipped[first]}")
     RunFiles(folder).list_skipped({id: skipped[id] for id in cell.ids if id in there and id in skipped})
     log.info("%d of %d pictures skipped, all listed in %s", len(there) - len(ids), len(there), folder / "skipped.csv")
     result = conclude(ids)
@@ -277,15 +285,10 @@ def model_notes(backbone: DictConfig | None, name: str, parser: str) -> list[str
     return notes if precision == "fp32" else [*notes, f"network in {precision}"]
 
 
-def models_of(method: Any) -> list[LatentDiffusion]:
-    """The diffusion models that a method runs on."""
-    return [part for part in preflight.walk(method) if isinstance(part, LatentDiffusion)]
-
-
 def weights_of(method: Any) -> list[str | None]:
     """SHA-256 of the weights that a method runs on."""
-    own = [card.sha256 for card in method.cards()] if hasattr(method, "cards") else []
-    return [model.sha256 for model in models_of(method)] + own
+    own = [card.sha256 for card in method.cards()] if isinstance(method, NeedsWeights) else []
+    return [model.sha256 for model in preflight.models(method)] + own
 
 
 def scores_of(folder: Path, ids: Sequence[str]) -> pd.DataFrame:

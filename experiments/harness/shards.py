@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from hydra.errors import CompactHydraException
 
 from keyanon.channel.whole import write_whole
+from keyanon.errors import BadSetting
 
 MISSING, RUNNING, DONE, FAILED = "missing", "running", "done", "failed"
 Seen = TypeVar("Seen")
@@ -26,9 +27,9 @@ def numbers(shard: str) -> tuple[int, int]:
     try:
         i, n = (int(part) for part in shard.split("/"))
     except ValueError:
-        raise ValueError(f"shard={shard}: expected i/n, as 1/3") from None
+        raise BadSetting(f"shard={shard}: expected i/n, as 1/3") from None
     if not 1 <= i <= n:
-        raise ValueError(f"shard={shard}: i goes from 1 to n")
+        raise BadSetting(f"shard={shard}: i goes from 1 to n")
     return i, n
 
 

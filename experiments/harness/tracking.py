@@ -14,6 +14,8 @@ from typing import Any, Literal, Protocol
 
 import pandas as pd
 
+from keyanon.errors import MissingPackage
+
 SECRET = re.compile(r"key|pass|secret|token|credential|auth|seed|salt|nonce", re.IGNORECASE)
 PLACE = re.compile(r"(^|_)(path|root|dir|folder|file|home|cache)s?($|_)", re.IGNORECASE)
 PATH_LIKE = re.compile(r"~|\.{0,2}[/\\]|[A-Za-z]:[/\\]|file:")
@@ -44,13 +46,13 @@ class Wandb:
         """Log `statistics` (columns view, scorer, statistic, value ...) as scalars and as a table, and the sheet.
 
         Raises:
-            ModuleNotFoundError: the package is not installed.
+            MissingPackage: the package wandb is not installed.
         """
         try:
             import wandb
         except ModuleNotFoundError as error:
             remedy = "pip install 'keyanon[wandb]', or run with wandb=off"
-            raise ModuleNotFoundError(f"wandb={self.mode}: the package wandb is not installed; {remedy}") from error
+            raise MissingPackage(f"wandb={self.mode}: the package wandb is not installed; {remedy}") from error
 
         names = statistics["view"] + "/" + statistics["scorer"] + "/" + statistics["statistic"]
         defined = {name: value for name, value in zip(names, statistics["value"], strict=True) if not math.isnan(value)}

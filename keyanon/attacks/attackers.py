@@ -802,8 +802,9 @@ class NoiseOracle:
     def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Notes]:
         def look(victims: Victims) -> Notes:
             files, values = victims.files[0], dict[Place, Scores]()
-            wrong = [[experiment_key(1000 + i)] * len(files.keys) for i in range(self.wrong_keys)]
-            for number, keys in enumerate([list(files.keys), *wrong]):
+            trials: list[Sequence[Key]] = [files.keys]
+            trials += [[experiment_key(1000 + i)] * len(files.keys) for i in range(self.wrong_keys)]
+            for number, keys in enumerate(trials):
                 zT = case.method.undo(files.zT, files.mask, files.headers, keys).double().cpu().numpy()
                 found = [
                     measure(z, inside, generator_of(id, "oracle"))

@@ -1,8 +1,8 @@
 """What attackers without the key, or with a part of it, learn from published files: tensors and arrays in, numbers out.
 
-Everyone knows model, sampler, files and headers (Kerckhoffs). So everyone computes z'_T, the noise of a published picture
-(`noise`), and draws the picture of any other noise into the same background (`drawn`). What the holder of the key can do beyond
-that is to undo the keyed transform (`unlocked`).
+Everyone knows model, sampler, files and headers (Kerckhoffs). So everyone computes z'_T, the noise of a published picture, and
+draws the picture of any other noise into the same background. What the holder of the key can do beyond that is to undo the keyed
+transform. `keyanon.types.KeyedNoise` has these three.
 
 What an attack finds is an area under the ROC curve (0.5: nothing, 1: certainty), a D_sys (0: nothing, 1: certainty), a share of
 key bits (0.5: nothing), a cosine to be set beside that of strangers, or a time.
@@ -28,62 +28,14 @@ from torch import Tensor
 from keyanon.channel.headers import BadHeader, Header, unseal
 from keyanon.channel.keys import NONCE_BYTES
 from keyanon.channel.pixels import to_bytes, to_floats
-from keyanon.diffusion.solvers import Known
 from keyanon.measures.biometrics import RESAMPLES, Floats, Statistic, d_sys
-from keyanon.methods.exact import Exact, masks
-from keyanon.methods.signflip import SignFlip
 from keyanon.methods.transforms import coded, decoded
 from keyanon.types import Bytes, Image, Key, Latent, Mask, Summary
 
-Method = SignFlip | Exact
 Rows = NDArray[np.intp]
 QUANTILES = np.linspace(0, 1, 33)  # stand for the values of a channel
 FEWEST_CELLS = 8  # in common; fewer tell nothing
 COMPARED_SIGNS = 512
-
-
-# What anyone computes from a file
-def received(method: Method, images: Image, headers: Sequence[bytes]) -> Image:
-    """Published pictures as the method encodes them."""
-    if isinstance(method, SignFlip):
-        return images
-    return method.received(images, [Header.unpack(header) for header in headers])
-
-
-def noise(method: Method, images: Image, headers: Sequence[bytes]) -> tuple[Latent, Mask]:
-    """z'_T of `received` pictures and the face's cells; of original pictures z_T, by one who has them and the header."""
-    known = known_path(method, images, headers)
-    if isinstance(method, SignFlip):
-        return known.trajectory[-1], known.mask
-    z0 = method.backbone.encode(images)
-    return method.solver.invert(method.backbone.eps, method.backbone.schedule, z0, known)[-1], known.mask
-
-
-def drawn(method: Method, images: Image, headers: Sequence[bytes], zT: Latent) -> Image:
-    """The pictures that the sampler makes of `zT` inside the face of `received` pictures."""
-    known, backbone = known_path(method, images, headers), method.backbone
-    if isinstance(method, SignFlip):
-        path, (_, down) = known if method.reinject else None, method.denoisers(images)
-        return backbone.decode(method.solver.sample(down, backbone.schedule, zT, path), method.quantize)
-    return method.face(method.solver.sample(backbone.eps, backbone.schedule, zT, known), images, known.mask)
-
-
-def unlocked(method: Method, zT: Latent, mask: Mask, headers: Sequence[bytes], keys: Sequence[Key]) -> Latent:
-    """z_T, if these are the right keys of z'_T."""
-    opened = [Header.unpack(header) for header in headers]
-    return method.transform.undo(
-        zT, mask, keys, [header.nonce for header in opened], [header.sent for header in opened]
-    )
-
-
-def known_path(method: Method, images: Image, headers: Sequence[bytes]) -> Known:
-    """The face's cells and the background's way through the levels; with the paper's method this inverts the pictures."""
-    opened = [Header.unpack(header) for header in headers]
-    if isinstance(method, Exact):
-        return method.known(images, masks(opened, images), [header.nonce for header in opened])
-    backbone, (up, _) = method.backbone, method.denoisers(images)
-    mask = method.parser.mask(images, backbone.latent_size(images)).to(images.device)
-    return Known(mask, method.solver.invert(up, backbone.schedule, backbone.encode(images)))
 
 
 # Linkage: do two files show one photograph? Does a file show this photograph?
@@ -319,7 +271,7 @@ class NonceOff:
         return self.key.stream(bytes(off), purpose, size)
 
 
-def same_law(a: ArrayLike, b: ArrayLike) -> list[Statistic]:
+def kolmogorov_smirnov(a: ArrayLike, b: ArrayLike) -> list[Statistic]:
     """Two-sample Kolmogorov-Smirnov test of values that do not depend on each other: `ks_d`, the largest gap, and `ks_p`, the
     chance of such a gap where both are drawn alike. n counts both sides; NaN is left out.
     """
@@ -365,7 +317,7 @@ def blanked(images: Image, face: Mask) -> Image:
 
 
 # Changed files
-def one_bit_off(images: Image, headers: Sequence[bytes]) -> Image:
+def one_bit_off_pictures(images: Image, headers: Sequence[bytes]) -> Image:
     """Pictures with the lowest bit of one byte changed, somewhere else in each."""
     pixels = to_bytes(images)
     for picture, header in zip(pixels, headers, strict=True):
@@ -374,7 +326,7 @@ def one_bit_off(images: Image, headers: Sequence[bytes]) -> Image:
     return to_floats(pixels)
 
 
-def neighbours(header: bytes) -> list[bytes]:
+def one_bit_off_headers(header: bytes) -> list[bytes]:
     """All headers that differ from this one in one bit."""
     number, size = int.from_bytes(header, "big"), len(header)
     return [(number ^ (1 << bit)).to_bytes(size, "big") for bit in range(8 * size)]

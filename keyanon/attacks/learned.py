@@ -24,6 +24,7 @@ from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle, sil
 from torch.optim.lr_scheduler import OneCycleLR
 
 from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.errors import BadSetting
 from keyanon.measures.biometrics import Floats
 from keyanon.types import Image, Latent, Mask
 
@@ -60,14 +61,14 @@ def ridge(features: ArrayLike, clean: ArrayLike) -> Guess:
     """Ridge regression from features (m k) to clean embeddings (m d), in its dual form: k may be far above m.
 
     Rows with a NaN on either side are left out. The strength is the one whose guesses point best on FOLDS parts left out in
-    turn; parts are runs of rows, so that a person's pictures, side by side, are left out together. ValueError for fewer than
+    turn; parts are runs of rows, so that a person's pictures, side by side, are left out together. BadSetting for fewer than
     2 FOLDS pairs.
     """
     x, y = np.asarray(features, np.float64), np.asarray(clean, np.float64)
     known = ~np.isnan(np.concatenate([x, y], axis=1)).any(axis=1)
     x, y = x[known], y[known]
     if len(x) < 2 * FOLDS:
-        raise ValueError(f"{len(x)} of {len(known)} pairs have a face on both pictures; a regression needs {2 * FOLDS}")
+        raise BadSetting(f"{len(x)} of {len(known)} pairs have a face on both pictures; a regression needs {2 * FOLDS}")
     heldout = np.zeros(len(STRENGTHS))
     for part in np.array_split(np.arange(len(x)), FOLDS):
         rest = np.delete(np.arange(len(x)), part)

@@ -1,14 +1,14 @@
 """What others make of a published picture; each attack, or bad channel, gives one more view.
 
 Every attack sees the published file and its header. Those with a wrong key measure what a guess gives away, the one without a key
-what there is to see for all; the JPEG ones hand a damaged file to the rightful owner. None of them heeds the tag, which would stop
-them all.
+what there is to see for all; the JPEG ones hand a damaged file to the rightful owner. None of them looks at the tag, which would
+stop them all.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,20 @@ from keyanon.channel.headers import FIXED
 from keyanon.channel.keys import MasterKey
 from keyanon.channel.pixels import jpeg, to_floats
 from keyanon.channel.streams import SIGNS
-from keyanon.types import Attack, Image, Key, Published, Reversible, RunsWithoutKey, View
+from keyanon.errors import BadSetting
+from keyanon.types import (
+    Attack,
+    Authenticates,
+    Image,
+    Key,
+    Published,
+    RecoversFloats,
+    Reversible,
+    RunsWithoutKey,
+    View,
+)
+
+AnyReversible = TypeVar("AnyReversible", bound=Reversible)
 
 
 def by_view(attacks: Mapping[str, Attack | Mapping[str, Attack]]) -> dict[str, Attack]:
@@ -39,7 +52,7 @@ class WrongKey:
         # Of the header only what comes before the pixels are known: a tag would make the key depend on their last bit.
         starts = [header[:FIXED] for header in published.headers]
         wrong = [MasterKey(hashlib.sha256(b"wrong key %d|" % self.trial + start).digest()) for start in starts]
-        return heedless(method).recover(to_floats(published.images), published.headers, wrong)
+        return without_authentication(method).recover(published, wrong)
 
 
 @dataclass(frozen=True)
@@ -52,8 +65,8 @@ class NearKey:
     def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
         near = [key.with_bit_flipped(self.bit) for key in keys if isinstance(key, MasterKey)]
         if len(near) != len(keys):
-            raise TypeError("near_key flips a bit of a master key; this run has other keys")
-        return heedless(method).recover(to_floats(published.images), published.headers, near)
+            raise BadSetting("near_key flips a bit of a master key; this run has other keys")
+        return without_authentication(method).recover(published, near)
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ class PartialKey:
 
     def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
         partial = [FlippedSigns(key, self.wrong) for key in keys]
-        return heedless(method).recover(to_floats(published.images), published.headers, partial)
+        return without_authentication(method).recover(published, partial)
 
 
 def wrong_signs(share: Sequence[float]) -> dict[str, PartialKey]:
@@ -88,8 +101,7 @@ class NoKey:
     meaning: ClassVar = View("attacked")
 
     def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
-        images = to_floats(published.images)
-        return method.without_key(images, published.headers) if isinstance(method, RunsWithoutKey) else images
+        return method.without_key(published) if isinstance(method, RunsWithoutKey) else to_floats(published.images)
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,7 @@ class Jpeg:
 
     def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
         damaged = torch.stack([jpeg(picture, self.quality) for picture in published.images])
-        return heedless(method).recover(to_floats(damaged), published.headers, keys)
+        return without_authentication(method).recover(replace(published, images=damaged), keys)
 
 
 def jpegs(quality: Sequence[int]) -> dict[str, Jpeg]:
@@ -114,19 +126,25 @@ def jpegs(quality: Sequence[int]) -> dict[str, Jpeg]:
 
 @dataclass(frozen=True)
 class FloatChannel:
-    """Recovery with the right key from the decoder's unrounded floats, as the authors measure it. No file carries these."""
+    """Recovery with the right key from the decoder's unrounded floats, as the authors measure it. No file carries these.
+
+    A method whose output is made of bytes has no other floats than these bytes.
+    """
 
     meaning: ClassVar = View("recovered")
 
     def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
         if published.floats is None:
-            raise ValueError("recovered_float: this anonymizer publishes no floats")
-        return heedless(method).recover(published.floats, published.headers, keys)
+            raise BadSetting("recovered_float: this anonymizer publishes no floats")
+        receiver = without_authentication(method)
+        if isinstance(receiver, RecoversFloats):
+            return receiver.recover_floats(published, keys)
+        return receiver.recover(published, keys)
 
 
-def heedless(method: Reversible) -> Reversible:
-    """The method as one uses it who does not heed the tag: an attacker, or an owner who wants what is left of a damaged file."""
-    return replace(method, authenticate=False) if hasattr(method, "authenticate") else method  # type: ignore[type-var]
+def without_authentication(method: AnyReversible) -> AnyReversible:
+    """The method as one uses it who does not look at the tag: an attacker, or an owner of a damaged file."""
+    return replace(method, authenticate=False) if isinstance(method, Authenticates) else method
 
 
 @dataclass(frozen=True)

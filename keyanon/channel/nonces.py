@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from keyanon.channel.keys import NONCE_BYTES
+from keyanon.errors import BadSetting
 from keyanon.types import Dataset, Key, Picture
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class PerIdentity:
     def __call__(self, key: Key, id: str, picture: Picture, attempt: int = 0) -> bytes:
         person = self.dataset.identity(id)
         if person is None:
-            raise ValueError(f"nonce=per_identity: the dataset does not say who is on {id}; take nonce=per_image")
+            raise BadSetting(f"nonce=per_identity: the dataset does not say who is on {id}; take nonce=per_image")
         return key.stream(hashlib.sha256(person.encode()).digest(), "nonce|identity", NONCE_BYTES)
 
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from keyanon.batching import in_chunks
 from keyanon.diffusion.model import BadModel, LatentDiffusion, arithmetic
+from keyanon.errors import BadSetting
 from keyanon.types import Denoiser, Latent, Mask
 from keyanon.weights import MissingWeights, WrongWeights
 
@@ -61,7 +62,7 @@ class MaskControl:
 
         def eps(z: Latent, t: int) -> Latent:
             if len(z) != len(hint):
-                raise ValueError(
+                raise BadSetting(
                     "anonymizer.control needs a solver that keeps its batch whole; set solver.tolerance=null"
                 )
             backbone.evaluations[t] += len(z)

@@ -27,6 +27,7 @@ from torch import Tensor
 from keyanon.batching import CHUNK, in_chunks
 from keyanon.diffusion.block_dct import BLOCK, BlockDCT
 from keyanon.diffusion.solvers import NoiseSchedule
+from keyanon.errors import UserError
 from keyanon.types import Image, Latent
 from keyanon.weights import MissingWeights, offline
 
@@ -35,7 +36,7 @@ Precision = Literal["fp32", "tf32", "bf16"]
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
-class BadModel(Exception):
+class BadModel(UserError):
     """A model folder that lacks a part or holds one this project cannot use."""
 
 

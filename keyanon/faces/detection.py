@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from keyanon.channel.pixels import to_bytes
+from keyanon.errors import MissingPackage
 from keyanon.types import Image
 from keyanon.weights import Card, named, resolve
 
@@ -164,5 +165,5 @@ def import_dlib() -> Any:
     try:
         import dlib
     except ImportError as error:
-        raise ImportError('dlib is not installed. Remedy: `pip install "keyanon[offline]"`.') from error
+        raise MissingPackage('dlib is not installed. Remedy: `pip install "keyanon[offline]"`.') from error
     return dlib

@@ -8,7 +8,7 @@ from pathlib import Path
 import PIL.Image
 
 from keyanon.channel.pixels import open_rgb
-from keyanon.types import BadPicture
+from keyanon.errors import BadData, BadPicture, MissingData
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -33,9 +33,9 @@ class Layout:
 
     def folder(self, root: str | None) -> Path:
         if root is None:
-            raise FileNotFoundError(f"{self.name}: no folder given. {self.remedy}")
+            raise MissingData(f"{self.name}: no folder given. {self.remedy}")
         if not Path(root).expanduser().is_dir():
-            raise FileNotFoundError(f"{self.name}: there is no folder {root}. {self.remedy}")
+            raise MissingData(f"{self.name}: there is no folder {root}. {self.remedy}")
         return Path(root).expanduser()
 
     def find(self, root: str | None, id: str) -> Path:
@@ -47,11 +47,11 @@ class Layout:
         raise BadPicture(f"{self.name}: {id} is missing; looked for {', '.join(map(str, paths))}")
 
     def present(self, root: str | None, ids: Iterable[str]) -> tuple[str, ...]:
-        """The ids as they are, if a single one of the pictures is there; else FileNotFoundError."""
+        """The ids as they are, if a single one of the pictures is there; else MissingData."""
         ids = tuple(ids)
         if not any(path.is_file() for id in ids for path in self.paths(root, id)):
             looked = ", ".join(str(path.relative_to(self.folder(root))) for path in self.paths(root, ids[0]))
-            raise FileNotFoundError(
+            raise MissingData(
                 f"{self.name}: {root} holds none of the {len(ids)} pictures listed; looked for {looked} and so on. "
                 + self.remedy
             )
@@ -60,7 +60,7 @@ class Layout:
     def file(self, root: str | None, name: str) -> Path:
         path = self.folder(root) / name
         if not path.is_file():
-            raise FileNotFoundError(f"{self.name}: there is no {path}. {self.remedy}")
+            raise MissingData(f"{self.name}: there is no {path}. {self.remedy}")
         return path
 
     @property
@@ -112,10 +112,10 @@ class Member:
 def members(root: str | None) -> dict[str, Member]:
     """The pictures in a folder, in the tar files of a folder, or in a tar file, by file name without suffix."""
     if root is None:
-        raise FileNotFoundError("no folder of pictures given. Set dataset.root=/path, to a folder or a tar file")
+        raise MissingData("no folder of pictures given. Set dataset.root=/path, to a folder or a tar file")
     place = Path(root).expanduser()
     if not place.exists():
-        raise FileNotFoundError(f"there is no {place}. Set dataset.root=/path, to a folder of pictures or a tar file")
+        raise MissingData(f"there is no {place}. Set dataset.root=/path, to a folder of pictures or a tar file")
     found: dict[str, Member] = {}
     for file in sorted(place.iterdir()) if place.is_dir() else [place]:
         for member in tar_members(file) if file.suffix == ".tar" else [Member(file)]:
@@ -123,12 +123,10 @@ def members(root: str | None) -> dict[str, Member]:
                 continue
             if member.path.stem in found:
                 both = f"{found[member.path.stem].path} and {member.path}"
-                raise ValueError(f"two pictures have the id {member.path.stem}: {both}; rename one of them")
+                raise BadData(f"two pictures have the id {member.path.stem}: {both}; rename one of them")
             found[member.path.stem] = member
     if not found:
-        raise FileNotFoundError(
-            f"{place} holds no picture; looked for *{', *'.join(SUFFIXES)} in it or in its tar files"
-        )
+        raise MissingData(f"{place} holds no picture; looked for *{', *'.join(SUFFIXES)} in it or in its tar files")
     return found
 
 
@@ -139,4 +137,4 @@ def tar_members(archive: Path) -> Iterator[Member]:
                 if part.isfile():
                     yield Member(archive / part.name, archive, part.offset_data, part.size)
     except tarfile.TarError as error:
-        raise ValueError(f"{archive}: not an uncompressed tar file ({error})") from error
+        raise BadData(f"{archive}: not an uncompressed tar file ({error})") from error

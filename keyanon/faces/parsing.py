@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from keyanon.channel.pixels import to_bytes
+from keyanon.errors import BadData, BadSetting
 from keyanon.faces.detection import DlibDetector, Points
 from keyanon.faces.onnx import open_onnx
 from keyanon.types import Image, Mask
@@ -70,7 +71,7 @@ class BiSeNetParser:
         session = open_onnx(self._path, image.device)
         logits = session.run(None, {session.get_inputs()[0].name: imagenet512(image).cpu().numpy()})[0]
         if logits.shape[1] != len(CLASSES):
-            raise ValueError(f"{self._path}: a face parser gives {len(CLASSES)} classes, this gives {logits.shape[1]}")
+            raise BadData(f"{self._path}: a face parser gives {len(CLASSES)} classes, this gives {logits.shape[1]}")
         wanted = [CLASSES.index(name) for name in REGIONS[self.region]]
         return torch.from_numpy(np.isin(logits.argmax(1, keepdims=True), wanted)).to(image.device)
 
@@ -221,7 +222,7 @@ def class_indices(names: dict[int, str], wanted: Collection[str]) -> list[int]:
     """The outputs of a network whose class names are `names` that belong to the `wanted` classes."""
     absent = set(wanted) - set(names.values())
     if absent:
-        raise ValueError(f"this parser has no class {', '.join(sorted(absent))}; it has {', '.join(names.values())}")
+        raise BadData(f"this parser has no class {', '.join(sorted(absent))}; it has {', '.join(names.values())}")
     return [int(index) for index, name in names.items() if name in wanted]
 
 
@@ -235,4 +236,4 @@ def imagenet512(images: Image) -> Tensor:
 def check_arguments(region: str, reduce: str) -> None:
     for given, known in ((region, get_args(Region)), (reduce, get_args(Reduction))):
         if given not in known:
-            raise ValueError(f"{given!r} is none of {', '.join(known)}")
+            raise BadSetting(f"{given!r} is none of {', '.join(known)}")

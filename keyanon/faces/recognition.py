@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from keyanon.errors import BadData
 from keyanon.faces.detection import (
     Detector,
     DlibDetector,
@@ -169,12 +170,12 @@ def arcface_crop(pixels: RgbArray, points: Points) -> Tensor:
 
 
 def arcface_dimension(path: Path, session: Any) -> int:
-    """The length of a network's embedding; ValueError names the file that is no ArcFace network."""
+    """The length of a network's embedding; BadData names the file that is no ArcFace network."""
     inputs, outputs = session.get_inputs(), session.get_outputs()
     taken, given = [tensor.shape for tensor in inputs], [tensor.shape for tensor in outputs]
     one_row = len(given) == 1 and len(given[0]) == 2 and isinstance(given[0][1], int)
     if len(taken) != 1 or list(taken[0][1:]) != [3, 112, 112] or not one_row:
-        raise ValueError(
+        raise BadData(
             f"{path}: an ArcFace network takes (n, 3, 112, 112) and gives (n, d); this takes {taken}, gives {given}"
         )
     return int(given[0][1])

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from keyanon.errors import BadSetting
 from keyanon.types import Summary
 
 Floats = NDArray[np.floating[Any]]
@@ -54,7 +55,7 @@ def threshold_at_far(impostor: ArrayLike, far: float) -> float:
     the next higher one. NaN where far n < 1: so few comparisons cannot tell such a rate. NaN scores do not count.
     """
     if not 0 < far < 1:
-        raise ValueError(f"a false accept rate lies between 0 and 1, not at {far}")
+        raise BadSetting(f"a false accept rate lies between 0 and 1, not at {far}")
     scores = _defined(impostor)
     allowed = math.floor(far * scores.size + 1e-9)
     if allowed < 1:

@@ -38,8 +38,8 @@ from keyanon.measures.scorers import psnr_face
 from keyanon.methods import residuals
 from keyanon.methods.refinement import Refinement
 from keyanon.methods.seams import Seam
-from keyanon.methods.transforms import Transform, Unchanged
-from keyanon.types import About, FaceParser, Image, Key, Latent, Mask, Measure, Published
+from keyanon.methods.transforms import Unchanged
+from keyanon.types import About, FaceParser, Image, Key, Latent, Mask, Measure, Published, Transform
 
 log = logging.getLogger(__name__)
 MEASURES = {
@@ -158,11 +158,19 @@ class Exact:
         sealed = seal(headers, published, keys, self.authenticate)
         return Published(published.cpu(), sealed, floats.cpu(), measured)
 
-    def recover(self, images: Image, headers: Sequence[bytes], keys: Sequence[Key]) -> Image:
-        """Original faces from published pictures, their headers and keys; raises BadHeader."""
-        opened = unseal(headers, to_bytes(images), keys, self.authenticate)
+    def recover(self, published: Published, keys: Sequence[Key]) -> Image:
+        """Original faces from published files and their keys; raises BadHeader."""
+        return self.open(to_floats(published.images), published, keys)
+
+    def recover_floats(self, published: Published, keys: Sequence[Key]) -> Image:
+        """The same from the decoder's unrounded output, which no refinement has touched."""
+        assert published.floats is not None
+        return self.open(published.floats, published, keys)
+
+    def open(self, images: Image, published: Published, keys: Sequence[Key]) -> Image:
+        headers = unseal(published.headers, published.images, keys, self.authenticate)
         rows, columns = self.backbone.latent_size(images)
-        for header in opened:
+        for header in headers:
             if header.mask is None:
                 raise BadHeader("the header carries no face mask: the file was published by another method")
             if header.mask.shape != (1, rows, columns):
@@ -171,12 +179,40 @@ class Exact:
                     f"the header's mask has {there} cells, a picture of this size {here}: "
                     "it was resized or cropped after it was published"
                 )
-        return self.receive(images.to(self.backbone.device), opened, keys).cpu()
+        return self.receive(images.to(self.backbone.device), headers, keys).cpu()
 
-    def without_key(self, images: Image, headers: Sequence[bytes]) -> Image:
+    def without_key(self, published: Published) -> Image:
         """Published pictures inverted and denoised with their noise as it is."""
         keyless = replace(self, transform=Unchanged(), authenticate=False)
-        return keyless.recover(images, headers, [Nobody()] * len(images))
+        return keyless.recover(published, [Nobody()] * len(published.images))
+
+    def encoded_pictures(self, published: Published) -> Image:
+        """Published pictures by the tone curve, with c taken off."""
+        return self.received(to_floats(published.images), [Header.unpack(header) for header in published.headers])
+
+    def noise(self, images: Image, headers: Sequence[bytes]) -> tuple[Latent, Mask]:
+        """z'_T of `encoded_pictures` and the face's cells; of originals z_T, by one who has them and the headers of their files."""
+        images = images.to(self.backbone.device)
+        known, z0 = self.known_of_files(images, headers), self.backbone.encode(images)
+        return self.solver.invert(self.backbone.eps, self.backbone.schedule, z0, known)[-1].cpu(), known.mask.cpu()
+
+    def redraw(self, images: Image, headers: Sequence[bytes], zT: Latent) -> Image:
+        """The pictures that the sampler makes of `zT` inside the face of `encoded_pictures`."""
+        images, zT = images.to(self.backbone.device), zT.to(self.backbone.device)
+        known = self.known_of_files(images, headers)
+        z0 = self.solver.sample(self.backbone.eps, self.backbone.schedule, zT, known)
+        return self.face(z0, images, known.mask).cpu()
+
+    def undo(self, zT: Latent, mask: Mask, headers: Sequence[bytes], keys: Sequence[Key]) -> Latent:
+        """z_T, if these are the right keys of z'_T."""
+        unpacked = [Header.unpack(header) for header in headers]
+        nonces, sent = [header.nonce for header in unpacked], [header.sent for header in unpacked]
+        return self.transform.undo(zT, mask, keys, nonces, sent)
+
+    def known_of_files(self, images: Image, headers: Sequence[bytes]) -> Known:
+        """The face's cells and the background's way through the levels, of packed headers."""
+        unpacked = [Header.unpack(header) for header in headers]
+        return self.known(images, masks(unpacked, images), [header.nonce for header in unpacked])
 
     def reconstruct(self, images: Image) -> Image:
         """D(E(x)) on the face's pixels, the best that any recovery through this autoencoder can be."""

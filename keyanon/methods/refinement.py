@@ -36,6 +36,7 @@ from keyanon.channel.pixels import jpeg, to_bytes, to_floats
 from keyanon.diffusion.block_dct import BLOCK, BlockDCT
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import expand
+from keyanon.errors import BadSetting
 from keyanon.types import Bytes, Image, Latent, Mask, Scores
 
 Levels = Float[Tensor, "256"]  # what each byte stands for, ascending
@@ -66,7 +67,7 @@ class ToneCurve:
 
     def __post_init__(self) -> None:
         if not (0 < self.knee < 1 <= self.reach or self.knee == self.reach == 1):
-            raise ValueError(f"tone curve: knee={self.knee}, reach={self.reach}; it needs 0 < knee < 1 <= reach")
+            raise BadSetting(f"tone curve: knee={self.knee}, reach={self.reach}; it needs 0 < knee < 1 <= reach")
 
     @property
     def slope(self) -> float:

@@ -18,12 +18,13 @@ import torch
 from keyanon.channel.headers import BadHeader, Header, seal, unseal
 from keyanon.channel.keys import Nobody
 from keyanon.channel.nonces import Nonces, nonce_for
-from keyanon.channel.pixels import to_bytes
+from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.diffusion.controlnet import MaskControl
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import Known, Solver
-from keyanon.methods.transforms import Involution, SignFlipping, Transform, Unchanged
-from keyanon.types import About, Denoiser, FaceParser, Image, Key, Mask, Published
+from keyanon.errors import BadSetting
+from keyanon.methods.transforms import Involution, SignFlipping, Unchanged
+from keyanon.types import About, Denoiser, FaceParser, Image, Key, Latent, Mask, Published, Transform
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class SignFlip:
     def __post_init__(self) -> None:
         if not isinstance(self.transform, Involution):
             names = ", ".join(kind.__name__ for kind in get_args(Involution))
-            raise ValueError(f"anonymizer.transform: {self.transform} is not its own inverse; take one of {names}")
+            raise BadSetting(f"anonymizer.transform: {self.transform} is not its own inverse; take one of {names}")
 
     @property
     def about(self) -> About:
@@ -80,22 +81,30 @@ class SignFlip:
         published = to_bytes(out).cpu()
         return Published(published, seal(headers, published, keys, self.authenticate), out.cpu())
 
-    def recover(self, images: Image, headers: Sequence[bytes], keys: Sequence[Key]) -> Image:
-        """Original faces from published pictures, their headers and keys; raises BadHeader."""
-        opened = unseal(headers, to_bytes(images), keys, self.authenticate)
+    def recover(self, published: Published, keys: Sequence[Key]) -> Image:
+        """Original faces from published files and their keys; raises BadHeader."""
+        return self.receive(to_floats(published.images), published, keys)
+
+    def recover_floats(self, published: Published, keys: Sequence[Key]) -> Image:
+        """The same from the decoder's unrounded output, as the authors measure recovery."""
+        assert published.floats is not None
+        return self.receive(published.floats, published, keys)
+
+    def receive(self, images: Image, published: Published, keys: Sequence[Key]) -> Image:
+        headers = unseal(published.headers, published.images, keys, self.authenticate)
         if self.mask_at_recovery == "header":
-            masks = [header.mask for header in opened]
+            masks = [header.mask for header in headers]
             if any(mask is None for mask in masks):
                 raise BadHeader("the header carries no face mask, and anonymizer.mask_at_recovery=header needs one")
             mask = torch.stack([m for m in masks if m is not None])
         else:
             mask = self.parser.mask(images.to(self.backbone.device), self.backbone.latent_size(images))
-        return self.flip(images, mask, keys, [header.nonce for header in opened]).cpu()
+        return self.flip(images, mask, keys, [header.nonce for header in headers]).cpu()
 
-    def without_key(self, images: Image, headers: Sequence[bytes]) -> Image:
+    def without_key(self, published: Published) -> Image:
         """Published pictures inverted and denoised with their noise as it is."""
         keyless = replace(self, transform=Unchanged(), authenticate=False)
-        return keyless.recover(images, headers, [Nobody()] * len(images))
+        return keyless.recover(published, [Nobody()] * len(published.images))
 
     def flip(self, images: Image, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> Image:
         """Eq. 3 to 7, the same in both directions: pictures in, unclipped pictures out."""
@@ -113,6 +122,33 @@ class SignFlip:
             return self.backbone.eps, self.backbone.eps
         height, width = images.shape[-2:]
         return self.control.denoisers(self.backbone, self.parser.mask(images, (height, width)))
+
+    def encoded_pictures(self, published: Published) -> Image:
+        """The published pictures themselves."""
+        return to_floats(published.images)
+
+    def noise(self, images: Image, headers: Sequence[bytes]) -> tuple[Latent, Mask]:
+        """z_T of pictures, published or not, and the face's cells as the parser sees them there."""
+        known = self.background(images.to(self.backbone.device))
+        return known.trajectory[-1].cpu(), known.mask.cpu()
+
+    def redraw(self, images: Image, headers: Sequence[bytes], zT: Latent) -> Image:
+        """The pictures that the sampler makes of `zT` inside the face of `images`."""
+        images, zT = images.to(self.backbone.device), zT.to(self.backbone.device)
+        known, (_, down) = self.background(images), self.denoisers(images)
+        path = known if self.reinject else None
+        return self.backbone.decode(self.solver.sample(down, self.backbone.schedule, zT, path), self.quantize).cpu()
+
+    def undo(self, zT: Latent, mask: Mask, headers: Sequence[bytes], keys: Sequence[Key]) -> Latent:
+        """z_T, if these are the right keys of z'_T."""
+        unpacked = [Header.unpack(header) for header in headers]
+        return self.transform.undo(zT, mask, keys, [header.nonce for header in unpacked], [b""] * len(headers))
+
+    def background(self, images: Image) -> Known:
+        """The face's cells and the pictures' own inversion, which is the background's way through the levels."""
+        up, _ = self.denoisers(images)
+        mask = self.parser.mask(images, self.backbone.latent_size(images)).to(images.device)
+        return Known(mask, self.solver.invert(up, self.backbone.schedule, self.backbone.encode(images)))
 
     def reconstruct(self, images: Image) -> Image:
         """D(E(x)): what the autoencoder alone makes of the pictures."""

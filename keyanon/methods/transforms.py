@@ -21,7 +21,7 @@ A wrong key decrypts other norms. The code is the distribution function of log r
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -31,24 +31,13 @@ from torch import Tensor
 
 from keyanon.channel.headers import BadHeader
 from keyanon.channel.streams import normals, signs
-from keyanon.types import Key, Latent, Mask
+from keyanon.errors import BadSetting
+from keyanon.types import Key, Latent, Mask, Secret
 
 # log r is roughly logistic over channels of inverted photographs, with outliers at 5 deviations. 16 pictures each: mean 0.21 and
 # deviation 0.18 on CelebA-HQ, 0.14 and 0.16 on UTKFace with faces128; 0.12 and 0.13 on CelebA-HQ with faces128_kl.
 LOG_NORM, LOG_NORM_SCALE = 0.13, 0.085
 CODE_BYTES = 3
-
-
-class Transform(Protocol):
-    """`apply` at the sender gives the latents and what the receiver needs to `undo` it (public, b"" for nothing)."""
-
-    def apply(
-        self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]
-    ) -> tuple[Latent, list[bytes]]: ...
-
-    def undo(
-        self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes], sent: Sequence[bytes]
-    ) -> Latent: ...
 
 
 @dataclass(frozen=True)
@@ -58,6 +47,8 @@ class SignFlipping:
     Leaks |z|, cell for cell, whatever the key: for k is all that z' = k * z hides, and |k| = 1. So two files of one photograph,
     or a file and the photograph, are matched by their |z|; and with k reused one known pair gives k = sign(z z').
     """
+
+    secret: ClassVar[Secret] = "signs of cells"
 
     def apply(self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> tuple[Latent, list[bytes]]:
         k = torch.stack([signs(key, nonce, tuple(zT.shape[1:])) for key, nonce in zip(keys, nonces, strict=True)])
@@ -77,14 +68,15 @@ class NoiseFlipping:
     """
 
     share: float = 0.05
+    secret: ClassVar[Secret] = "flips of cells"
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
-            raise ValueError(f"anonymizer.transform.share is a share of the noise, 0 to 1, not {self.share}")
+            raise BadSetting(f"anonymizer.transform.share is a share of the noise, 0 to 1, not {self.share}")
 
     def apply(self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> tuple[Latent, list[bytes]]:
         shape = tuple(zT.shape[1:])
-        chosen = torch.stack([drawn(key, nonce, shape, self.share) for key, nonce in zip(keys, nonces, strict=True)])
+        chosen = torch.stack([flips(key, nonce, shape, self.share) for key, nonce in zip(keys, nonces, strict=True)])
         return torch.where(mask & chosen.to(zT.device), -zT, zT), [b""] * len(zT)
 
     def undo(
@@ -96,6 +88,8 @@ class NoiseFlipping:
 @dataclass(frozen=True)
 class Unchanged:
     """No transform: all that one without a key can undo."""
+
+    secret: ClassVar[Secret] = "none"
 
     def apply(self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> tuple[Latent, list[bytes]]:
         return zT, [b""] * len(zT)
@@ -114,6 +108,8 @@ class Permutation:
     other symmetric function of z_c are seen, and two files of one photograph are matched by them. With the order reused one known
     pair gives it away where the values differ.
     """
+
+    secret: ClassVar[Secret] = "order of cells"
 
     def apply(self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> tuple[Latent, list[bytes]]:
         out = zT.clone()
@@ -140,6 +136,8 @@ class DctSignFlipping:
     are matched by it, and with k reused one known pair gives k. In the cells themselves magnitudes are mixed, and an error of a
     weak coefficient stays in a weak coefficient.
     """
+
+    secret: ClassVar[Secret] = "signs of frequencies"
 
     def apply(self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> tuple[Latent, list[bytes]]:
         out = zT.clone()
@@ -169,6 +167,8 @@ class BandRotation:
     same mask give it away by least squares.
     """
 
+    secret: ClassVar[Secret] = "rotation"
+
     def apply(self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> tuple[Latent, list[bytes]]:
         out, sent = zT.clone(), []
         for z, cells, key, nonce in zip(out, mask[:, 0], keys, nonces, strict=True):
@@ -196,7 +196,7 @@ class BandRotation:
         return out
 
 
-def drawn(key: Key, nonce: bytes, shape: tuple[int, ...], share: float) -> Bool[Tensor, "c u v"]:
+def flips(key: Key, nonce: bytes, shape: tuple[int, ...], share: float) -> Bool[Tensor, "c u v"]:
     """True with the chance `share`, to 2^-32."""
     words = np.frombuffer(key.stream(nonce, "noise flip", 4 * int(np.prod(shape))), "<u4")
     return torch.from_numpy(words < round(share * 2**32)).view(shape)

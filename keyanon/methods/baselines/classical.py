@@ -20,6 +20,7 @@ from torch.nn.functional import avg_pool2d, pad
 from torchvision.transforms.functional import gaussian_blur
 
 from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.errors import BadSetting
 from keyanon.faces.detection import Detector, MtcnnDetector
 from keyanon.faces.parsing import reduce_mask
 from keyanon.types import About, FaceParser, Image, Key, Mask, Published
@@ -144,7 +145,7 @@ class Box:
 
     def __post_init__(self) -> None:
         if self.shape not in ("rectangle", "ellipse"):
-            raise ValueError(f"shape is 'rectangle' or 'ellipse', not {self.shape!r}")
+            raise BadSetting(f"anonymizer.parser.shape is 'rectangle' or 'ellipse', not {self.shape!r}")
 
     def cards(self) -> tuple[Card, ...]:
         return self.detector.cards()

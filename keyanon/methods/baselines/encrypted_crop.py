@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from keyanon.channel.headers import MAX_PARTS, BadHeader, Header, seal, unseal
 from keyanon.channel.nonces import Nonces, nonce_for
 from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.errors import BadSetting
 from keyanon.methods.baselines.classical import bounds
 from keyanon.types import About, Anonymizer, Image, Key, PictureBytes, Published
 
@@ -50,14 +51,14 @@ class EncryptedCrop:
 
     def __post_init__(self) -> None:
         if self.quality is not None and not 0 <= self.quality <= 100:
-            raise ValueError(f"anonymizer.quality is 0 to 100, or null for lossless, not {self.quality}")
+            raise BadSetting(f"anonymizer.quality is 0 to 100, or null for lossless, not {self.quality}")
 
     @property
     def about(self) -> About:
         return About("keyed", "8-bit file + header", 256, 256, "-", "-", "RFC 5116")
 
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
-        """ValueError where a crop is too large for a header."""
+        """BadSetting where a crop is too large for a header."""
         originals = to_bytes(images).cpu()
         nonces = [self.nonces(key, id, x) for key, id, x in zip(keys, ids, to_floats(originals), strict=True)]
         shown = self.visible.anonymize(images, keys, ids).images
@@ -65,7 +66,7 @@ class EncryptedCrop:
         for key, id, nonce, original, published in zip(keys, ids, nonces, originals, shown, strict=True):
             sent = encrypted(packed(original, published, self.quality), key, nonce)
             if len(sent) > MAX_PARTS:
-                raise ValueError(
+                raise BadSetting(
                     f"{id}: its encrypted face has {len(sent)} bytes, a header has room for {MAX_PARTS}; take a lower "
                     "anonymizer.quality (null is lossless, try 90) or a smaller dataset.size"
                 )
@@ -73,12 +74,11 @@ class EncryptedCrop:
         # what would be published unrounded is just the same
         return Published(shown, seal(headers, shown, keys, self.authenticate), to_floats(shown))
 
-    def recover(self, images: Image, headers: Sequence[bytes], keys: Sequence[Key]) -> Image:
+    def recover(self, published: Published, keys: Sequence[Key]) -> Image:
         """Raises BadHeader; where `authenticate` is False a picture whose crop the key does not open stays as it is."""
-        received = to_bytes(images).cpu()
-        opened = unseal(headers, received, keys, self.authenticate)
+        headers = unseal(published.headers, published.images, keys, self.authenticate)
         out = []
-        for picture, header, key in zip(received, opened, keys, strict=True):
+        for picture, header, key in zip(published.images, headers, keys, strict=True):
             crop = decrypted(header.sent, key, header.nonce)
             if crop is None and self.authenticate:
                 raise BadHeader("the header carries no encrypted face: the file was published by another method")

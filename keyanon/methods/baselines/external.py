@@ -42,6 +42,7 @@ from keyanon.channel.keys import KEY_BYTES, MasterKey
 from keyanon.channel.nonces import Nonces, nonce_for
 from keyanon.channel.pixels import open_rgb, to_bytes, to_floats, write_png
 from keyanon.channel.whole import write_whole
+from keyanon.errors import BadSetting, UserError
 from keyanon.faces.layouts import SUFFIXES
 from keyanon.types import About, BadPicture, Bytes, Image, Key, PictureBytes, Published
 
@@ -49,7 +50,7 @@ PLACES = {"images", "output", "key"}
 SHOWN_LINES, SHOWN_FILES = 10, 5  # in a message
 
 
-class BadMethod(ValueError):
+class BadMethod(UserError, ValueError):
     """A program of others that failed, or pictures of one that cannot be used: the message names method, place and remedy."""
 
 
@@ -69,7 +70,7 @@ class Secret:
 
     def __post_init__(self) -> None:
         if self.bits < 1 or self.format not in ("hex", "digits", "bits"):
-            raise ValueError(
+            raise BadSetting(
                 f"anonymizer.secret: {self.bits} bits as {self.format!r}; expected 1 bit or more as 'hex', 'digits' or 'bits'"
             )
 
@@ -123,12 +124,12 @@ class External:
         for command in self.commands:
             found = set(re.findall(r"\{(\w+)\}", " ".join(command)))
             if found != wanted:
-                raise ValueError(
+                raise BadSetting(
                     f"{self.name}: the command {' '.join(command)!r} has the places {', '.join(sorted(found)) or 'none'}; expected "
                     f"{', '.join(sorted(wanted))}, each in braces"
                 )
         if "{name}" not in self.outputs:
-            raise ValueError(f"{self.name}: outputs={self.outputs!r} does not say where a picture's {{name}} stands")
+            raise BadSetting(f"{self.name}: outputs={self.outputs!r} does not say where a picture's {{name}} stands")
 
     @property
     def commands(self) -> list[Sequence[str]]:
@@ -297,25 +298,27 @@ class ReversibleExternal(External):
         # no file of others has what it would publish unrounded
         return Published(out.images, headers, to_floats(out.images))
 
-    def recover(self, images: Image, headers: Sequence[bytes], keys: Sequence[Key]) -> Image:
+    def recover(self, published: Published, keys: Sequence[Key]) -> Image:
         """Raises BadHeader and BadMethod."""
-        pixels = to_bytes(images).cpu()
+        pixels = published.images
         secrets: list[str] = []
         if self.secret is not None:
-            opened = unseal(headers, pixels, keys, self.authenticate)
-            secrets = self.secrets(keys, [header.nonce for header in opened])
+            headers = unseal(published.headers, pixels, keys, self.authenticate)
+            secrets = self.secrets(keys, [header.nonce for header in headers])
         names = [
             # under the key: the name is shown, and must not be a test of guessed keys
             whole_number(key.stream(hashlib.sha256(picture.numpy().tobytes() + header).digest(), "external|name", 8))
-            for key, picture, header in zip(keys, pixels, headers, strict=True)
+            for key, picture, header in zip(keys, pixels, published.headers, strict=True)
         ]
         labels = [f"picture {i + 1} of {len(names)}" for i in range(len(names))]
         return to_floats(self.run("recover", self.recovery, pixels, names, secrets, labels))
 
-    def without_key(self, images: Image, headers: Sequence[bytes]) -> Image:
+    def without_key(self, published: Published) -> Image:
         """All that a method without a key recovers; else the published pictures, since its program asks for a key."""
+        if self.secret is not None:
+            return to_floats(published.images)
         anybody = MasterKey(bytes(KEY_BYTES))  # for the files' names
-        return images if self.secret is not None else self.recover(images, headers, [anybody] * len(images))
+        return self.recover(published, [anybody] * len(published.images))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,7 +339,7 @@ class Ready:
 
     def __post_init__(self) -> None:
         if "{id}" not in self.files:
-            raise ValueError(f"anonymizer.files={self.files!r} does not say where a picture's {{id}} stands")
+            raise BadSetting(f"anonymizer.files={self.files!r} does not say where a picture's {{id}} stands")
 
     @property
     def folders(self) -> dict[str, str | None]:
@@ -386,17 +389,16 @@ class ReversibleReady(Ready):
         ]
         return Published(out, seal(headers, out, keys, authenticate=True))
 
-    def recover(self, images: Image, headers: Sequence[bytes], keys: Sequence[Key]) -> Image:
+    def recover(self, published: Published, keys: Sequence[Key]) -> Image:
         """Raises BadHeader and BadMethod."""
-        pixels = to_bytes(images).cpu()
         try:
-            opened = unseal(headers, pixels, keys, authenticate=True)
+            headers = unseal(published.headers, published.images, keys, authenticate=True)
         except BadHeader as error:
             raise BadHeader(
                 f"ready-made pictures come back from the published file with the right key alone; start with attacks=[] ({error})"
             ) from error
-        ids = [header.sent.decode() for header in opened]
-        return to_floats(torch.stack([self.picture(self.recovered, id, images.shape[-2:]) for id in ids]))
+        ids = [header.sent.decode() for header in headers]
+        return to_floats(torch.stack([self.picture(self.recovered, id, published.images.shape[-2:]) for id in ids]))
 
 
 def one_picture(what: str, folder: Path, stem: str, size: Sequence[int], remedy: str) -> PictureBytes:

@@ -27,9 +27,10 @@ from torchvision.transforms.functional import gaussian_blur
 from keyanon.channel.pixels import to_bytes
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import NoiseSchedule
+from keyanon.errors import BadSetting
 from keyanon.faces.detection import Detector, MtcnnDetector
 from keyanon.faces.parsing import reduce_mask
-from keyanon.methods.baselines.sampling import Level, denoiser, drawn, mean, resized, spread
+from keyanon.methods.baselines.sampling import Level, denoiser, keyed_normals, mean, resized, spread
 from keyanon.types import About, FaceParser, Image, Key, Mask, Published
 
 ETA = {"euler": 0.0, "euler_ancestral": 1.0}
@@ -61,9 +62,9 @@ class Ldfa:
 
     def __post_init__(self) -> None:
         if self.sampler not in ETA:
-            raise ValueError(f"anonymizer.sampler={self.sampler!r} is none of {', '.join(ETA)}")
+            raise BadSetting(f"anonymizer.sampler={self.sampler!r} is none of {', '.join(ETA)}")
         if not 1 <= self.executed <= self.steps:
-            raise ValueError(
+            raise BadSetting(
                 f"anonymizer.strength={self.strength} runs {self.executed} of {self.steps} steps; it has to run some"
             )
 
@@ -110,7 +111,7 @@ class Ldfa:
         m = interpolate(soft, z0.shape[-2:], mode="area")
         timesteps, levels = self.grid(self.backbone.schedule)
         eta = ETA[self.sampler]
-        noise = drawn(keys, ids, images, "ldfa", (self.executed + 1 if eta else 1, *z0.shape[1:]))
+        noise = keyed_normals(keys, ids, images, "ldfa", (self.executed + 1 if eta else 1, *z0.shape[1:]))
         a, s = levels[-1]
         z = a * z0 + s * noise[:, 0]
         for i in range(self.executed, 0, -1):

@@ -28,7 +28,8 @@ from keyanon.batching import in_chunks
 from keyanon.channel.pixels import to_bytes
 from keyanon.diffusion.model import BadModel, LatentDiffusion
 from keyanon.diffusion.solvers import DDIM, NoiseSchedule
-from keyanon.methods.baselines.sampling import Level, drawn, mean, resized, spread, step
+from keyanon.errors import BadSetting
+from keyanon.methods.baselines.sampling import Level, keyed_normals, mean, resized, spread, step
 from keyanon.types import About, Denoiser, Embeddings, FaceParser, Image, Key, Latent, Published, Recognizer
 from keyanon.weights import Card, named, resolve
 
@@ -51,7 +52,7 @@ class NoiseInversion:
 
     def __post_init__(self) -> None:
         if not 0 <= self.skip < self.steps or self.eta <= 0:
-            raise ValueError(
+            raise BadSetting(
                 f"inversion: steps={self.steps}, skip={self.skip}, eta={self.eta}; some steps have to be left, "
                 "and some noise to store"
             )
@@ -179,7 +180,9 @@ class NullFace:
             push = self.guidance * (self.eps(z, t, self.identity * embeddings) - u)
             return u + (push * mask if t in masked else push)
 
-        noise = drawn(keys, ids, images, "nullface", (self.inversion.steps - self.inversion.skip, *z0.shape[1:]))
+        noise = keyed_normals(
+            keys, ids, images, "nullface", (self.inversion.steps - self.inversion.skip, *z0.shape[1:])
+        )
         start, stored = self.inversion.invert(lambda z, t: self.eps(z, t, nobody), schedule, z0, noise)
         out = self.backbone.decode(self.inversion.replay(guided, schedule, start, stored))
         return Published(to_bytes(resized(out, (images.shape[-2], images.shape[-1]))).cpu(), (b"",) * len(ids))
@@ -248,7 +251,8 @@ class NullFaceCore:
         timesteps, _ = self.inversion.grid(schedule)
         masked = delayed(timesteps, self.mask_delay)
         noise, fresh = (
-            drawn(keys, ids, images, purpose, (len(timesteps), *z0.shape[1:])) for purpose in ("nullface", "fresh")
+            keyed_normals(keys, ids, images, purpose, (len(timesteps), *z0.shape[1:]))
+            for purpose in ("nullface", "fresh")
         )
         start, stored = self.inversion.invert(self.backbone.eps, schedule, z0, noise)
         changed = [

@@ -36,6 +36,7 @@ from keyanon.channel.headers import Header, seal, unseal
 from keyanon.channel.nonces import Nonces, nonce_for
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.channel.streams import signs
+from keyanon.errors import BadSetting
 from keyanon.measures.scorers import psnr, ssim
 from keyanon.methods.baselines.classical import Filter
 from keyanon.types import About, Image, Key, Measure, Published
@@ -78,6 +79,10 @@ class ProFaceS:
     authenticate: bool = True
     device: str = "cpu"
 
+    def __post_init__(self) -> None:
+        if self.kdf not in ("hkdf", "authors"):
+            raise BadSetting(f"anonymizer.kdf={self.kdf!r} is neither 'hkdf' nor 'authors'")
+
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Published pictures of `images` under one key each; `measured` is how like the mere obfuscation they are."""
         _check_even(images)
@@ -94,14 +99,23 @@ class ProFaceS:
         }
         return Published(published, headers, floats, measured)
 
-    def recover(self, images: Image, headers: Sequence[bytes], keys: Sequence[Key]) -> Image:
-        """Original pictures from published ones, their headers and keys; raises BadHeader."""
-        _check_even(images)
-        nonces = [header.nonce for header in unseal(headers, to_bytes(images), keys, self.authenticate)]
-        return self.reveal(images, self.signs(keys, nonces, images))
+    def recover(self, published: Published, keys: Sequence[Key]) -> Image:
+        """Original pictures from published files and their keys; raises BadHeader."""
+        return self.receive(to_floats(published.images), published, keys)
 
-    def without_key(self, images: Image, headers: Sequence[bytes]) -> Image:
+    def recover_floats(self, published: Published, keys: Sequence[Key]) -> Image:
+        """The same from the network's unrounded output, as the authors measure recovery."""
+        assert published.floats is not None
+        return self.receive(published.floats, published, keys)
+
+    def receive(self, images: Image, published: Published, keys: Sequence[Key]) -> Image:
+        _check_even(images)
+        headers = unseal(published.headers, published.images, keys, self.authenticate)
+        return self.reveal(images, self.signs(keys, [header.nonce for header in headers], images))
+
+    def without_key(self, published: Published) -> Image:
         """What the network reveals for zeros, the mean of all keys: the face between stripes."""
+        images = to_floats(published.images)
         _check_even(images)
         return self.reveal(images, torch.zeros_like(images[:, :1]))
 
@@ -112,8 +126,7 @@ class ProFaceS:
         """One secret sign for each pixel."""
         draw = {"hkdf": signs, "authors": authors_signs}[self.kdf]
         shape = (1, *images.shape[-2:])
-        drawn = [draw(key, nonce, shape) for key, nonce in zip(keys, nonces, strict=True)]
-        return torch.stack(drawn).to(images)
+        return torch.stack([draw(key, nonce, shape) for key, nonce in zip(keys, nonces, strict=True)]).to(images)
 
     def _hide(self, pictures: Tensor) -> Image:
         covers, originals, key = pictures.split([3, 3, 1], 1)
@@ -253,4 +266,4 @@ def _load(path: Path, device: str) -> HidingNetwork:
 def _check_even(images: Image) -> None:
     height, width = images.shape[-2:]
     if height % 2 or width % 2:
-        raise ValueError(f"PRO-Face S halves pictures: {width}x{height} pixels is odd; set an even dataset.size")
+        raise BadSetting(f"PRO-Face S halves pictures: {width}x{height} pixels is odd; set an even dataset.size")

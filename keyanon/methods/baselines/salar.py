@@ -26,7 +26,7 @@ from torch.nn.functional import interpolate, max_pool2d
 from keyanon.channel.pixels import from_pil, open_rgb, resize, to_bytes
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import NoiseSchedule
-from keyanon.methods.baselines.sampling import Level, denoiser, drawn, resized, spread, step
+from keyanon.methods.baselines.sampling import Level, denoiser, keyed_normals, resized, spread, step
 from keyanon.types import About, FaceParser, Image, Key, Latent, Mask, Picture, Published
 from keyanon.weights import Card, MissingWeights, WrongWeights, named, resolve
 
@@ -138,7 +138,7 @@ class Salar:
         wanted = self.farl.tokens(self.face.to(work)[None])
         timesteps, levels = self.grid(self.backbone.schedule)
         z = self.backbone.encode(work)
-        noise = drawn(keys, ids, images, "salar", (1 + len(timesteps), *z.shape[1:]))
+        noise = keyed_normals(keys, ids, images, "salar", (1 + len(timesteps), *z.shape[1:]))
         abar = self.backbone.schedule.abar[-1]
         z = abar**0.5 * z + (1 - abar) ** 0.5 * noise[:, 0]
         for i in range(len(timesteps), 0, -1):

@@ -60,7 +60,9 @@ def denoiser(backbone: LatentDiffusion, images: Image, mask: Mask) -> Denoiser:
     return lambda z, t: backbone.eps(torch.cat([z, given], 1), t)
 
 
-def drawn(keys: Sequence[Key], ids: Sequence[str], images: Image, purpose: str, shape: tuple[int, ...]) -> Tensor:
+def keyed_normals(
+    keys: Sequence[Key], ids: Sequence[str], images: Image, purpose: str, shape: tuple[int, ...]
+) -> Tensor:
     """Standard normal numbers (b, *shape): each picture's from its own key, id and pixels, whatever its batch.
 
     The rivals draw theirs from a seed that they forget. Ours come from the key so that a run repeats; nothing recovers with it.

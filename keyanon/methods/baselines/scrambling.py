@@ -21,7 +21,8 @@ from keyanon.channel.headers import BadHeader, Header, seal, unseal
 from keyanon.channel.nonces import Nonces, nonce_for
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.channel.streams import signs
-from keyanon.types import About, FaceParser, Image, Key, Published
+from keyanon.errors import BadSetting
+from keyanon.types import About, Bytes, FaceParser, Image, Key, Published
 
 MAX_CELLS = 256  # a side: what a header's mask can have
 
@@ -32,7 +33,7 @@ class Scrambling:
 
     Args:
         parser: what finds the face; asked for masks of one cell a block.
-        block: side of a block in pixels; 1 puts all pixels of the face in one secret order. ValueError where a picture is
+        block: side of a block in pixels; 1 puts all pixels of the face in one secret order. BadSetting where a picture is
             no whole number of blocks.
         inside: put the pixels of each block in an order of its own.
         negative: invert half of the blocks, by a secret bit each.
@@ -67,13 +68,12 @@ class Scrambling:
         # what would be published unrounded is just the same
         return Published(published, seal(headers, published, keys, self.authenticate), to_floats(published))
 
-    def recover(self, images: Image, headers: Sequence[bytes], keys: Sequence[Key]) -> Image:
+    def recover(self, published: Published, keys: Sequence[Key]) -> Image:
         """The originals, to the bit where the files are as published; raises BadHeader."""
-        pixels = to_bytes(images).cpu()
-        opened = unseal(headers, pixels, keys, self.authenticate)
-        grid = self.grid(images)
-        blocks = cut(pixels, self.block)
-        for picture, header, key in zip(blocks, opened, keys, strict=True):
+        headers = unseal(published.headers, published.images, keys, self.authenticate)
+        grid = self.grid(published.images)
+        blocks = cut(published.images, self.block).clone()  # with blocks of one pixel it would be a view
+        for picture, header, key in zip(blocks, headers, keys, strict=True):
             if header.mask is None or header.mask.shape[1:] != grid:
                 raise BadHeader(
                     f"the header carries no mask of the {grid[0]}x{grid[1]} blocks of this picture: the file was published by "
@@ -100,11 +100,11 @@ class Scrambling:
             inverted[:, None, None],
         )
 
-    def grid(self, images: Image) -> tuple[int, int]:
+    def grid(self, images: Image | Bytes) -> tuple[int, int]:
         """Rows and columns of blocks."""
         height, width = images.shape[-2:]
         if height % self.block or width % self.block or max(height, width) > MAX_CELLS * self.block:
-            raise ValueError(
+            raise BadSetting(
                 f"anonymizer.block={self.block}: a picture of {height}x{width} pixels does not consist of such blocks, at most "
                 f"{MAX_CELLS} a side; take another dataset.size or anonymizer.block"
             )
