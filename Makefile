@@ -49,8 +49,8 @@ tables: $(INSTALLED) ## Rebuild every committed table from the committed scores
 	$(RUN) experiments.tables
 
 .PHONY: test
-test: $(INSTALLED) ## Run the tests; the library has to be covered to 90 %
-	$(RUN) pytest --cov=keyanon --cov-fail-under=90
+test: $(INSTALLED) ## Run the tests on all cores; the library has to be covered to 95 %
+	$(RUN) pytest -n logical --dist worksteal --cov=keyanon --cov-fail-under=95
 
 .PHONY: check
 check: $(INSTALLED) ## Lint, formatting and types
