@@ -61,7 +61,7 @@ def targets(makefile: str) -> dict[str, str]:
 
 def code(text: str) -> str:
     """What a document sets as code: indented lines, fenced ones, and what is between backticks."""
-    return "\n".join(re.findall(r"^(?: {4}|\t).*$|^```.*?^```|`[^`\n]+`", text, re.MULTILINE | re.DOTALL))
+    return "\n".join(re.findall(r"^ {4}.*$|^```[\s\S]*?^```|`[^`\n]+`", text, re.MULTILINE))
 
 
 def library_imports(source: str) -> set[str]:
