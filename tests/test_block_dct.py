@@ -1,3 +1,5 @@
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -40,3 +42,8 @@ def test_grey_pictures_have_no_colour_coefficients():
 def test_wrong_statistics_are_refused():
     with pytest.raises(ValueError, match="mean has 3 values for 16 channels"):
         BlockDCT(10, 3, mean=[0.0] * 3)
+
+
+def test_earlier_models_find_it_under_its_old_name():
+    """Their model_index.json names the module keyanon.block_dct."""
+    assert importlib.import_module("keyanon.block_dct").BlockDCT is BlockDCT

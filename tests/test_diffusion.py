@@ -79,6 +79,16 @@ def test_bf16_stays_near_fp32_and_returns_fp32(tiny_ldm, images):
     assert (half.eps(z, 100) - full.eps(z, 100)).abs().mean() < 0.02
 
 
+def test_the_old_name_of_a_bundled_model_is_told_the_new_one():
+    with pytest.raises(BadModel, match="backbone.source=embedded:faces128: .* bundled:faces128$"):
+        LatentDiffusion("embedded:faces128")
+
+
+def test_a_bundled_model_that_is_none_is_told_those_there_are():
+    assert LatentDiffusion("bundled:faces128").missing() is None
+    assert LatentDiffusion("bundled:faces").missing().endswith("no such model; it has faces128, faces128_kl")
+
+
 def test_missing_model_says_what_and_how(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = LatentDiffusion("someone/some-model", "part", licence="MIT")

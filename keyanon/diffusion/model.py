@@ -70,6 +70,13 @@ class LatentDiffusion:
     fits: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
     """How many pictures can be encoded, decoded, ... at once, where it turned out that there are too many for the memory."""
 
+    def __post_init__(self) -> None:
+        kind, _, name = self.source.partition(":")
+        if kind == "embedded":  # its name in earlier versions; the hub has no such model
+            raise BadModel(
+                f"backbone.source={self.source}: models that this package ships are now called bundled:{name}"
+            )
+
     def encode(self, images: Image) -> Latent:
         """z0 = E(x): the mean where the encoder gives a distribution, unquantized where it has a codebook.
 
@@ -208,7 +215,7 @@ class LatentDiffusion:
 
     def _local(self) -> Path | None:
         if self.source.startswith("bundled:"):
-            folder = Path(str(files("keyanon"))) / "assets" / self.source.removeprefix("bundled:")
+            folder = assets() / self.source.removeprefix("bundled:")
         elif Path(self.source).is_dir():
             folder = Path(self.source) / self.subfolder
         else:
@@ -228,6 +235,9 @@ class LatentDiffusion:
         return [f"{prefix}{part}/*" for part in parts]
 
     def _message(self) -> str:
+        if self.source.startswith("bundled:"):
+            names = sorted(folder.parent.name for folder in assets().glob("*/unet"))
+            return f"backbone.source={self.source}: this package ships no such model; it has {', '.join(names)}"
         where = f"{self.source} (folder {self.subfolder})" if self.subfolder else self.source
         name = self.source.rstrip("/").split("/")[-1]
         return (
@@ -259,6 +269,11 @@ class LatentDiffusion:
         if kind not in {"epsilon", "v_prediction"}:
             raise BadModel(f"{self.folder}: prediction_type {kind}; this project runs epsilon and v_prediction")
         return kind == "v_prediction"
+
+
+def assets() -> Path:
+    """The folder of what this package ships."""
+    return Path(str(files("keyanon"))) / "assets"
 
 
 @contextmanager
