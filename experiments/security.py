@@ -6,6 +6,7 @@ results/scores/NAME.scores.parquet, the shares of right signs to results/plots, 
 any other.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,6 +39,8 @@ from keyanon.measures.biometrics import Floats, cosine, threshold_at_far
 from keyanon.run_folder import ORIGINAL, RunFiles, read_parts, vectors_of
 from keyanon.runner import Observed
 from keyanon.types import COSINE, Bytes, Image, Key, KeyedNoise, Mask, View
+
+log = logging.getLogger(__name__)
 
 DICTIONARY = "Argon2id"  # the row of what a password costs, which is no method's
 
@@ -146,9 +149,13 @@ def attacked(
 
     def conclude(ids: Sequence[str]) -> Result:
         found: list[Found] = []
+        if len(set(people.of(ids).names)) < 2:  # of the shards that are done
+            log.warning("%s: fewer than two people so far; nothing to conclude yet", cell.row)
+            return result(session, [])
         for name, attacker in attackers.items():
             wanted, done = set(attacker.chosen(case)), set(ids)
-            if chosen := [id for id in people.ids if id in wanted and id in done]:
+            chosen = [id for id in people.ids if id in wanted and id in done]
+            if len(set(people.of(chosen).names)) > 1:
                 found += attacker.conclude(case, taken_from(folders[name], chosen))
         return result(session, [*found, *distribution_tests(case, found)])
 

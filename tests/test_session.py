@@ -1,0 +1,120 @@
+"""Every experiment goes on where it was killed, and gives in shards the table that it gives in one piece."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+
+import experiments.diversity
+import experiments.gaussianity
+import experiments.run
+import experiments.security
+from keyanon.channel import whole
+from tests.conftest import ROOT
+from tests.test_security import TINY
+
+RUNS = {
+    "config": experiments.run.run,
+    "gaussianity": experiments.gaussianity.run,
+    "diversity": experiments.diversity.run,
+    "security": experiments.security.run,
+}
+CHOICES = {
+    "dataset": "bundled", "backbone": "faces128", "parser": "ellipse", "anonymizer": "signflip", "key": "experiment",
+    "nonce": "per_image",
+}  # fmt: skip
+SMALL = [
+    "parser=ellipse", "solver.steps=2", "recognizers=[]", "+recognizers.pixel._target_=tests.conftest.PixelRecognizer", "limit=5",
+    "batch_size=2", "name=tiny",
+]  # fmt: skip
+CHEAP = {
+    "config": [*SMALL, "scorers=[mae,psnr_face]", "attacks=[wrong_key]"],
+    "gaussianity": [
+        *(each for each in SMALL if "recognizers" not in each), "dataset=bundled", "inversions.naive.steps=[2,4]",
+        "inversions.exact.steps=[]",
+    ],
+    "diversity": [
+        *SMALL, "dataset=bundled", "keys_per_picture=2", "methods.exact.solver.steps=2", "methods.exact.solver.tolerance=null",
+        "methods.exact.refinement=null",
+    ],
+    "security": [*TINY, "limit=5", "solver.steps=2", "batch_size=2", "security.learned={people: 10, steps: 1}"],
+}  # fmt: skip
+TIMES = ("seeds per second", "hours for 4,294,967,296", "t=1, 1 MiB, p=1")  # of the machine, not of the pictures
+
+
+def run(experiment: str, model: Path, *more: str) -> None:
+    overrides = [*CHEAP[experiment], f"backbone.source={model}", "+backbone.chunk=1", *more]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose(experiment, overrides=overrides)
+    RUNS[experiment](cfg, CHOICES)
+
+
+def table() -> pd.DataFrame:
+    rows = pd.read_csv("results/tables/tiny.csv")
+    return rows[~rows["scorer"].isin(TIMES)].reset_index(drop=True)
+
+
+@pytest.fixture(scope="module")
+def in_one_piece(tiny_block_dct, tmp_path_factory) -> dict[str, pd.DataFrame]:
+    """Each experiment's table, as one process makes it."""
+    tables = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for experiment in RUNS:
+            patch.chdir(tmp_path_factory.mktemp(experiment))
+            run(experiment, tiny_block_dct)
+            tables[experiment] = table()
+    return tables
+
+
+@pytest.mark.parametrize("experiment", RUNS)
+def test_two_shards_make_the_table_of_one_piece(experiment, in_one_piece, tiny_block_dct, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for shard in ("2/2", "1/2"):
+        run(experiment, tiny_block_dct, f"shard={shard}")
+    pd.testing.assert_frame_equal(table(), in_one_piece[experiment], rtol=1e-5)
+    assert "without the shards" not in Path("results/tables/tiny.md").read_text()
+
+
+def killed_at_write(number: int, experiment: str, model: Path) -> None:
+    """Run until so many files are written, and then end as by `kill -9`."""
+    left = [number]
+    write_whole = whole.write_whole
+
+    def counting(path: Path, data: bytes) -> None:
+        write_whole(path, data)
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for module in modules_with("write_whole"):
+        module.write_whole = counting
+    run(experiment, model)
+
+
+def modules_with(name: str) -> Sequence[object]:
+    import sys
+
+    ours = [module for key, module in sys.modules.items() if key.startswith(("keyanon", "experiments"))]
+    return [module for module in ours if hasattr(module, name)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", RUNS)
+def test_killed_and_started_again_it_makes_the_same_table(
+    experiment, in_one_piece, tiny_block_dct, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for number in (7, 20):
+        context = multiprocessing.get_context("fork")  # no imports to wait for
+        process = context.Process(target=killed_at_write, args=(number, experiment, tiny_block_dct))
+        process.start()
+        process.join(300)
+        assert process.exitcode == -signal.SIGKILL
+        assert not Path("results/tables/tiny.csv").exists()
+    run(experiment, tiny_block_dct)
+    pd.testing.assert_frame_equal(table(), in_one_piece[experiment], rtol=1e-5)
