@@ -22,12 +22,6 @@ ROOMS = [
 ]
 MOVED = {"block_dct"}  # the old place of a class, which the files of earlier models name
 COMMANDS = {"run", "tables", "security", "gaussianity", "diversity", "train", "train_proface_s", "faces", "keys"}
-# Being removed: delete an entry with its import.
-STILL_IMPORTED = {
-    "experiments/security.py": {"run", "tables"},
-    "experiments/harness/session.py": {"tables"},
-}
-
 LIGHT = [
     "keyanon",
     "keyanon.errors",
@@ -99,8 +93,7 @@ def test_a_room_imports_only_rooms_above_it(path):
     "path", sorted((ROOT / "experiments").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
 )
 def test_no_command_is_imported(path):
-    found = imports(path.read_text("utf-8"), "experiments") & COMMANDS
-    assert found <= STILL_IMPORTED.get(str(path.relative_to(ROOT)), set())
+    assert imports(path.read_text("utf-8"), "experiments") & COMMANDS == set()
 
 
 def test_what_a_command_needs_to_answer_wrong_arguments_is_light():
