@@ -18,7 +18,7 @@ from keyanon.attacks.views import without_authentication
 from keyanon.channel.headers import BadHeader, Header
 from keyanon.channel.keys import NONCE_BYTES, MasterKey, experiment_key, write_new_key
 from keyanon.channel.pixels import to_bytes, to_floats
-from keyanon.diffusion.solvers import Known, NoiseSchedule
+from keyanon.diffusion.solvers import DDIM, Known, NoiseSchedule
 from keyanon.errors import UserError
 from keyanon.faces.datasets import bundled_faces
 from keyanon.types import (
@@ -258,7 +258,7 @@ def test_solver(name):
     assert path[-1].std() == pytest.approx(1, abs=0.1)
     assert torch.equal(solver.invert(eps, schedule, z0[1:])[-1][0], path[-1][1]), "depends on the batch"
     back = solver.sample(eps, schedule, path[-1])
-    exact = solver.tolerance is not None
+    exact = isinstance(solver, DDIM) and solver.tolerance is not None
     assert (back - z0).norm() / z0.norm() < (1e-4 if exact else 0.05)
     known = Known(torch.zeros(2, 1, 8, 8, dtype=torch.bool), path)
     assert torch.equal(solver.sample(eps, schedule, torch.zeros_like(z0), known), z0), (
