@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 
 from experiments.harness.command import start
 from experiments.harness.meaning import Meanings
-from experiments.harness.session import Cell, Result, Session, begin, fill, model_notes, plain, show
+from experiments.harness.session import Cell, Result, Session, begin, fill, model_notes, plain, show, stand_in_notes
 from experiments.harness.statistics import of, vectors
 from keyanon import runner
 from keyanon.batching import filled
@@ -110,7 +110,9 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], _: Sequence[str] = (), comm
 
 def row(session: Session, name: str, method: Anonymizer) -> Cell:
     cfg, choices = session.cfg, session.choices
-    notes = model_notes(cfg.methods[name].get("backbone"), choices["backbone"], choices["parser"])
+    notes = stand_in_notes(cfg.backbone) + model_notes(
+        cfg.methods[name].get("backbone"), choices["backbone"], choices["parser"]
+    )
     notes += [f"{cfg.keys_per_picture} published keys for each picture", *map(str, cfg.notes)]
     question = {"method": plain(cfg.methods[name]), "keys": cfg.keys_per_picture, "recognizers": plain(cfg.recognizers)}
     return session.cell(name, question, notes, method)

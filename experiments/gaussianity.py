@@ -22,7 +22,18 @@ from omegaconf import DictConfig
 
 from experiments.harness.command import start
 from experiments.harness.meaning import Meanings
-from experiments.harness.session import Cell, Result, Session, begin, fill, model_notes, plain, scores_of, show
+from experiments.harness.session import (
+    Cell,
+    Result,
+    Session,
+    begin,
+    fill,
+    model_notes,
+    plain,
+    scores_of,
+    show,
+    stand_in_notes,
+)
 from experiments.harness.statistics import averages
 from keyanon import runner
 from keyanon.diffusion.model import LatentDiffusion
@@ -89,8 +100,11 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], _: Sequence[str] = (), comm
 
 def row(session: Session, name: str, solver: Solver | None, backbone: LatentDiffusion) -> Cell:
     cfg, choices = session.cfg, session.choices
-    stand_in = ["bundled model, which stands in for LDM-FFHQ"] if cfg.backbone.source.startswith("bundled:") else []
-    notes = [*stand_in, *map(str, cfg.notes), *model_notes(cfg.backbone, choices["backbone"], choices["parser"])]
+    notes = [
+        *map(str, cfg.notes),
+        *stand_in_notes(cfg.backbone),
+        *model_notes(cfg.backbone, choices["backbone"], choices["parser"]),
+    ]
     question = {"backbone": plain(cfg.backbone), "solver": repr(solver)}
     return session.cell(name, question, [*notes, f"mmd2 of {PATCH} x {PATCH} patches"], backbone)
 

@@ -26,7 +26,7 @@ from experiments.harness import layout, provenance, results
 from experiments.harness.command import start
 from experiments.harness.meaning import Meanings
 from experiments.harness.plots import share_curve
-from experiments.harness.session import Cell, Result, Session, begin, fill, model_notes, plain, show
+from experiments.harness.session import Cell, Result, Session, begin, fill, model_notes, plain, show, stand_in_notes
 from keyanon import runner
 from keyanon.attacks.attackers import VIEWS, distribution_tests, published_key, summaries
 from keyanon.attacks.case import Attacker, Case, Files, Found, Knowledge, Learns, People, Taken, Victims, publish
@@ -83,7 +83,11 @@ def notes_of(session: Session, people: People) -> list[str]:
     """What a reader of the table must know."""
     cfg, choices = session.cfg, session.choices
     thresholds = ", ".join(f"{name} {value:.4f}" for name, value in people.thresholds.items())
-    notes = [*map(str, cfg.notes), *model_notes(cfg.backbone, choices["backbone"], choices["parser"])]
+    notes = [
+        *map(str, cfg.notes),
+        *stand_in_notes(cfg.backbone),
+        *model_notes(cfg.backbone, choices["backbone"], choices["parser"]),
+    ]
     notes += [f"{len(people.ids)} pictures", f"{cfg.files} files each", f"thresholds at FAR {cfg.far:g}: {thresholds}"]
     return notes if people.enrolled else [*notes, "suspects are the photographs themselves"]
 
@@ -155,7 +159,7 @@ def attacked(
         for name, attacker in attackers.items():
             wanted, done = set(attacker.chosen(case)), set(ids)
             chosen = [id for id in people.ids if id in wanted and id in done]
-            if len(set(people.of(chosen).names)) > 1:
+            if chosen:
                 found += attacker.conclude(case, taken_from(folders[name], chosen))
         return result(session, [*found, *distribution_tests(case, found)])
 

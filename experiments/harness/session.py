@@ -276,6 +276,11 @@ def pictures_notes(cfg: DictConfig, pictures: int, lacking: Sequence[str]) -> li
     return [*notes, f"without the shards {', '.join(lacking)}"] if lacking else notes
 
 
+def stand_in_notes(backbone: DictConfig) -> list[str]:
+    """Whether the model is a small one of this project in the place of the paper's."""
+    return ["bundled model, which stands in for LDM-FFHQ"] if backbone.source.startswith("bundled:") else []
+
+
 def model_notes(backbone: DictConfig | None, name: str, parser: str) -> list[str]:
     """The diffusion model and what found the faces; nothing for methods without a model."""
     if backbone is None:

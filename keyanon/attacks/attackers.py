@@ -513,7 +513,7 @@ class Identities:
     def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
         people = case.people.of(taken.ids)
         for name in case.recognizers:
-            strangers = (people.clean[name] * people.suspects[name][people.others]).sum(1)
+            strangers = (people.clean[name] * people.other_suspects(name)).sum(1)
             yield people.averaged("strangers", name, strangers)
             rows = {"original": people.clean[name]} if people.enrolled else {}
             rows |= {view: taken.vectors(view, name) for view in SEEN}
@@ -724,7 +724,7 @@ def rows(embeddings: torch.Tensor) -> Floats:
 def recognition(case: Case, people: People, view: str, probes: Mapping[str, Floats]) -> Iterator[Found]:
     """How well embeddings, by recognizer, tell who is on the pictures."""
     for name, seen in probes.items():
-        own, other = people.own(name, seen), (seen * people.suspects[name][people.others]).sum(1)
+        own, other = people.own(name, seen), (seen * people.other_suspects(name)).sum(1)
         yield people.averaged(view, name, own)
         yield Found(view, name, leakage.auc_statistic(own[:, None], other[:, None]))
         yield from identification(case, people, view, name, seen)
@@ -769,7 +769,7 @@ class KeySearch:
             tries = np.stack([taken.vectors(f"key {trial}", name) for trial in range(1, self.guesses + 1)])
             suspects = {
                 "the right suspect": people.suspects[name],
-                "another suspect": people.suspects[name][people.others],
+                "another suspect": people.other_suspects(name),
             }
             best = {who: best_of((tries * wanted).sum(2)) for who, wanted in suspects.items()}
             for who, values in best.items():

@@ -9,7 +9,6 @@ An attacker works in three steps. So pictures can be attacked a batch at a time,
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -112,7 +111,7 @@ class People:
     """The pictures, who is on them, and how recognizers see them (rows by recognizer).
 
     `suspects` are the clean pictures by which each person is looked for: one of the gallery where people are `enrolled` in one,
-    else the photograph itself. `others`: for each picture the place of the next one of somebody else.
+    else the photograph itself.
     """
 
     ids: Sequence[str]
@@ -124,12 +123,11 @@ class People:
     thresholds: Mapping[str, float]
     enrolled: bool
 
-    @cached_property
-    def others(self) -> list[int]:
-        n = len(self.ids)
-        return [
-            next(j % n for j in range(i + 1, i + n) if self.names[j % n] != name) for i, name in enumerate(self.names)
-        ]
+    def other_suspects(self, name: str) -> Floats:
+        """For each picture how the recognizer `name` sees the next one of somebody else; NaN where there is nobody else."""
+        n, suspects = len(self.ids), self.suspects[name]
+        after = [[j % n for j in range(i + 1, i + n) if self.names[j % n] != who] for i, who in enumerate(self.names)]
+        return np.stack([suspects[places[0]] if places else np.full_like(suspects[0], np.nan) for places in after])
 
     @property
     def firsts(self) -> list[int]:
