@@ -6,6 +6,7 @@ from pathlib import Path
 
 from experiments.harness.layout import summary
 from experiments.harness.results import RESULTS, build, known_experiments
+from keyanon.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for experiment in options.experiments or known_experiments():
             rows = build(experiment, options.runs)
             print(f"{RESULTS / 'tables' / experiment}.md: {summary(rows)}")
-    except (FileNotFoundError, ValueError) as error:
+    except UserError as error:
         raise SystemExit(f"tables: {error}") from error
 
 

@@ -284,6 +284,7 @@ def test_from_pictures_to_a_table(in_folder, tiny_ldm):
     assert ours["variance", WHOLE, CONTROL] == pytest.approx(1, abs=0.2)
 
     markdown = (in_folder / "results" / "tables" / "tiny.md").read_text()
+    assert "Not declared" not in markdown
     assert "## folder: random weights; backbone ldm_ffhq; mask from ellipse; mmd2 of 2 x 2" in markdown
     assert "### Inverted noise: measures of the noise, mean" in markdown
     assert "bundled model" not in markdown

@@ -91,6 +91,7 @@ def test_the_table_is_made_from_committed_files(made, monkeypatch):
     monkeypatch.chdir(folder)
     path = folder / "results" / "tables" / "tiny.md"
     markdown = path.read_text()
+    assert "Not declared" not in markdown
     assert "## bundled: a tiny run; backbone faces128" in markdown
     assert "3 pictures; 2 files each; thresholds at FAR 0.001: pixel 0.9000" in markdown
     assert "suspects are the photographs themselves" in markdown

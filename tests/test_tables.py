@@ -527,6 +527,11 @@ def test_what_runs_declare_is_committed_with_their_scores(tmp_path):
     assert "psnr: peak signal-to-noise ratio, in dB" in (tmp_path / "results" / "tables" / "quick.md").read_text()
 
 
+def test_a_bar_in_a_name_is_no_border_in_markdown(shown):
+    markdown, _ = shown([cell(scorer="layout of |z|")])
+    assert r"| layout of \|z\|" in markdown
+
+
 def test_latex_escapes_what_would_break_it(shown):
     _, latex = shown([cell(notes="50% of {a}_b & c # $d ~ ^ \\x")])
     caption = next(line for line in latex.splitlines() if "caption" in line)

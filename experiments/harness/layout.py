@@ -299,14 +299,20 @@ def markdown(
         parts.append(explained)
     if not methods.empty:
         grid = consumed(methods, rows)
-        parts += [f"## {grid.title}", tabulate(grid.rows, grid.header, tablefmt="pipe", disable_numparse=True)]
+        parts += [f"## {grid.title}", piped(grid)]
     for heading, found in shown:
         parts.append(f"## {heading}")
         for grid in found:
-            parts += [f"### {grid.title}", tabulate(grid.rows, grid.header, tablefmt="pipe", disable_numparse=True)]
+            parts += [f"### {grid.title}", piped(grid)]
     if paper:
         parts += ["## Where the published numbers are from", origins(paper)]
     return "\n\n".join(parts) + "\n"
+
+
+def piped(grid: Grid) -> str:
+    """A grid in Markdown, where a bar within a cell would begin another one."""
+    header, *rows = ([text.replace("|", "\\|") for text in line] for line in (grid.header, *grid.rows))
+    return tabulate(rows, header, tablefmt="pipe", disable_numparse=True)
 
 
 def origins(paper: Sequence[Reference]) -> str:

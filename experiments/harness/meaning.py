@@ -11,6 +11,7 @@ from typing import Any, get_args
 import pandas as pd
 
 from keyanon import runner
+from keyanon.errors import BadData
 from keyanon.measures.biometrics import AVERAGES, verification_summaries
 from keyanon.types import (
     COSINE,
@@ -84,17 +85,17 @@ def meanings(
 
 
 def read_meanings(path: Path) -> Meanings:
-    """The rows of a file, none where it is missing; ValueError names the row that says what no table knows."""
+    """The rows of a file, none where it is missing; BadData names the row that says what no table knows."""
     if not path.is_file():
         return Meanings()
     groups: dict[str, dict[str, Any]] = {"view": {}, "scorer": {}, "statistic": {}}
     rows = pd.read_csv(path, dtype=str, keep_default_na=False)[COLUMNS].to_dict("records")
     for row in rows:
         if row["what"] not in READERS:
-            raise ValueError(f"{path}: {row['name']} is a {row['what']!r}; expected one of {', '.join(READERS)}")
+            raise BadData(f"{path}: {row['name']} is a {row['what']!r}; expected one of {', '.join(READERS)}")
         for column, allowed in ALLOWED.items():
             if row[column] and row[column] not in allowed:
-                raise ValueError(
+                raise BadData(
                     f"{path}: {row['name']} has the {column} {row[column]!r}; expected one of {', '.join(allowed)}"
                 )
         groups[row["what"]][row["name"]] = READERS[row["what"]](row)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from keyanon.errors import BadData
+
 CELL = ["dataset", "anonymizer", "view", "scorer", "statistic"]
 CERTAINTIES = ("seen-in-notebook", "read-off-figure", "second-hand", "unconfirmed")
 
@@ -34,19 +36,19 @@ class Reference:
 
 
 def read_paper(path: Path) -> list[Reference]:
-    """The references of one file of results/paper, checked; ValueError names file, entry and what is wrong."""
+    """The references of one file of results/paper, checked; BadData names file, entry and what is wrong."""
     entries = yaml.safe_load(path.read_text("utf-8"))
     if not isinstance(entries, list):
-        raise ValueError(f"{path}: expected a list of cells, found {type(entries).__name__}")
+        raise BadData(f"{path}: expected a list of cells, found {type(entries).__name__}")
     references = []
     for number, entry in enumerate(entries, 1):
         try:
             references.append(reference(entry))
         except ValueError as error:
-            raise ValueError(f"{path}, entry {number}: {error}") from error
+            raise BadData(f"{path}, entry {number}: {error}") from error
     for cell, count in Counter(r.cell for r in references).items():
         if count > 1:
-            raise ValueError(f"{path}: {count} entries for one cell: {' '.join(cell)}; keep one")
+            raise BadData(f"{path}: {count} entries for one cell: {' '.join(cell)}; keep one")
     return references
 
 

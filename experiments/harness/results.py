@@ -24,6 +24,7 @@ from experiments.harness.layout import BITS, METHODS, latex, markdown, sections,
 from experiments.harness.meaning import Meanings, read_meanings
 from experiments.harness.paper import CELL, Reference, read_paper
 from keyanon.channel.whole import write_whole
+from keyanon.errors import BadData, MissingData
 from keyanon.run_folder import read_costs
 
 RESULTS = Path("results")
@@ -39,7 +40,7 @@ def build(experiment: str, runs: Sequence[Path] = (), results: Path = RESULTS) -
     if runs:
         commit(experiment, collect(runs, experiment), collect_scores(runs), collect_meanings(runs), results)
     if not scores.is_file() and not references.is_file():
-        raise FileNotFoundError(
+        raise MissingData(
             f"{experiment}: neither {scores} nor {references} exists; "
             f"run `python -m experiments.run experiment={experiment}`"
         )
@@ -112,12 +113,12 @@ def table(statistics: pd.DataFrame, paper: Sequence[Reference], experiment: str)
 
     Verdicts: `within` the tolerance (inclusive), `outside` it (also where ours is undefined for every picture),
     `no-reference` for a cell that the paper does not have, `not-run` for one of the paper's that nobody ran. Cells of
-    the paper come first, in the order of its file, then the others, sorted. ValueError where a cell was measured twice.
+    the paper come first, in the order of its file, then the others, sorted. BadData where a cell was measured twice.
     """
     measured = {tuple(row[key] for key in CELL): row for row in statistics.to_dict("records")}
     if len(measured) < len(statistics):
         twice = statistics[statistics.duplicated(CELL)].iloc[0]
-        raise ValueError(f"{experiment}: measured twice: {' '.join(twice[CELL])}; start again from its run folders")
+        raise BadData(f"{experiment}: measured twice: {' '.join(twice[CELL])}; start again from its run folders")
     printed = {reference.cell: reference for reference in paper}
     rows = []
     for cell in [*printed, *sorted(measured.keys() - printed.keys())]:
@@ -148,15 +149,15 @@ def collect(runs: Sequence[Path], experiment: str) -> pd.DataFrame:
     """The statistics of run folders, one cell (dataset, anonymizer) each, with the columns STATISTICS.
 
     Raises:
-        FileNotFoundError: a folder is no finished run.
-        ValueError: two folders hold the same cell.
+        MissingData: a folder is no finished run.
+        BadData: two folders hold the same cell.
     """
     frames, seen = [], dict[tuple[str, str], Path]()
     for run in runs:
         about = read_about(run)
         cell = (about["dataset"], about["anonymizer"])
         if cell in seen:
-            raise ValueError(f"{experiment}: {seen[cell]} and {run} are both {' '.join(cell)}; name one of them")
+            raise BadData(f"{experiment}: {seen[cell]} and {run} are both {' '.join(cell)}; name one of them")
         seen[cell] = run
         keys = {"experiment": experiment, "dataset": cell[0], "anonymizer": cell[1]}
         frames.append(read_parquet(run, "statistics").assign(**keys, notes="\n".join(about["title_notes"])))
@@ -202,7 +203,7 @@ def collect_meanings(runs: Sequence[Path]) -> Meanings:
 def read_about(run: Path) -> dict[str, Any]:
     path = run / "run.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{run}: no run.json there; name run folders, as results/runs/<signature>")
+        raise MissingData(f"{run}: no run.json there; name run folders, as results/runs/<signature>")
     about: dict[str, Any] = json.loads(path.read_text("utf-8"))
     return about
 
@@ -210,7 +211,7 @@ def read_about(run: Path) -> dict[str, Any]:
 def read_parquet(run: Path, name: str) -> pd.DataFrame:
     path = run / f"{name}.parquet"
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingData(
             f"{run}: no {path.name} there; the run is not finished: start its experiment again to resume it"
         )
     return pd.read_parquet(path)
