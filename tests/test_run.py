@@ -61,7 +61,9 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def in_process(arguments: list[str], **choices: str) -> Path:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return run(compose("config", overrides=arguments), CHOICES | choices)
+        return run(
+            compose("config", overrides=arguments), CHOICES | choices, command=("python", "-m", "experiments.run")
+        )
 
 
 def test_from_pictures_to_a_table(faces, tiny_ldm, tmp_path, monkeypatch):
