@@ -116,7 +116,7 @@ def test_a_table_has_the_shards_that_are_done_and_says_so(whole, faces, tiny_ldm
     assert "shard 2/3 is missing: python -m experiments.run shard=2/3" in caplog.text
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "score", raising(OSError("no space\nleft")))
+        patch.setattr(runner, "generate", raising(OSError("no space\nleft")))
         with pytest.raises(FailedShard, match="shard 2/3: OSError: no space"):
             in_process(overrides(faces, tiny_ldm, "shard=2/3"))
     assert status(folder, "2of3")["state"] == "failed"
