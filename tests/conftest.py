@@ -1,10 +1,14 @@
 """Shared pieces: tiny diffusion models in the real layouts, saved once per session, and the place of the real faces."""
 
 import json
+import logging
 import os
 import shutil
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -14,6 +18,7 @@ from threadpoolctl import threadpool_limits
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 import keyanon  # noqa: F401  installs the torchvision shim before anything imports diffusers or torchmetrics
+from experiments.run import main
 from keyanon.channel.keys import MasterKey
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.types import Embeddings, Image, Mask
@@ -161,6 +166,31 @@ def nothing_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("KEYANON_CACHE", str(tmp_path))
+
+
+@pytest.fixture
+def command_in_process(tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., SimpleNamespace]]:
+    """`python -m experiments.run` in the folder of the test, without the seconds of a new process."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    monkeypatch.chdir(tmp_path)
+    for name in ("HF_HUB_OFFLINE", "KEYANON_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+
+    def start(*arguments: str) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["run.py", "--config-path", str(ROOT / "conf"), *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        printed = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=printed.out, stderr=printed.err)
+
+    yield start
+    root.handlers[:] = handlers  # Hydra's own would go on writing to a stream that is closed
+    root.setLevel(level)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,7 @@
 """Shards, one after the other, at once, failed and run again: one table. Hydra's launchers start them, on a card each."""
 
 import json
-import os
 import shlex
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +15,8 @@ from experiments.harness.shards import FailedShard, Shards, until_unchanged
 from keyanon import runner
 from keyanon.channel.whole import write_whole
 from keyanon.types import Scores
-from tests.conftest import ROOT, smooth_picture
-from tests.test_run import in_process
+from tests.conftest import smooth_picture
+from tests.test_run import command, in_process
 
 PICTURES = 5
 
@@ -56,12 +53,6 @@ def same_tables(folder: Path, other: Path) -> bool:
     return all((folder / table).read_bytes() == (other / table).read_bytes() for table in tables)
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "KEYANON_OFFLINE": "1"}
-    program = [sys.executable, "-m", "experiments.run", *arguments]
-    return subprocess.run(program, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.parametrize(("launcher", "plugin"), [("gpus", "joblib"), ("slurm_local", "submitit")])
 def test_shards_at_once_give_the_table_of_one_process(whole, faces, tiny_ldm, tmp_path, launcher, plugin):
     pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher", reason="the extra cluster is not installed")
@@ -85,7 +76,7 @@ class Dislikes:
         return original.mean((1, 2, 3))
 
 
-def test_a_failed_shard_is_named_at_the_end_and_its_command_mends_the_table(faces, tiny_ldm, tmp_path):
+def test_a_failed_shard_is_named_at_the_end_and_its_command_mends_the_table(command_in_process, tiny_ldm, tmp_path):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for i in range(4):
@@ -93,7 +84,7 @@ def test_a_failed_shard_is_named_at_the_end_and_its_command_mends_the_table(face
     smooth_picture(2).point(lambda _: 255).save(pictures / "face2.png")
     dislikes = "+scorers.dislikes={_target_: tests.test_launchers.Dislikes}"
     settings = [each for each in overrides(pictures, tiny_ldm, dislikes) if each != "solver.steps=1"]
-    failed = command("-m", *settings, "shard=1/2,2/2", "solver.steps=1,2", cwd=tmp_path)
+    failed = command_in_process("-m", *settings, "shard=1/2,2/2", "solver.steps=1,2")
     assert failed.returncode == 1
     named = failed.stderr[failed.stderr.index("Error executing job") :].splitlines()
     assert "shard 1/2: ValueError: too white" in named
@@ -125,7 +116,7 @@ def test_a_table_has_the_shards_that_are_done_and_says_so(whole, faces, tiny_ldm
     assert "shard 2/3 is missing: python -m experiments.run shard=2/3" in caplog.text
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "score", raising(OSError("no space\nleft")))
+        patch.setattr(runner, "generate", raising(OSError("no space\nleft")))
         with pytest.raises(FailedShard, match="shard 2/3: OSError: no space"):
             in_process(overrides(faces, tiny_ldm, "shard=2/3"))
     assert status(folder, "2of3")["state"] == "failed"

@@ -147,7 +147,7 @@ IDS, KEYS = ["a", "b", "c"], [KEY] * 3
 
 @pytest.fixture(scope="module", params=WEIGHTS)
 def method(request) -> ProFaceS:
-    return ProFaceS(BLUR, request.param)
+    return ProFaceS(BLUR, request.param, chunk=3)
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_floats_carry_more_than_bytes(method, faces, published):
 def test_weights_trained_through_files_lose_less_in_files(faces):
     losses = {}
     for name in WEIGHTS:
-        method = ProFaceS(BLUR, name, authenticate=False)
+        method = ProFaceS(BLUR, name, authenticate=False, chunk=3)
         published = method.anonymize(faces, KEYS, IDS)
         from_bytes = method.recover(published, KEYS)
         losses[name] = dB(FloatChannel()(published, KEYS, method), faces) - dB(from_bytes, faces)
@@ -230,7 +230,7 @@ def test_a_changed_picture_or_another_key_is_refused(method, published):
 def test_twice_the_size_and_the_authors_key():
     dataset = bundled_faces(256)
     face = dataset.load(dataset.ids[0])[None]
-    method = ProFaceS(BLUR, kdf="authors")
+    method = ProFaceS(BLUR, kdf="authors", chunk=1)
     published = method.anonymize(face, [KEY], ["a"])
     assert dB(method.recover(published, [KEY]), face) > 28
 

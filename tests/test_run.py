@@ -53,15 +53,17 @@ def overrides(faces: Path, tiny_ldm: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def command(*arguments: str, cwd: Path, check: bool = False) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "KEYANON_OFFLINE": "1"}
     program = [sys.executable, "-m", "experiments.run", *arguments]
-    return subprocess.run(program, cwd=cwd, env=environment, capture_output=True, text=True, check=check)
+    return subprocess.run(program, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
 def in_process(arguments: list[str], **choices: str) -> Path:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return run(compose("config", overrides=arguments), CHOICES | choices)
+        return run(
+            compose("config", overrides=arguments), CHOICES | choices, command=("python", "-m", "experiments.run")
+        )
 
 
 def test_from_pictures_to_a_table(faces, tiny_ldm, tmp_path, monkeypatch):
@@ -99,11 +101,12 @@ def test_shards_give_the_table_of_the_whole(faces, tiny_ldm, tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_table(faces, tiny_ldm, tmp_path):
+def test_a_killed_run_goes_on_to_the_same_table(faces, tiny_ldm, tmp_path, monkeypatch):
     arguments = overrides(faces, tiny_ldm, "solver.steps=10")
-    (tmp_path / "whole").mkdir()
-    command(*arguments, cwd=tmp_path / "whole", check=True)
-    killed = tmp_path / "killed"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    monkeypatch.chdir(whole)
+    in_process(arguments)
     killed.mkdir()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     program = [sys.executable, "-m", "experiments.run", *arguments]
@@ -115,13 +118,15 @@ def test_a_killed_run_goes_on_to_the_same_table(faces, tiny_ldm, tmp_path):
             time.sleep(0.01)
         job.send_signal(signal.SIGKILL)
     assert not (killed / "results" / "tables" / "tiny.csv").exists()
-    command(*arguments, cwd=killed, check=True)
+    [folder] = killed.glob("results/runs/tiny/*")
+    monkeypatch.chdir(killed)
+    assert in_process(arguments) == folder.relative_to(killed)
     for name in ("tables/tiny.csv", "tables/tiny.md", "tables/tiny.tex"):
-        assert (killed / "results" / name).read_bytes() == (tmp_path / "whole" / "results" / name).read_bytes()
+        assert (killed / "results" / name).read_bytes() == (whole / "results" / name).read_bytes()
 
 
-def test_preflight_lists_everything_missing_at_once(tmp_path):
-    result = command("experiment=table1", cwd=tmp_path)
+def test_preflight_lists_everything_missing_at_once(command_in_process):
+    result = command_in_process("experiment=table1")
     assert result.returncode == 2
     for name in (
         "PolLabarbarie/diffusion-signflip-anon-face",
@@ -157,7 +162,7 @@ def test_no_space_for_the_pictures(faces, tiny_ldm, tmp_path, monkeypatch, capsy
     assert "disk:" in message
 
 
-def test_bad_keys_and_typos_on_the_command_line(faces, tiny_ldm, tmp_path):
+def test_bad_keys_and_typos_on_the_command_line(command_in_process, faces, tiny_ldm, tmp_path):
     arguments = overrides(faces, tiny_ldm)
     (tmp_path / "short").write_text("abcd")
     (tmp_path / "short").chmod(0o600)
@@ -166,7 +171,7 @@ def test_bad_keys_and_typos_on_the_command_line(faces, tiny_ldm, tmp_path):
         (["key=file", f"key.path={tmp_path / 'short'}"], 1, "holds 2 bytes"),
         (["solver.stepz=3"], 1, "stepz"),
     ):
-        result = command(*arguments, *extra, cwd=tmp_path)
+        result = command_in_process(*arguments, *extra)
         assert result.returncode == code
         assert message in result.stderr
         assert "Traceback" not in result.stderr
@@ -242,9 +247,9 @@ def test_a_view_is_not_mixed_from_two_attacks(tmp_path):
         refuse_changed_attacks(tmp_path, {"jpeg": Jpeg(50)})
 
 
-def test_a_sweep_makes_one_table_with_a_row_for_each_cell(faces, tiny_ldm, tmp_path):
+def test_a_sweep_makes_one_table_with_a_row_for_each_cell(command_in_process, faces, tiny_ldm, tmp_path):
     small = [o for o in overrides(faces, tiny_ldm, "limit=3") if not o.startswith("solver.steps")]
-    done = command("--multirun", *small, "solver.steps=1,2", cwd=tmp_path)
+    done = command_in_process("--multirun", *small, "solver.steps=1,2")
     assert done.returncode == 0, done.stderr
     names = set(pd.read_csv(tmp_path / "results/tables/tiny.csv")["anonymizer"])
     assert "ran on: 1 pictures of folder by signflip" in done.stdout
@@ -257,8 +262,8 @@ def test_a_sweeps_cells_are_told_apart_by_what_they_vary():
     assert row_overrides(overrides) == ["anonymizer.floor=30", "parser.forehead=0.5"]
 
 
-def test_pictures_that_all_had_to_be_skipped_are_said_in_one_line(faces, tiny_ldm, tmp_path):
-    done = command(*overrides(faces, tiny_ldm, "limit=2"), cwd=tmp_path)
+def test_pictures_that_all_had_to_be_skipped_are_said_in_one_line(command_in_process, faces, tiny_ldm):
+    done = command_in_process(*overrides(faces, tiny_ldm, "limit=2"))
     assert done.returncode == 1
     assert "none of the 2 pictures could be used; the first, broken" in done.stderr
     assert "Traceback" not in done.stderr

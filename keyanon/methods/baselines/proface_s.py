@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, pixel_shuffle, pixel_unshuffle
 
-from keyanon.batching import in_chunks
+from keyanon.batching import CHUNK, in_chunks
 from keyanon.channel.headers import Header, seal, unseal
 from keyanon.channel.nonces import Nonces, nonce_for
 from keyanon.channel.pixels import to_bytes, to_floats
@@ -69,6 +69,7 @@ class ProFaceS:
             How they turn salt and password to bytes is not known; here the password is 32 bytes of the key's stream.
         nonces: which pictures share their signs, under "hkdf".
         authenticate: publish with a tag, and refuse to recover without a good one.
+        chunk: pictures at a time on a CPU.
     """
 
     obfuscator: Filter
@@ -78,6 +79,7 @@ class ProFaceS:
     nonces: Nonces = nonce_for
     authenticate: bool = True
     device: str = "cpu"
+    chunk: int = CHUNK
 
     def __post_init__(self) -> None:
         if self.kdf not in ("hkdf", "authors"):
@@ -89,7 +91,8 @@ class ProFaceS:
         nonces = [self.nonces(key, id, picture) for key, id, picture in zip(keys, ids, images, strict=True)]
         everywhere = torch.ones_like(images[:, :1], dtype=torch.bool)
         covers = self.obfuscator(images, everywhere)
-        floats = in_chunks(self._hide, torch.cat([covers, images, self.signs(keys, nonces, images)], 1).to(self.device))
+        hidden = torch.cat([covers, images, self.signs(keys, nonces, images)], 1).to(self.device)
+        floats = in_chunks(self._hide, hidden, chunk=self.chunk)
         floats, published = floats.cpu(), to_bytes(floats).cpu()
         headers = seal([Header(nonce) for nonce in nonces], published, keys, self.authenticate)
         view, covers, everywhere = to_floats(published), covers.cpu(), everywhere.cpu()
@@ -120,7 +123,7 @@ class ProFaceS:
         return self.reveal(images, torch.zeros_like(images[:, :1]))
 
     def reveal(self, images: Image, signs: Signs) -> Image:
-        return in_chunks(self._reveal, torch.cat([images, signs], 1).to(self.device)).cpu()
+        return in_chunks(self._reveal, torch.cat([images, signs], 1).to(self.device), chunk=self.chunk).cpu()
 
     def signs(self, keys: Sequence[Key], nonces: Sequence[bytes], images: Image) -> Signs:
         """One secret sign for each pixel."""
