@@ -178,6 +178,7 @@ class Reconstructs(Protocol):
     def reconstruct(self, images: Image) -> Image: ...
 
 
+@runtime_checkable
 class Transform(Protocol):
     """A keyed map of the noise inside the face, and its inverse.
 
@@ -277,12 +278,14 @@ class Recognizer(Protocol):
     def embed(self, images: Image) -> Embeddings: ...
 
 
+@runtime_checkable
 class Scorer(Protocol):
     def __call__(self, view: Image, original: Image, face: Mask) -> Scores:
         """One number per picture of `view`; `face` is the original's face mask at pixel size."""
         ...
 
 
+@runtime_checkable
 class Attack(Protocol):
     def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
         """What an attacker, or a receiver over a bad channel, makes of published pictures: one more view."""

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from keyanon.channel.keys import NONCE_BYTES
 from keyanon.errors import BadSetting
@@ -12,6 +12,7 @@ from keyanon.types import Dataset, Key, Picture
 log = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Nonces(Protocol):
     """Which pictures share a key stream: those of equal nonces."""
 

@@ -28,7 +28,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int64
@@ -59,6 +59,7 @@ class NoiseSchedule:
         return cls(abar, clean, scheduler.config.steps_offset)
 
 
+@runtime_checkable
 class Trajectory(Protocol):
     """z_0 .. z_N by their level: a list, or what makes or fetches them when they are asked for."""
 
@@ -119,6 +120,7 @@ class Known:
         return torch.where(self.mask[rows], z, self.trajectory[level][rows])
 
 
+@runtime_checkable
 class Solver(Protocol):
     """Both directions of one discretization of the flow."""
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import PIL.Image
@@ -32,6 +32,7 @@ class Detection:
     landmarks: Points | None = None
 
 
+@runtime_checkable
 class Detector(Protocol):
     def detect(self, images: Image) -> list[Detection | None]:
         """The face of each picture, None where there is none."""

@@ -8,7 +8,7 @@ and nothing comes back. A picture without a face stays as it is.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from keyanon.types import About, FaceParser, Image, Key, Mask, Published
 from keyanon.weights import Card
 
 
+@runtime_checkable
 class Filter(Protocol):
     def __call__(self, images: Image, face: Mask) -> Image:
         """Pictures of which the pixels of `face`, a mask at pixel size, will be published; a picture's mask may be empty."""
