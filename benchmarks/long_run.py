@@ -176,7 +176,7 @@ def main() -> None:
         many = Watched("shards", folder / "many", arguments, options.pictures, started, options.every, samples)
         many.run("-m", f"shard={shards}", "hydra/launcher=gpus", f"hydra.launcher.n_jobs={options.jobs}")
         same = {name: filecmp.cmp(one.cwd / "results" / name, many.cwd / "results" / name, False) for name in PRODUCTS}
-        left = [len(list(run.cwd.glob(f"results/runs/long_run/*/{ORIGINAL}/*.png"))) for run in (one, many)]
+        left = [len(list(run.cwd.glob(f"results/runs/originals/*/{ORIGINAL}/*.png"))) for run in (one, many)]
     table = thinned(pd.DataFrame(samples)).assign(pictures=options.pictures)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(options.out, index=False)

@@ -76,8 +76,9 @@ class Session:
         return RunFiles(self.shared("originals", self.choices["parser"], question))
 
     def shared(self, kind: str, name: str, question: Mapping[str, Any]) -> Path:
-        """A folder that all runs share that ask the same of the same dataset."""
-        named = f"{self.choices['dataset']}-{name}-{provenance.signature(question)}"
+        """A folder that all runs share that ask the same of the same dataset, in the same place."""
+        place = {"place": str(self.cfg.dataset.get("root"))}  # under another name: a signature passes over a `root`
+        named = f"{self.choices['dataset']}-{name}-{provenance.signature({**question, **place})}"
         return Path(self.cfg.runs) / kind / named
 
     def prepare(self, ids: Sequence[str]) -> dict[str, str]:
@@ -132,6 +133,7 @@ class Session:
         asked = {
             "dataset": plain(self.cfg.dataset),
             "parser": plain(self.cfg.parser),
+            "originals": self.originals.folder.name,
             **question,
             "weights": weights_of(method),
         }
