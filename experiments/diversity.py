@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from experiments.harness.command import start
 from experiments.harness.meaning import Meanings
 from experiments.harness.session import Cell, Result, Session, begin, fill, model_notes, plain, show, stand_in_notes
-from experiments.harness.statistics import of, vectors
+from experiments.harness.statistics import rows_of, vectors
 from keyanon import runner
 from keyanon.batching import filled
 from keyanon.channel.keys import experiment_key
@@ -35,8 +35,7 @@ from keyanon.errors import BadSetting
 from keyanon.measures.biometrics import Floats, Statistic, mean_statistic, w2_squared
 from keyanon.measures.scorers import frechet_distance
 from keyanon.run_folder import ANONYMIZED, read_parts
-from keyanon.runner import Observed
-from keyanon.types import COSINE, Anonymizer, Embeddings, Image, Mask, Recognizer, Summary
+from keyanon.types import COSINE, Anonymizer, Embeddings, Image, Mask, Observed, Recognizer, Summary
 
 Vectors = Floats  # (keys, pictures, d): unit rows; of NaN where no face was found
 SUMMARIES = {
@@ -47,12 +46,12 @@ SUMMARIES = {
 SHUFFLES = 20  # of the clean pictures, whose pairs are the strangers
 
 
-def look(
+def embeddings_under_keys(
     method: Anonymizer, recognizers: Mapping[str, Recognizer], keys: int
 ) -> Callable[[Sequence[str], Image, Mask], Observed]:
     """Anonymizes each picture under so many published keys, and takes down the embeddings: views "0", "1", ..."""
 
-    def of(ids: Sequence[str], images: Image, _: Mask) -> Observed:
+    def observe(ids: Sequence[str], images: Image, _: Mask) -> Observed:
         names, size = filled(ids, len(images)), len(images)
         found: dict[tuple[str, str], Embeddings] = {}
         for seed in range(keys):
@@ -60,7 +59,7 @@ def look(
             found |= {(str(seed), name): recognizer.embed(published) for name, recognizer in recognizers.items()}
         return Observed(vectors=found)
 
-    return of
+    return observe
 
 
 def between_keys(vectors: Vectors) -> Vectors:
@@ -123,7 +122,7 @@ def fill_row(session: Session, cell: Cell, method: Anonymizer) -> bool:
 
     def work(ids: Sequence[str]) -> None:
         session.enrol(ids)
-        measures = look(method, session.recognizers, keys)
+        measures = embeddings_under_keys(method, session.recognizers, keys)
         runner.observe(cell.folder, session.originals, ids, measures, cfg.batch_size, f"{cell.row}: {keys} keys")
 
     def conclude(ids: Sequence[str]) -> Result:
@@ -131,8 +130,8 @@ def fill_row(session: Session, cell: Cell, method: Anonymizer) -> bool:
         scores = []
         for name, place in session.enrol(ids).items():
             clean, rows = (
-                of(ids, read_parts(place / "embeddings")),
-                of(ids, read_parts(cell.folder / "embeddings", name)),
+                rows_of(ids, read_parts(place / "embeddings")),
+                rows_of(ids, read_parts(cell.folder / "embeddings", name)),
             )
             order = clean["id"].to_pylist()
             versions = np.stack([vectors(rows.filter(pc.equal(rows["view"], str(seed)))) for seed in range(keys)])

@@ -40,8 +40,7 @@ from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import Solver
 from keyanon.measures.biometrics import AVERAGES
 from keyanon.measures.gaussianity import MEASURES, PATCH, generator_of, measure
-from keyanon.runner import Observed
-from keyanon.types import FaceParser, Image, Mask, Measure, View
+from keyanon.types import FaceParser, Image, Mask, Measure, Observed, View
 
 CONTROL = "standard normal"
 WHOLE, FACE = "noise", "noise in the face"
@@ -49,12 +48,12 @@ ROUND_TRIP = {"round_trip": Measure("noise", "", "lower", "|sample(z_T) - z_0| /
 MEANINGS = Meanings(dict.fromkeys((WHOLE, FACE), View("noise")), {**MEASURES, **ROUND_TRIP}, AVERAGES)
 
 
-def look(
+def noise_statistics(
     backbone: LatentDiffusion, parser: FaceParser, solver: Solver | None
 ) -> Callable[[Sequence[str], Image, Mask], Observed]:
     """Takes down MEASURES of each picture's z_T by one solver, or of normal noise in its place without one."""
 
-    def of(ids: Sequence[str], images: Image, _: Mask) -> Observed:
+    def observe(ids: Sequence[str], images: Image, _: Mask) -> Observed:
         z0, n = backbone.encode(images), len(ids)
         faces = parser.mask(images, backbone.latent_size(images))[:n, 0].cpu().numpy()
         values: dict[tuple[str, str], torch.Tensor] = {}
@@ -73,7 +72,7 @@ def look(
             values |= {(view, name): torch.tensor([one[name] for one in found]) for name in MEASURES}
         return Observed(values)
 
-    return of
+    return observe
 
 
 @hydra.main(config_path="../conf", config_name="gaussianity", version_base="1.3")
@@ -110,7 +109,7 @@ def row(session: Session, name: str, solver: Solver | None, backbone: LatentDiff
 
 
 def fill_row(session: Session, cell: Cell, solver: Solver | None, backbone: LatentDiffusion) -> bool:
-    measures, size = look(backbone, session.parser, solver), session.cfg.batch_size
+    measures, size = noise_statistics(backbone, session.parser, solver), session.cfg.batch_size
 
     def work(ids: Sequence[str]) -> None:
         runner.observe(cell.folder, session.originals, ids, measures, size, cell.row)

@@ -37,8 +37,7 @@ from keyanon.channel.whole import write_whole
 from keyanon.errors import BadSetting
 from keyanon.measures.biometrics import Floats, cosine, threshold_at_far
 from keyanon.run_folder import ORIGINAL, RunFiles, read_parts, vectors_of
-from keyanon.runner import Observed
-from keyanon.types import COSINE, Bytes, Image, Key, KeyedNoise, Mask, View
+from keyanon.types import COSINE, Bytes, Image, Key, KeyedNoise, Mask, Observed, View
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +130,7 @@ def attacked(
     files = PublishedFiles(session, cell.folder, method, keys(session.cfg.files))
     case = Case(method, session.recognizers, people, files.victims, files.public, session.cfg.far)
     folders = {
-        name: cell.folder / f"{name}-{asked_of(session, name, attacker, people)}"
+        name: cell.folder / f"{name}-{notes_signature(session, name, attacker, people)}"
         for name, attacker in attackers.items()
     }
 
@@ -142,14 +141,16 @@ def attacked(
             mine = [id for id in ids if id in chosen]
             if not mine:
                 continue
-            knowledge = known(folders[name], attacker, case)
-            look = attacker.attack(case, knowledge)
+            knowledge = knowledge_of(folders[name], attacker, case)
+            attack = attacker.attack(case, knowledge)
 
-            def noted(batch: Sequence[str], images: Image, _: Mask, look: Any = look) -> Observed:
-                notes = look(files.of(filled(batch, len(images)), images))
-                return Observed(notes.values, notes.vectors)
+            def observed(batch: Sequence[str], images: Image, _: Mask, attack: Any = attack) -> Observed:
+                found: Observed = attack(files.read(filled(batch, len(images)), images))
+                return found
 
-            runner.observe(folders[name], session.originals, mine, noted, session.cfg.batch_size, f"{cell.row}: {name}")
+            runner.observe(
+                folders[name], session.originals, mine, observed, session.cfg.batch_size, f"{cell.row}: {name}"
+            )
 
     def conclude(ids: Sequence[str]) -> Result:
         found: list[Found] = []
@@ -166,13 +167,13 @@ def attacked(
     return fill(session, cell, work, conclude)
 
 
-def asked_of(session: Session, name: str, attacker: Attacker, people: People) -> str:
+def notes_signature(session: Session, name: str, attacker: Attacker, people: People) -> str:
     """A signature of what an attacker's notes depend on, besides the method's files; one that learns needs to know all pictures."""
     question = {"attacker": plain(session.cfg.security[name]), "recognizers": plain(session.cfg.recognizers)}
     return provenance.signature(question | ({"pictures": list(people.ids)} if isinstance(attacker, Learns) else {}))
 
 
-def known(folder: Path, attacker: Attacker, case: Case) -> Knowledge:
+def knowledge_of(folder: Path, attacker: Attacker, case: Case) -> Knowledge:
     """What an attacker has learned, in this run, in one before, or in another shard."""
     path = folder / "knowledge.safetensors"
     if not isinstance(attacker, Learns):
@@ -251,7 +252,7 @@ class PublishedFiles:
         session = self.session
         runner.observe(self.folder / "published", session.originals, ids, write, session.cfg.batch_size, "publish")
 
-    def of(self, ids: Sequence[str], pictures: Image) -> Victims:
+    def read(self, ids: Sequence[str], pictures: Image) -> Victims:
         """The files of pictures that are published."""
         made = []
         for i, key in enumerate(self.keys):
@@ -267,7 +268,7 @@ class PublishedFiles:
         size = self.session.cfg.batch_size
         for first in range(0, len(ids), size):
             batch = list(ids[first : first + size])
-            yield self.of(batch, to_floats(self.session.originals.read_all(ORIGINAL, batch)))
+            yield self.read(batch, to_floats(self.session.originals.read_all(ORIGINAL, batch)))
 
     def public(self, count: int) -> tuple[list[str], Bytes]:
         """So many pictures of people who are not under attack, from the rest of the dataset."""

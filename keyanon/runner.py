@@ -17,14 +17,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from keyanon.attacks.views import FloatChannel
 from keyanon.batching import begun_ahead, filled, padded
@@ -63,6 +61,7 @@ from keyanon.types import (
     Key,
     Mask,
     Measure,
+    Observed,
     Picture,
     Recognizer,
     Reconstructs,
@@ -277,26 +276,15 @@ def score(
             write_part(folder / "scores", rows.filter(pa.array(fresh, pa.bool_())))
 
 
-@dataclass(frozen=True)
-class Observed:
-    """What was taken down of a batch's pictures, by view and scorer: numbers and vectors, one for each picture.
-
-    Both may be filled up beyond the pictures, as the batch is.
-    """
-
-    values: Mapping[tuple[str, str], Scores] = field(default_factory=dict)
-    vectors: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
-
-
 def observe(
     folder: Path,
     originals: RunFiles,
     ids: Sequence[str],
-    look: Callable[[Sequence[str], Image, Mask], Observed],
+    observer: Callable[[Sequence[str], Image, Mask], Observed],
     batch_size: int,
     title: str,
 ) -> None:
-    """Keep what `look` says of the prepared pictures `ids`: it is given a batch's ids, pictures and faces (b 1 h w) at a time.
+    """Keep what `observer` says of the prepared pictures `ids`: it is given a batch's ids, pictures and faces (b 1 h w) at a time.
 
     Pictures and faces are filled up beyond the ids with copies of the last.
     """
@@ -310,7 +298,7 @@ def observe(
     with ThreadPoolExecutor(IO_WORKERS) as pool:
         for batch, (pictures, masks) in begun_ahead(pending, batch_size, title, begin):
             face = stacked(masks).images[:, :1] > 127
-            found = look(batch, to_floats(stacked(pictures).images), face)
+            found = observer(batch, to_floats(stacked(pictures).images), face)
             write_part(folder / "embeddings", embedding_rows(batch, found.vectors))
             write_part(folder / "scores", score_rows(batch, found.values))
             # Last: of a batch that was killed in between everything is looked at again.

@@ -27,6 +27,7 @@ Mask = Bool[Tensor, "b 1 u v"]  # True on the face, at latent or at pixel size
 Latent = Float[Tensor, "b c u v"]  # 3 x 64 x 64 for the 256 px latent diffusion models
 Embeddings = Float[Tensor, "b d"]  # unit rows; a row of NaN where no face was found
 Scores = Float[Tensor, " b"]  # one number per picture, NaN where it cannot be measured
+Place = tuple[str, str]  # of a number in a table: view and scorer
 Denoiser = Callable[[Latent, int], Latent]  # eps(z, t): the noise in z at the integer timestep t
 Secret = Literal["signs of cells", "signs of frequencies", "flips of cells", "order of cells", "rotation", "none"]
 
@@ -43,6 +44,17 @@ class Published:
     headers: tuple[bytes, ...]  # b"" where the method needs none
     floats: Image | None = None
     measured: Mapping[str, Scores] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What was taken down of a batch's pictures, by view and scorer: numbers and vectors, one for each picture.
+
+    Both may be filled up beyond the pictures, as the batch is.
+    """
+
+    values: Mapping[Place, Scores] = field(default_factory=dict)
+    vectors: Mapping[Place, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from experiments.diversity import between_keys, look, run, statistics_of, strangers
+from experiments.diversity import between_keys, embeddings_under_keys, run, statistics_of, strangers
 from keyanon.channel.keys import experiment_key
 from keyanon.diffusion.solvers import DDIM
 from keyanon.errors import UserError
@@ -52,7 +52,7 @@ def test_every_key_gets_its_embedding():
         return Published(shade[:, None, None, None].expand(-1, 3, 4, 4), (b"",) * len(ids))
 
     recognizer = SimpleNamespace(embed=lambda images: images.mean((2, 3)))
-    measure = look(SimpleNamespace(anonymize=anonymize), {"r": recognizer}, 3)
+    measure = embeddings_under_keys(SimpleNamespace(anonymize=anonymize), {"r": recognizer}, 3)
     found = measure(["a", "b"], torch.zeros(3, 3, 4, 4), torch.ones(3, 1, 4, 4, dtype=torch.bool)).vectors
     shades = [experiment_key(seed).secret[0] / 127.5 - 1 for seed in range(3)]
     assert [found[str(seed), "r"][1, 0].item() for seed in range(3)] == pytest.approx(shades, abs=1e-6)

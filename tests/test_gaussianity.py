@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from scipy import stats
 from torch import Tensor
 
-from experiments.gaussianity import CONTROL, FACE, WHOLE, look, run
+from experiments.gaussianity import CONTROL, FACE, WHOLE, noise_statistics, run
 from experiments.harness import results
 from keyanon.diffusion.solvers import DDIM, NoiseSchedule
 from keyanon.errors import UserError
@@ -213,7 +213,7 @@ def gaussian_data() -> pd.DataFrame:
     everywhere = torch.ones(3, 1, 40, 40, dtype=torch.bool)
     means = {}
     for row, solver in {CONTROL: None, **solvers}.items():
-        values = look(GaussianModel(), parser, solver)(ids, pictures, everywhere).values
+        values = noise_statistics(GaussianModel(), parser, solver)(ids, pictures, everywhere).values
         assert len(values) == 2 * len(MEASURES) + (solver is not None)
         means |= {(row, *place): one.double().mean().item() for place, one in values.items()}
     return pd.Series(means)

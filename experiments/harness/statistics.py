@@ -47,7 +47,7 @@ def scores_of_enrolled(enrolled: Mapping[str, Path], ids: Sequence[str]) -> pd.D
     """Each recognizer's cosine of originals with themselves: 1, or NaN where it finds no face."""
     frames = [pd.DataFrame({"id": [], "view": [], "scorer": [], "value": []})]
     for name, folder in enrolled.items():
-        rows = of(ids, read_parts(folder / "embeddings"))
+        rows = rows_of(ids, read_parts(folder / "embeddings"))
         own = {"id": rows["id"].to_pylist(), "view": ORIGINAL, "scorer": name}
         frames.append(pd.DataFrame(own | {"value": np.square(vectors(rows)).sum(1)}))
     return pd.concat(frames[1:] or frames, ignore_index=True)
@@ -62,12 +62,12 @@ def verification(
     """
     for recognizer, place in sorted(enrolled.items()):
         known = read_parts(place / "embeddings")
-        portraits, clean = of(gallery, known), of(ids, known)
+        portraits, clean = rows_of(gallery, known), rows_of(ids, known)
         if not (portraits.num_rows and clean.num_rows):
             continue
         gallery_vectors, gallery_people = vectors(portraits), people(portraits["id"].to_pylist())
         clean_vectors = vectors(clean)
-        probes = of(ids, read_parts(folder / "embeddings", recognizer))
+        probes = rows_of(ids, read_parts(folder / "embeddings", recognizer))
         views = {ORIGINAL: clean} | {
             view: probes.filter(pc.equal(probes["view"], view)) for view in pc.unique(probes["view"]).to_pylist()
         }
@@ -79,7 +79,7 @@ def verification(
                 yield view, recognizer, statistic
 
 
-def of(ids: Sequence[str], rows: pa.Table) -> pa.Table:
+def rows_of(ids: Sequence[str], rows: pa.Table) -> pa.Table:
     return rows.filter(pc.is_in(rows["id"], value_set=pa.array(ids, pa.string())))
 
 

@@ -36,9 +36,7 @@ from keyanon.attacks.case import (
     Files,
     Found,
     Knowledge,
-    Notes,
     People,
-    Place,
     Taken,
     Victims,
     joined,
@@ -76,6 +74,8 @@ from keyanon.types import (
     Latent,
     Mask,
     Measure,
+    Observed,
+    Place,
     Published,
     Scores,
     Summary,
@@ -129,17 +129,17 @@ class Linkage:
     def chosen(self, case: Case) -> Sequence[str]:
         return case.people.ids[: self.pictures]
 
-    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Notes]:
-        def look(victims: Victims) -> Notes:
+    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Observed]:
+        def observe(victims: Victims) -> Observed:
             z, mask = case.method.noise(victims.pictures, victims.files[0].headers)
             vectors: dict[Place, torch.Tensor] = {("photograph", "noise"): z, ("photograph", "mask"): mask.float()}
             for i, files in enumerate(victims.files):
                 view = f"file {i}"
                 vectors |= {(view, "noise"): files.zT, (view, "mask"): files.mask.float()}
                 vectors |= case.embedded(view, files.images)
-            return Notes(vectors=vectors)
+            return Observed(vectors=vectors)
 
-        return look
+        return observe
 
     def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
         people = case.people.of(taken.ids)
@@ -232,10 +232,10 @@ class KnownPlaintext:
                 knowledge[f"{stream}, {m}"] = leakage.voted_signs(z[:m], seen.zT[:m], mask[:m] & seen.mask[:m])
         return knowledge
 
-    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Notes]:
+    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Observed]:
         fits, _, _ = self.split(case)
 
-        def look(victims: Victims) -> Notes:
+        def observe(victims: Victims) -> Observed:
             values: dict[Place, Scores] = {}
             vectors: dict[Place, torch.Tensor] = {}
             for stream in STREAMS:
@@ -258,9 +258,9 @@ class KnownPlaintext:
                     out = case.method.redraw(files.encoded, files.headers, turned)
                     values[view, "psnr_face"] = psnr_face(out, victims.pictures, face)
                     vectors |= case.embedded(view, out)
-            return Notes(values, vectors)
+            return Observed(values, vectors)
 
-        return look
+        return observe
 
     def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
         people, (fits, _, _) = case.people.of(taken.ids), self.split(case)
@@ -331,10 +331,10 @@ class ReusedRotations:
             knowledge |= {f"{stream}, {name}": torch.cat(rows) for name, rows in parts.items()}
         return knowledge
 
-    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Notes]:
+    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Observed]:
         method = self.method(case)
 
-        def look(victims: Victims) -> Notes:
+        def observe(victims: Victims) -> Observed:
             values: dict[Place, Scores] = {}
             vectors: dict[Place, torch.Tensor] = {}
             for stream in STREAMS:
@@ -356,9 +356,9 @@ class ReusedRotations:
                     )
                     values[view, "cells"] = torch.full((len(truth),), float(cells.sum()))
                     vectors |= case.embedded(view, out)
-            return Notes(values, vectors)
+            return Observed(values, vectors)
 
-        return look
+        return observe
 
     def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
         people = case.people.of(taken.ids)
@@ -394,15 +394,15 @@ class RightSigns:
         has_signs = case.method.transform.secret in ("signs of cells", "signs of frequencies")
         return case.people.ids[: self.pictures] if has_signs else []
 
-    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Notes]:
-        def look(victims: Victims) -> Notes:
+    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Observed]:
+        def observe(victims: Victims) -> Observed:
             files, vectors = victims.files[0], dict[Place, torch.Tensor]()
             for share in self.shares:
                 recovered = PartialKey(1 - share)(files.published, files.keys, case.method)
                 vectors |= case.embedded(share_view(share), recovered)
-            return Notes(vectors=vectors)
+            return Observed(vectors=vectors)
 
-        return look
+        return observe
 
     def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
         people = case.people.of(taken.ids)
@@ -441,8 +441,8 @@ class SeedSearch:
         """A picture's own, among those that are tried."""
         return int.from_bytes(hashlib.sha256(b"seed|" + id.encode()).digest()[:8], "big") % self.tried
 
-    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Notes]:
-        def look(victims: Victims) -> Notes:
+    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Observed]:
+        def observe(victims: Victims) -> Observed:
             keys = [SeededSigns(self.seed(id)) for id in victims.ids]
             files = publish(case.method, victims.pictures, keys, victims.ids)
             z, mask = case.method.noise(victims.pictures, files.headers)
@@ -451,7 +451,7 @@ class SeedSearch:
                 for id, a, b, here, there in zip(victims.ids, z, files.zT, mask, files.mask, strict=True)
             }
             rows = [results[id] for id in victims.ids]
-            return Notes(
+            return Observed(
                 {
                     (SEARCH, "right seed"): torch.tensor(
                         [float(seed == self.seed(id)) for id, (seed, _, _) in zip(victims.ids, rows, strict=True)]
@@ -461,7 +461,7 @@ class SeedSearch:
                 }
             )
 
-        return look
+        return observe
 
     def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
         people, rates = case.people.of(taken.ids), taken.values(SEARCH, "seeds per second")
@@ -488,10 +488,10 @@ class Identities:
     def chosen(self, case: Case) -> Sequence[str]:
         return case.people.ids[: self.pictures]
 
-    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Notes]:
+    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Observed]:
         receiver = without_authentication(case.method)
 
-        def look(victims: Victims) -> Notes:
+        def observe(victims: Victims) -> Observed:
             files = victims.files[0]
             other_password = [published_key(off=True)] * len(files.keys)
             seen: dict[str, Image] = {
@@ -504,11 +504,11 @@ class Identities:
                 "fresh face": case.method.redraw(files.encoded, files.headers, fresh_noise(files)),
                 "face blanked": without_faces(case, victims),
             }
-            return Notes(
+            return Observed(
                 vectors={place: rows for view, x in seen.items() for place, rows in case.embedded(view, x).items()}
             )
 
-        return look
+        return observe
 
     def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
         people = case.people.of(taken.ids)
@@ -588,13 +588,13 @@ class BackgroundOnly:
     def chosen(self, case: Case) -> Sequence[str]:
         return case.people.ids[: self.pictures]
 
-    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Notes]:
-        def look(victims: Victims) -> Notes:
+    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Observed]:
+        def observe(victims: Victims) -> Observed:
             hidden = without_faces(case, victims)
             shown = {name: with_places_of(victims.pictures, one) for name, one in case.recognizers.items()}
-            return Notes(vectors=replace(case, recognizers=shown).embedded(BLANKED, hidden))
+            return Observed(vectors=replace(case, recognizers=shown).embedded(BLANKED, hidden))
 
-        return look
+        return observe
 
     def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
         people = case.people.of(taken.ids)
@@ -650,27 +650,27 @@ class Learned:
             knowledge[f"{pairs_of}, mask"] = files.mask
         return knowledge
 
-    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Notes]:
+    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Observed]:
         photographs = to_floats(knowledge["photographs"])
-        clean = {name: rows(one) for (_, name), one in case.embedded("", photographs).items()}
+        clean = {name: to_rows(one) for (_, name), one in case.embedded("", photographs).items()}
         quick = without_verification(case.method)
         guesses, networks = {}, {}
         for pairs_of in PAIRS:
             images = to_floats(knowledge[f"{pairs_of}, images"])
             zT, mask = knowledge[f"{pairs_of}, zT"], knowledge[f"{pairs_of}, mask"]
             networks[pairs_of] = deanonymizer(photographs, images, pixels(mask, images), self.steps)
-            seen = {name: rows(one) for (_, name), one in case.embedded("", images).items()}
+            seen = {name: to_rows(one) for (_, name), one in case.embedded("", images).items()}
             for name, embeddings in clean.items():
                 for learner, features in learners(seen[name], zT, mask, photographs).items():
                     guesses[pairs_of, learner, name] = ridge(features, embeddings)
 
-        def look(victims: Victims) -> Notes:
+        def observe(victims: Victims) -> Observed:
             own = victims.files[0]
             vectors: dict[Place, torch.Tensor] = dict(case.embedded(IGNORANT, own.images))
             values: dict[Place, Scores] = {}
             reused = publish(quick, victims.pictures, wrapped("one key stream", own.keys), victims.ids)
             for pairs_of, files in zip(PAIRS, (own, reused), strict=True):
-                seen = {name: rows(one) for (_, name), one in case.embedded("", files.images).items()}
+                seen = {name: to_rows(one) for (_, name), one in case.embedded("", files.images).items()}
                 for name in case.recognizers:
                     for learner, features in learners(seen[name], files.zT, files.mask, victims.pictures).items():
                         guess = guesses[pairs_of, learner, name](features)
@@ -681,9 +681,9 @@ class Learned:
                 )
                 vectors |= case.embedded(view, restored)
                 values[view, "psnr_face"] = psnr_face(restored, victims.pictures, files.face(victims.pictures))
-            return Notes(values, vectors)
+            return Observed(values, vectors)
 
-        return look
+        return observe
 
     def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
         people = case.people.of(taken.ids)
@@ -716,7 +716,7 @@ def learners(seen: Floats, zT: Latent, mask: Mask, photographs: Image) -> dict[s
     return dict(zip(LEARNERS, features, strict=True))
 
 
-def rows(embeddings: torch.Tensor) -> Floats:
+def to_rows(embeddings: torch.Tensor) -> Floats:
     found: Floats = embeddings.double().cpu().numpy()
     return found
 
@@ -754,14 +754,14 @@ class KeySearch:
     def chosen(self, case: Case) -> Sequence[str]:
         return case.people.ids[: self.pictures]
 
-    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Notes]:
-        def look(victims: Victims) -> Notes:
+    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Observed]:
+        def observe(victims: Victims) -> Observed:
             files, vectors = victims.files[0], dict[Place, torch.Tensor]()
             for trial in range(1, self.guesses + 1):
                 vectors |= case.embedded(f"key {trial}", WrongKey(trial)(files.published, files.keys, case.method))
-            return Notes(vectors=vectors)
+            return Observed(vectors=vectors)
 
-        return look
+        return observe
 
     def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
         people = case.people.of(taken.ids)
@@ -799,8 +799,8 @@ class NoiseOracle:
     def chosen(self, case: Case) -> Sequence[str]:
         return case.people.ids[: self.pictures]
 
-    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Notes]:
-        def look(victims: Victims) -> Notes:
+    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Observed]:
+        def observe(victims: Victims) -> Observed:
             files, values = victims.files[0], dict[Place, Scores]()
             trials: list[Sequence[Key]] = [files.keys]
             trials += [[experiment_key(1000 + i)] * len(files.keys) for i in range(self.wrong_keys)]
@@ -811,9 +811,9 @@ class NoiseOracle:
                     for id, z, inside in zip(victims.ids, zT, files.mask[:, 0].cpu().numpy(), strict=True)
                 ]
                 values |= {(f"key {number}", name): torch.tensor([one[name] for one in found]) for name in ORACLES}
-            return Notes(values)
+            return Observed(values)
 
-        return look
+        return observe
 
     def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
         for name in ORACLES:
@@ -836,10 +836,10 @@ class Tampering:
     def chosen(self, case: Case) -> Sequence[str]:
         return case.people.ids[: self.pictures]
 
-    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Notes]:
+    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Observed]:
         receiver = without_authentication(case.method)
 
-        def look(victims: Victims) -> Notes:
+        def observe(victims: Victims) -> Observed:
             files, other = victims.files[0], victims.files[1]
             changed = leakage.one_bit_off_pictures(files.images, files.headers)
             same = [[header] for header in files.headers]
@@ -861,9 +861,9 @@ class Tampering:
                 values[what, "tried"] = torch.tensor([float(len(own)) for own in headers])
             back = receiver.recover(Published(to_bytes(changed), files.headers), files.keys)
             values[CHANGED, "psnr_face"] = psnr_face(back, victims.pictures, files.face(victims.pictures))
-            return Notes(values)
+            return Observed(values)
 
-        return look
+        return observe
 
     def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
         people = case.people.of(taken.ids)

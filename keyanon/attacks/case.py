@@ -28,14 +28,14 @@ from keyanon.types import (
     Latent,
     Mask,
     Measure,
+    Observed,
+    Place,
     Published,
     Recognizer,
-    Scores,
     Verifies,
 )
 
 ATTACK = Measure("attack")
-Place = tuple[str, str]  # view and scorer
 Knowledge = dict[str, Tensor]
 
 
@@ -48,14 +48,6 @@ class Found:
     statistic: Statistic
     values: Mapping[str, float] = field(default_factory=dict)
     measure: Measure = ATTACK  # of `scorer`, unless that is a recognizer's name
-
-
-@dataclass(frozen=True)
-class Notes:
-    """What an attacker takes down of a batch's pictures, by view and scorer: numbers, and vectors."""
-
-    values: Mapping[Place, Scores] = field(default_factory=dict)
-    vectors: Mapping[Place, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -182,7 +174,7 @@ class Attacker(Protocol):
         """The ids of the pictures that it attacks; none where it has nothing to attack in this method."""
         ...
 
-    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Notes]:
+    def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Observed]:
         """A function that takes down what it finds in a batch of victims."""
         ...
 

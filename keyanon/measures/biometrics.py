@@ -314,13 +314,13 @@ def _impostor_mean_statistic(trial: Verification, weights: Floats) -> Statistic:
     impostor = ~trial.same
     counted = impostor & ~np.isnan(trial.scores)
 
-    def drawn(table: Floats) -> Floats:
+    def resampled_sums(table: Floats) -> Floats:
         by_row = np.bincount(trial.rows, table.sum(axis=1), trial.persons)
         by_column = np.bincount(trial.columns, table.sum(axis=0), trial.persons)
         total: Floats = weights @ (by_row + by_column - table.sum() / trial.persons)
         return total
 
-    means = _ratio(drawn(np.where(counted, trial.scores, 0)), drawn(counted.astype(np.float64)))
+    means = _ratio(resampled_sums(np.where(counted, trial.scores, 0)), resampled_sums(counted.astype(np.float64)))
     n, everything = int(counted.sum()), int(impostor.sum())
     value = _mean(trial.scores[counted])
     return Statistic("impostor mean", n, everything - n, value, *_interval(means, trial.persons))

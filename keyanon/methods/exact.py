@@ -115,7 +115,7 @@ class Exact:
             if not again:
                 break
             fresh = self.publish(images[again], mask[again], [keys[i] for i in again], [ids[i] for i in again], attempt)
-            best = better(best, fresh, again)
+            best = best_of_both(best, fresh, again)
         if self.floor is not None:
             for id, dB in zip(ids, best.measured["verified_psnr"].tolist(), strict=True):
                 if dB < self.floor:
@@ -342,7 +342,7 @@ def bytewise(images: Image) -> Image:
     return to_floats(to_bytes(images))
 
 
-def better(best: Published, fresh: Published, again: Sequence[int]) -> Published:
+def best_of_both(best: Published, fresh: Published, again: Sequence[int]) -> Published:
     """`best` with those of its pictures `again` replaced that came back better in `fresh`."""
     images, floats, headers = best.images.clone(), best.floats, list(best.headers)
     assert floats is not None
