@@ -8,12 +8,11 @@ torchvision is imported by it before somebody else asks for torchvision.
 """
 
 import sys
-from collections.abc import Sequence
 from importlib import metadata
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -76,9 +75,8 @@ class Loader(SourceFileLoader):
 class Finder(MetaPathFinder):
     """Finds torchvision where the builds differ, and nothing else."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        """`path` is a list, None, or what a namespace package has, which is no Sequence."""
         if fullname != "torchvision" or not builds_differ():
             return None
         spec = PathFinder.find_spec(fullname, path, target)

@@ -14,11 +14,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from jaxtyping import install_import_hook
 from threadpoolctl import threadpool_limits
 from torch.nn.functional import adaptive_avg_pool2d, normalize
-
-install_import_hook("keyanon", "beartype.beartype")  # the shapes and types that annotations state are checked in tests
 
 import keyanon  # noqa: F401  installs the torchvision shim before anything imports diffusers or torchmetrics
 from experiments.run import main

@@ -8,10 +8,10 @@ Models run on the device of the pictures given to them, and are loaded at first 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import Field, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import PIL.Image
@@ -145,9 +145,19 @@ class DlibResNet:
         return import_dlib().face_recognition_model_v1(str(resolve(named(self.card), self.weights)))
 
 
+@runtime_checkable
+class Detects(Recognizer, Protocol):
+    """A recognizer, a dataclass, that embeds the face that its detector finds."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def detector(self) -> Detector: ...
+
+
 def with_places_of(images: Image, recognizer: Recognizer) -> Recognizer:
     """`recognizer`, looking for faces where they are on `images`, whatever is there now; one without a detector as it is."""
-    if not isinstance(recognizer, FaceNet | ArcFaceOnnx | DlibResNet):
+    if not isinstance(recognizer, Detects):
         return recognizer
     return replace(recognizer, detector=KnownPlaces(tuple(recognizer.detector.detect(images))))
 
