@@ -113,10 +113,9 @@ class Case:
     scope="module",
     params=[f"anonymizer={name}" for name in names("anonymizer")] + [f"+ablation={name}" for name in names("ablation")],
 )
-def case(request, faces, tiny_ldm) -> Case:
-    cfg = composed(
-        request.param, "parser=ellipse", "backbone=ldm_ffhq", f"backbone.source={tiny_ldm}", "backbone.subfolder=''"
-    )
+def case(request, faces, tiny_block_dct) -> Case:
+    model = ["backbone=faces128", f"backbone.source={tiny_block_dct}", "+backbone.chunk=1"]
+    cfg = composed(request.param, "parser=ellipse", *model)
     method = made(cfg.anonymizer)
     before = faces.clone()
     published = method.anonymize(faces, [KEY] * len(IDS), IDS)
