@@ -216,7 +216,10 @@ def fill(
             work([id for id in mine if id not in skipped])
             status |= {"pictures": len(mine), "skipped": len(skipped), "seconds": time.monotonic() - started}
     except Exception as error:
-        publish_if_last()
+        try:
+            publish_if_last()
+        except Exception:  # the shard's own failure is what a user has to read
+            log.warning("%s: no table of the shards that are done", cell.folder, exc_info=True)
         if cell.shards.count == 1:
             raise
         raise FailedShard(f"shard {session.cfg.shard}: {one_line(error)}", cell.shards, session.command) from error
