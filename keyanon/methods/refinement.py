@@ -103,7 +103,7 @@ class ToneCurve:
         return images + images.sign() * beyond * (1 / self.slope - 1)
 
     def levels(self) -> Levels:
-        return self.expand(to_floats(torch.arange(256)).double())
+        return self.expand(to_floats(torch.arange(256, dtype=torch.uint8)).double())
 
     def read(self, published: Bytes, free: Mask) -> Image:
         """The floats of published bytes: by the curve on the free pixels, the usual ones elsewhere."""
