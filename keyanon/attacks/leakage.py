@@ -18,7 +18,7 @@ from time import perf_counter
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
-from jaxtyping import Bool, Int8
+from jaxtyping import Bool, Float, Int8
 from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import orthogonal_procrustes
 from scipy.spatial.distance import cdist
@@ -30,7 +30,7 @@ from keyanon.channel.keys import NONCE_BYTES
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.measures.biometrics import RESAMPLES, Floats, Statistic, d_sys
 from keyanon.methods.transforms import coded, decoded
-from keyanon.types import Bytes, Image, Key, Latent, Mask, Summary
+from keyanon.types import Image, Key, Latent, Mask, PictureBytes, Summary
 
 Rows = NDArray[np.intp]
 QUANTILES = np.linspace(0, 1, 33)  # stand for the values of a channel
@@ -197,8 +197,12 @@ def share_right(found: Tensor, truth: Tensor, inside: Bool[Tensor, "u v"]) -> fl
 
 
 def rotated_back(
-    originals: Latent, published: Latent, sent: Sequence[bytes], turned: Latent, turned_sent: Sequence[bytes]
-) -> Latent:
+    originals: Float[Tensor, "m c d"],
+    published: Float[Tensor, "m c d"],
+    sent: Sequence[bytes],
+    turned: Float[Tensor, "t c d"],
+    turned_sent: Sequence[bytes],
+) -> Float[Tensor, "t c d"]:
     """The faces (t c d) of `turned`, rotated back and with their norms, as m known pairs (m c d) of one key stream show them.
 
     Q_c by the orthogonal Procrustes problem, min_Q |Q z_c - z'_c|^2 (Schoenemann, Psychometrika 31, 1966); with fewer pairs than
@@ -236,7 +240,9 @@ def seeded_bits(generator: torch.Generator, seed: int, half: Tensor) -> Tensor:
     return torch.bernoulli(half, generator=generator.manual_seed(seed))
 
 
-def seed_search(products: Latent, inside: Bool[Tensor, "u v"], seeds: Iterable[int]) -> tuple[int, float, float]:
+def seed_search(
+    products: Float[Tensor, "c u v"], inside: Bool[Tensor, "u v"], seeds: Iterable[int]
+) -> tuple[int, float, float]:
     """The seed whose signs agree best with one known pair's `products` z z' (c u v) in the face, how well, and seeds/s.
 
     Each of the first COMPARED_SIGNS signs of the face counts with the weight |z z'|. The agreement is in standard deviations of
@@ -336,7 +342,7 @@ def without_tag(header: bytes) -> bytes:
     return replace(Header.unpack(header), tag=b"").pack()
 
 
-def is_refused(header: bytes, picture: Bytes, key: Key) -> bool:
+def is_refused(header: bytes, picture: PictureBytes, key: Key) -> bool:
     """Whether the owner of the key, who looks at tags, is told that something is wrong."""
     try:
         unseal([header], picture[None], [key], authenticate=True)

@@ -12,10 +12,12 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
+from jaxtyping import Float, UInt8
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from keyanon.channel.whole import write_whole
-from keyanon.types import BadPicture, Bytes, Image, Picture
+from keyanon.types import BadPicture, Picture, PictureBytes
 
 HEADER_CHUNK = b"kaNO"  # the capital O is the bit "not safe to copy"
 MAX_HEADER, MAX_FILE = 2**20, 2**29  # bytes
@@ -30,12 +32,12 @@ UNREADABLE = (  # what Pillow raises on bad files
 )
 
 
-def to_bytes(images: Image) -> Bytes:
+def to_bytes(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     """Clip floats to [-1, 1] and round them to the nearest of 256 levels."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def to_floats(images: Bytes) -> Image:
+def to_floats(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """The float of each of the 256 levels; to_bytes(to_floats(x)) = x."""
     return images.float() / 127.5 - 1
 
@@ -65,7 +67,7 @@ def from_pil(picture: PIL.Image.Image) -> Picture:
     return to_floats(pixels[None])[0]
 
 
-def write_png(path: Path, pixels: Bytes, header: bytes = b"") -> None:
+def write_png(path: Path, pixels: PictureBytes, header: bytes = b"") -> None:
     """Write one picture (3 h w, uint8) so that the file appears whole or not at all."""
     if len(header) > MAX_HEADER:
         raise ValueError(f"{path}: its header would have {len(header)} bytes; it can have at most {MAX_HEADER}")
@@ -77,7 +79,7 @@ def write_png(path: Path, pixels: Bytes, header: bytes = b"") -> None:
     write_whole(path, buffer.getvalue())
 
 
-def read_png(path: Path) -> tuple[Bytes, bytes]:
+def read_png(path: Path) -> tuple[PictureBytes, bytes]:
     """One picture (3 h w, uint8) and its public header, b"" where the file has none; BadPicture names the file.
 
     A file of more than 512 MiB is not looked into; two headers, or one of more than 1 MiB, are refused.
@@ -98,7 +100,7 @@ def read_png(path: Path) -> tuple[Bytes, bytes]:
     return torch.from_numpy(pixels).permute(2, 0, 1), headers[0] if headers else b""
 
 
-def jpeg(pixels: Bytes, quality: int) -> Bytes:
+def jpeg(pixels: PictureBytes, quality: int) -> PictureBytes:
     """One picture (3 h w, uint8) after a JPEG round trip at `quality` (Pillow's tables, 4:2:0)."""
     buffer = io.BytesIO()
     PIL.Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(buffer, "JPEG", quality=quality)

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2DModel, VQModel
 from huggingface_hub import snapshot_download
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from keyanon.batching import CHUNK, in_chunks
@@ -111,7 +112,7 @@ class LatentDiffusion:
             images = autoencoder.decode(latents / autoencoder.config.scaling_factor).sample
         return images
 
-    def latent_size(self, images: Image) -> tuple[int, int]:
+    def latent_size(self, images: Shaped[Tensor, "b _ h w"]) -> tuple[int, int]:
         """(rows, columns) of the latents of `images`."""
         autoencoder, (height, width) = self.autoencoder, images.shape[-2:]
         learned = not isinstance(autoencoder, BlockDCT)
@@ -133,7 +134,7 @@ class LatentDiffusion:
             out = abar**0.5 * out + (1 - abar) ** 0.5 * z
         return out
 
-    def _network(self, z: Latent, t: int) -> Latent:
+    def _network(self, z: Latent, t: int) -> Float[Tensor, "b _ u v"]:
         with torch.no_grad(), arithmetic(self.precision):
             steps = torch.full((z.shape[0],), t, device=z.device)
             prompt = () if self.condition is None else (self.condition.expand(z.shape[0], -1, -1),)

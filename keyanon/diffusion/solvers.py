@@ -31,13 +31,14 @@ from itertools import pairwise
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from keyanon.errors import BadSetting
 from keyanon.types import Denoiser, Latent, Mask
 
 log = logging.getLogger(__name__)
+Iterate = Float[Tensor, "b ..."]
 Rows = Int64[Tensor, " n"] | slice  # of a batch
 ALL = slice(None)
 KARRAS_RHO = 7.0  # arXiv 2206.00364, table 1
@@ -234,8 +235,8 @@ def noise_of_move(z: Latent, z_there: Latent, here: tuple[float, float], there: 
 
 
 def anderson(
-    g: Callable[[Latent, Rows], Latent], start: Latent, tolerance: float, max_evaluations: int, memory: int
-) -> tuple[Latent, Tensor]:
+    g: Callable[[Iterate, Rows], Iterate], start: Iterate, tolerance: float, max_evaluations: int, memory: int
+) -> tuple[Iterate, Float[Tensor, " b"]]:
     """Solve z = g(z) for each picture of a batch by Anderson acceleration: the iterate and its relative residuals (b,).
 
     With f_k = g(z_k) - z_k, the next iterate is g(z_k) - (dG) c, c the least-squares solution of (dF) c = f_k over the last

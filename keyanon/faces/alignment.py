@@ -2,6 +2,8 @@
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from keyanon.faces.detection import Points
 from keyanon.types import BadPicture, Picture
@@ -14,7 +16,9 @@ FACES128_TEMPLATE: Points = np.array(
 )
 
 
-def align(picture: Picture, points: Points, size: int, template: Points = FACES128_TEMPLATE) -> Picture:
+def align(
+    picture: Picture, points: Points, size: int, template: Points = FACES128_TEMPLATE
+) -> Float[Tensor, "3 size size"]:
     """The picture turned, scaled and shifted so that its five `points` come to lie on `template`, `size` pixels a side.
 
     `template` (5, 2) is in fractions of the side. Least-squares similarity; smoothed before it is made smaller; the

@@ -25,6 +25,7 @@ coefficients that J rounds the wrong way to their other neighbour; each picture 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -34,7 +35,6 @@ from torch.nn.functional import max_pool2d, pixel_shuffle, pixel_unshuffle
 from keyanon.batching import in_chunks
 from keyanon.channel.pixels import jpeg, to_bytes, to_floats
 from keyanon.diffusion.block_dct import BLOCK, BlockDCT
-from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import expand
 from keyanon.errors import BadSetting
 from keyanon.types import Bytes, Image, Latent, Mask, Scores
@@ -52,6 +52,24 @@ JPEG_STEPS = 12
 NEIGHBOURHOOD = 5  # pixels a side
 TINY = 1e-30
 PROBE = 16  # cells a side of the latent that channel_weights probes
+
+
+@runtime_checkable
+class Coder(Protocol):
+    """What is asked of the receiver's model: its autoencoder, E and D, and how many pictures go through at once."""
+
+    @property
+    def autoencoder(self) -> Any: ...
+
+    @property
+    def chunk(self) -> int: ...
+
+    @property
+    def fits(self) -> dict[str, int]: ...
+
+    def encode(self, images: Image) -> Latent: ...
+
+    def decode(self, latents: Latent, quantize: bool = True) -> Image: ...
 
 
 @dataclass(frozen=True)
@@ -85,7 +103,7 @@ class ToneCurve:
         return images + images.sign() * beyond * (1 / self.slope - 1)
 
     def levels(self) -> Levels:
-        return self.expand(to_floats(torch.arange(256)).double())
+        return self.expand(to_floats(torch.arange(256, dtype=torch.uint8)).double())
 
     def read(self, published: Bytes, free: Mask) -> Image:
         """The floats of published bytes: by the curve on the free pixels, the usual ones elsewhere."""
@@ -110,9 +128,7 @@ class Refinement:
     rounding: int = 30
     jpeg: int | None = None
 
-    def __call__(
-        self, backbone: LatentDiffusion, target: Latent, start: Image, added: Image, free: Mask, cells: Mask
-    ) -> Bytes:
+    def __call__(self, backbone: Coder, target: Latent, start: Image, added: Image, free: Mask, cells: Mask) -> Bytes:
         """Bytes whose encoding, once the receiver has read them by `tone.read` and taken off `added`, is near `target` on `cells`.
 
         Args:
@@ -144,9 +160,7 @@ class Refinement:
             lowest = torch.minimum(lowest, misfit)
         return chosen
 
-    def _lossless(
-        self, backbone: LatentDiffusion, target: Latent, start: Image, added: Image, free: Mask, cells: Mask
-    ) -> Bytes:
+    def _lossless(self, backbone: Coder, target: Latent, start: Image, added: Image, free: Mask, cells: Mask) -> Bytes:
         levels = self.tone.levels().to(start.device)
         weights = channel_weights(backbone, target)
         if isinstance(backbone.autoencoder, BlockDCT):
@@ -162,7 +176,7 @@ class Refinement:
 
     def _refine_pixels(
         self,
-        backbone: LatentDiffusion,
+        backbone: Coder,
         weights: Tensor,
         levels: Levels,
         target: Latent,
@@ -186,7 +200,7 @@ class Refinement:
         return torch.where(free, chosen, to_bytes(start))
 
 
-def channel_weights(backbone: LatentDiffusion, like: Latent) -> Float[Tensor, " c"]:
+def channel_weights(backbone: Coder, like: Latent) -> Float[Tensor, " c"]:
     """Root mean square of what noise of deviation 1 in one cell of a channel does to the pixels, summed over the picture.
 
     Derived at the latent 0 from noise of deviation 0.01.

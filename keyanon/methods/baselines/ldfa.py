@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import gaussian_blur
@@ -147,7 +148,7 @@ class FaceBox:
         return reduce_mask(masks, size, "nearest")
 
 
-def window(mask: Mask, padding: int | None) -> tuple[slice, slice]:
+def window(mask: Bool[Tensor, "1 h w"], padding: int | None) -> tuple[slice, slice]:
     """(rows, columns) of the square around a mask (1 h w) and its padding, moved into the picture; all of it for None."""
     rows, columns = mask[0].any(1).nonzero().flatten().tolist(), mask[0].any(0).nonzero().flatten().tolist()
     if padding is None or not rows:

@@ -42,7 +42,7 @@ from keyanon.methods.baselines.classical import Filter
 from keyanon.types import About, Image, Key, Measure, Published
 from keyanon.weights import Card, named, resolve
 
-Bands = Float[Tensor, "b c u v"]  # Haar bands of a picture, four for each channel, half its height and width
+Bands = Float[Tensor, "b _ u v"]  # Haar bands of a picture, four for each channel, half its height and width
 Signs = Float[Tensor, "b 1 h w"]  # -1 or +1
 TRAINED = 128  # pixels a side, of the pictures ours were trained on
 COLOUR, KEY = 12, 4  # bands of a picture, of a key

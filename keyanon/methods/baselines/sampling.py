@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -74,7 +75,7 @@ def keyed_normals(
     return torch.stack(noise).to(images.device, torch.float32)
 
 
-def resized(images: Image, size: tuple[int, int]) -> Image:
+def resized(images: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor, "b c u v"]:
     """Bicubic, smoothed where it makes smaller; the same pictures where they have that size."""
     if images.shape[-2:] == size:
         return images
