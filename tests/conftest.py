@@ -176,6 +176,8 @@ def command_in_process(tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., 
     monkeypatch.chdir(tmp_path)
     for name in ("HF_HUB_OFFLINE", "KEYANON_OFFLINE"):
         monkeypatch.setenv(name, "1")
+    # Coverage traces, and Hydra takes that for a debugger, which is shown errors in full.
+    monkeypatch.setattr("hydra._internal.utils.is_under_debugger", lambda: False)
 
     def start(*arguments: str) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", ["run.py", "--config-path", str(ROOT / "conf"), *arguments])

@@ -91,7 +91,7 @@ def test_the_bundled_model_brings_a_face_back_and_shows_none_to_others(pictures,
     method = replace(exact(model), solver=solver)
     picture, face = pictures[:1], face[:1]
     published = method.anonymize(picture, key, ["a"])
-    recovered = method.recover(to_floats(published.images), published.headers, key)
+    recovered = method.recover(published, key)
     assert psnr_face(recovered, method.reconstruct(picture), face) > 40
     assert psnr_face(to_floats(published.images), picture, face) < 25
     assert psnr_face(WrongKey()(published, key, method), picture, face) < 25
@@ -164,7 +164,7 @@ def test_both_sides_know_the_same_background(method, pictures, published, backgr
     header = [Header.unpack(header) for header in published.headers]
     mask, nonces = torch.stack([h.mask for h in header]), [h.nonce for h in header]
     sender, receiver = one.known(pictures, mask, nonces), one.known(to_floats(published.images), mask, nonces)
-    for mine, theirs in zip(sender.path, receiver.path, strict=True):
+    for mine, theirs in zip(sender.trajectory, receiver.trajectory, strict=True):
         assert torch.equal(mine, theirs)
 
 

@@ -249,7 +249,7 @@ def publish(session: Session, cell: Cell, conclude: Callable[[Sequence[str]], Re
         "experiment": cfg.name,
         "dataset": session.choices["dataset"],
         "anonymizer": cell.row,
-        "title_notes": [*cell.notes, *pictures_notes(cfg, len(there), lacking)],
+        "title_notes": list(dict.fromkeys([*cell.notes, *pictures_notes(cfg, len(there), lacking)])),
         "question": cell.question,
         **({"about": asdict(cell.about)} if cell.about is not None else {}),
         "seconds": sum(statuses[shard]["seconds"] for shard in done),
@@ -277,7 +277,7 @@ def latest_cells(folder: Path) -> dict[Path, int]:
 
 def pictures_notes(cfg: DictConfig, pictures: int, lacking: Sequence[str]) -> list[str]:
     """What a reader must know if not all pictures are in the table."""
-    notes = [f"{pictures} pictures"] if cfg.limit is not None or lacking else []
+    notes = [f"{pictures} pictures"] if pictures and (cfg.limit is not None or lacking) else []
     return [*notes, f"without the shards {', '.join(lacking)}"] if lacking else notes
 
 
