@@ -152,11 +152,11 @@ def attacked(
                 folders[name], session.originals, mine, observed, session.cfg.batch_size, f"{cell.row}: {name}"
             )
 
-    def conclude(ids: Sequence[str]) -> Result:
+    def conclude(ids: Sequence[str]) -> Result | None:
         found: list[Found] = []
         if len(set(people.of(ids).names)) < 2:  # of the shards that are done
             log.warning("%s: fewer than two people so far; nothing to conclude yet", cell.row)
-            return result(session, [])
+            return None
         for name, attacker in attackers.items():
             wanted, done = set(attacker.chosen(case)), set(ids)
             chosen = [id for id in people.ids if id in wanted and id in done]

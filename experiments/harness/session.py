@@ -195,11 +195,14 @@ def begin(cfg: DictConfig, choices: Mapping[str, Any], command: Sequence[str], *
 
 
 def fill(
-    session: Session, cell: Cell, work: Callable[[Sequence[str]], None], conclude: Callable[[Sequence[str]], Result]
+    session: Session,
+    cell: Cell,
+    work: Callable[[Sequence[str]], None],
+    conclude: Callable[[Sequence[str]], Result | None],
 ) -> bool:
     """Do this shard's `work` on a cell, and write the result if no other shard is still to do that; whether it was written.
 
-    `work` gets this shard's prepared pictures, `conclude` those of all shards that are done.
+    `work` gets this shard's prepared pictures, `conclude` those of all shards that are done; it gives nothing if these are too few.
     """
     log.info("%s: %d pictures", cell.folder, len(cell.ids))
     mine = sharded(cell.ids, session.cfg.shard)
@@ -229,7 +232,9 @@ def fill(
     return any(written)
 
 
-def publish(session: Session, cell: Cell, conclude: Callable[[Sequence[str]], Result], done: Sequence[str]) -> bool:
+def publish(
+    session: Session, cell: Cell, conclude: Callable[[Sequence[str]], Result | None], done: Sequence[str]
+) -> bool:
     """Write a cell's result, of its shards that are `done`, and the table of all cells; whether there was one to write."""
     if not done:
         return False
@@ -242,7 +247,8 @@ def publish(session: Session, cell: Cell, conclude: Callable[[Sequence[str]], Re
         raise BadData(f"none of the {len(there)} pictures could be used; the first, {first}: {skipped[first]}")
     RunFiles(folder).list_skipped({id: skipped[id] for id in cell.ids if id in there and id in skipped})
     log.info("%d of %d pictures skipped, all listed in %s", len(there) - len(ids), len(there), folder / "skipped.csv")
-    result = conclude(ids)
+    if (result := conclude(ids)) is None:
+        return False
     statistics = write_parquets(folder, result.statistics, result.scores)
     lacking = [f"{shard} ({status['state']})" for shard, status in statuses.items() if shard not in done]
     record = {

@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
-from torchmetrics.functional.image.lpips import _NoTrainLpips
 
 from keyanon.faces.detection import Detector
 from keyanon.types import Image, Mask, Measure, Scorer, Scores, declared, declares
@@ -147,6 +145,8 @@ def _root(rows: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _ssim_map(view: Image, original: Image) -> Image:
     """The similarity of the windows around each pixel. In [0, 1], as black has to be 0 in its term of luminance."""
+    from torchmetrics.functional.image import structural_similarity_index_measure  # seconds, which PSNR has no need of
+
     _, similarities = structural_similarity_index_measure(
         (view + 1) / 2, (original + 1) / 2, data_range=1.0, reduction="none", return_full_image=True
     )
@@ -161,6 +161,8 @@ def _mean_where(mask: Mask, values: Image) -> Scores:
 @functools.cache
 def _alexnet_lpips(card: str | Card, path: str | None) -> torch.nn.Module:
     """Torchmetrics' network would download and unpickle AlexNet: it gets AlexNet from a checked file."""
+    from torchmetrics.functional.image.lpips import _NoTrainLpips
+
     alexnet = torch.load(resolve(named(card), path), map_location="cpu", weights_only=True)
     network = _NoTrainLpips(net="alex", pnet_rand=True)
     layers = {name: alexnet[f"features.{name.partition('.')[2]}"] for name in network.net.state_dict()}
