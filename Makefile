@@ -50,7 +50,7 @@ tables: $(INSTALLED) ## Rebuild every committed table from the committed scores
 
 .PHONY: test
 test: $(INSTALLED) ## Run the tests on all cores; the library has to be covered to 95 %
-	$(RUN) pytest -n logical --dist worksteal --cov=keyanon --cov-fail-under=95
+	$(RUN) pytest -n logical --dist loadfile --cov=keyanon --cov-fail-under=95
 
 .PHONY: check
 check: $(INSTALLED) ## Lint, formatting and types

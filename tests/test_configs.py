@@ -13,6 +13,8 @@ from keyanon.attacks.views import Jpeg, PartialKey, WrongKey, by_view
 from keyanon.channel.keys import write_new_key
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.no_cover  # mostly Hydra's code, which coverage's tracer would make three times as slow
+
 CONF = ROOT / "conf"
 LEAVES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
 TREE = [leaf for leaf in LEAVES if "/" in leaf and not leaf.startswith(("train/", "hydra/"))]

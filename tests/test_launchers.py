@@ -18,6 +18,8 @@ from keyanon.types import Scores
 from tests.conftest import smooth_picture
 from tests.test_run import command, in_process
 
+pytestmark = pytest.mark.no_cover  # mostly Hydra's code, which coverage's tracer would make three times as slow
+
 PICTURES = 5
 
 

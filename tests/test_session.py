@@ -17,6 +17,8 @@ import experiments.security
 from keyanon.channel import whole
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.no_cover  # mostly Hydra's code, which coverage's tracer would make three times as slow
+
 RUNS = {
     "config": experiments.run.run,
     "gaussianity": experiments.gaussianity.run,
