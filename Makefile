@@ -53,10 +53,18 @@ test: $(INSTALLED) ## Run the tests on all cores; the library has to be covered 
 	$(RUN) pytest -n logical --dist loadfile --cov=keyanon --cov-fail-under=95
 
 .PHONY: check
-check: $(INSTALLED) ## Lint, formatting and types
+check: $(INSTALLED) shapes ## Lint, formatting, types, and shapes at run time
 	$(RUN) ruff check
 	$(RUN) ruff format --check
 	$(RUN) mypy
+
+# Files whose tests call most of what has shapes; to check every call of every test would take twice the time of the tests.
+SHAPED := solvers transforms pixels headers seams residuals scorers block_dct signflip refinement leakage learned parsing classical \
+	scrambling encrypted_crop ldfa nullface salar controlnet model runner
+
+.PHONY: shapes
+shapes: $(INSTALLED) ## Tests again with the shapes and types of annotations checked at every call (jaxtyping, beartype)
+	KEYANON_SHAPES=1 $(RUN) pytest -q -n logical -k "not compiled" $(SHAPED:%=tests/test_%.py)
 
 .PHONY: bench
 bench: $(INSTALLED) ## Measure throughput on this machine

@@ -17,6 +17,13 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
+if os.environ.get("KEYANON_SHAPES"):  # `make shapes`: the shapes and types that annotations state are checked in tests
+    from jaxtyping import install_import_hook
+
+    import tests.shapes  # noqa: F401  imported by its package's name alone otherwise
+
+    install_import_hook("keyanon", "tests.shapes.checked")
+
 import keyanon  # noqa: F401  installs the torchvision shim before anything imports diffusers or torchmetrics
 from experiments.run import main
 from keyanon.channel.keys import MasterKey

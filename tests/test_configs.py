@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, MissingConfigException
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from experiments.harness.preflight import missing_parts
 from keyanon.attacks.views import Jpeg, PartialKey, WrongKey, by_view
@@ -26,25 +26,38 @@ def composed(*overrides: str, config: str = "config"):
         return compose(config, overrides=list(overrides), return_hydra_config=False)
 
 
-@pytest.mark.parametrize("leaf", TREE)
+@pytest.mark.parametrize("leaf", [leaf for leaf in TREE if leaf.partition("/")[0] not in MERGED])
 def test_leaf_composes_and_instantiates(leaf: str, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("KEYANON_PASSWORD", "what key=password reads")
     group, _, name = leaf.rpartition("/")
-    overrides = [f"{'+' if group == 'ablation' else ''}{group}={[name] if group in MERGED else name}"]
+    overrides = [f"{'+' if group == 'ablation' else ''}{group}={name}"]
     if leaf == "key/file":
         write_new_key(tmp_path / "key")
         overrides.append(f"key.path={tmp_path / 'key'}")
     if group == "dataset" and "root:" in (CONF / f"{leaf}.yaml").read_text():
         overrides.append(f"dataset.root={tmp_path}")
-    cfg = composed(*overrides, config="security" if group == "security" else "config")
+    cfg = composed(*overrides)
     OmegaConf.resolve(cfg)
-    node = cfg.anonymizer if group == "ablation" else cfg.get(group, cfg)
-    if group in MERGED:
-        assert list(node) == [name], f"{leaf}.yaml must hold exactly one entry, named {name}"
     if group != "experiment":
-        made = instantiate(node, _convert_="all")
-        assert made is not None
-        missing_parts(made)  # raises if it names a card that is none
+        instantiated(cfg.anonymizer if group == "ablation" else cfg.get(group, cfg))
+
+
+@pytest.mark.parametrize("group", sorted(MERGED))
+def test_leaves_of_which_any_number_can_be_chosen_compose_and_instantiate(group: str):
+    names = [leaf.partition("/")[2] for leaf in TREE if leaf.startswith(f"{group}/")]
+    for name in names:
+        only = list(OmegaConf.load(CONF / group / f"{name}.yaml"))
+        assert only == [name], f"{group}/{name}.yaml must hold exactly one entry, named {name}"
+    cfg = composed(f"{group}=[{','.join(names)}]", config="security" if group == "security" else "config")
+    OmegaConf.resolve(cfg)
+    assert list(cfg[group]) == names
+    instantiated(cfg[group])
+
+
+def instantiated(node: DictConfig) -> None:
+    made = instantiate(node, _convert_="all")
+    assert made is not None
+    missing_parts(made)  # raises if it names a card that is none
 
 
 def test_one_file_of_an_attack_makes_all_its_views():

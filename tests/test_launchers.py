@@ -98,7 +98,7 @@ def test_a_failed_shard_is_named_at_the_end_and_its_command_mends_the_table(comm
     (tmp_path / "mended").touch()
     program, _, _, *rest = shlex.split(again.partition("again: ")[2])
     assert program == "python"
-    mended = command(*rest, cwd=tmp_path)
+    mended = command_in_process(*rest)
     assert mended.returncode == 0, mended.stderr
     assert sorted(path.name for path in tmp_path.glob("results/runs/tiny/*/run.json")) == ["run.json"] * 2
     table = (tmp_path / "results/tables/tiny.csv").read_text()

@@ -193,9 +193,7 @@ def test_a_secret_key_leaves_no_trace_but_its_fingerprint(faces, tiny_ldm, tmp_p
 
 
 @pytest.mark.parametrize("where", ["file", "password"])
-def test_keys_and_passwords_are_in_no_file_that_a_whole_run_writes(
-    command_in_process, faces, tiny_ldm, tmp_path, monkeypatch, where
-):
+def test_keys_and_passwords_are_in_no_file_that_a_whole_run_writes(faces, tiny_ldm, tmp_path, monkeypatch, where):
     """The command as users start it, wandb offline, with home and caches inside the folder that is searched."""
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
     recipe = Recipe(bytes(range(16)), 1, 64, 1)
@@ -219,8 +217,7 @@ def test_keys_and_passwords_are_in_no_file_that_a_whole_run_writes(
         key = recipe.derive("hunter2 hunter2")
         choice = ["key=password", f"key.salt={recipe.salt.hex()}", "key.passes=1", "key.memory=64", "key.lanes=1"]
     arguments = overrides(faces, tiny_ldm, *choice, "wandb=offline", "limit=4", "hydra.verbose=true")
-    # The password as users give it, to a process of its own.
-    done = command_in_process(*arguments) if where == "file" else command(*arguments, cwd=tmp_path)
+    done = command(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     written = [str(path.relative_to(tmp_path)).encode() + path.read_bytes() for path in files]

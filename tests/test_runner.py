@@ -23,7 +23,7 @@ from keyanon.measures.scorers import Against
 from keyanon.methods.signflip import SignFlip
 from keyanon.run_folder import SCORE_SCHEMA, RunFiles, read_parts, scored
 from keyanon.runner import enrol, generate, prepare, score
-from keyanon.types import Embeddings, Image, Picture
+from keyanon.types import About, Embeddings, Image, Picture
 from tests.conftest import LDM_NOISE, CentreFace, PixelRecognizer, smooth_picture
 
 ATTACKS = {"recovered_float": FloatChannel(), "wrong_key": WrongKey()}
@@ -294,6 +294,10 @@ def test_an_irreversible_method_has_no_recovered_view(tmp_path, dataset, method)
     class Anonymize:
         method: SignFlip
 
+        @property
+        def about(self) -> About:
+            return self.method.about
+
         def anonymize(self, images, keys, ids):
             return replace(self.method.anonymize(images, keys, ids), floats=None)
 
@@ -307,6 +311,10 @@ class Measuring:
     """A method that takes something down while it publishes."""
 
     method: SignFlip
+
+    @property
+    def about(self) -> About:
+        return self.method.about
 
     def anonymize(self, images, keys, ids):
         published = self.method.anonymize(images, keys, ids)

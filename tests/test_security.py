@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 
 CONF = str(ROOT / "conf")
 TINY = [
-    "parser=ellipse", "solver.steps=8", "methods.exact.solver.steps=2", "methods.exact.solver.tolerance=null",
+    "parser=ellipse", "solver.steps=5", "methods.exact.solver.steps=2", "methods.exact.solver.tolerance=null",
     "methods.exact.floor=null", "methods.exact.refinement=null", "recognizers=[]",
     "+recognizers.pixel._target_=tests.conftest.PixelRecognizer", "+thresholds.pixel=0.9", "limit=3", "batch_size=3",
     "security.known_plaintext.pairs=[1,2,20]", "security.reused_rotations={pairs: [1, 2], targets: 1, axes: [0.15, 0.15]}",

@@ -127,8 +127,8 @@ class LatentDiffusion:
         )
         return self.as_noise(out, z, t)
 
-    def as_noise(self, out: Latent, z: Latent, t: int) -> Latent:
-        """The noise in z, of what a network that predicts what this one does says of it."""
+    def as_noise(self, out: Latent, z: Float[Tensor, "b _ u v"], t: int) -> Latent:
+        """The noise in z, of what a network that predicts what this one does says of it; an inpainting one sees more channels."""
         if self._predicts_v:
             abar = self.schedule.abar[t]
             out = abar**0.5 * out + (1 - abar) ** 0.5 * z

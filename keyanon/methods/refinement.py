@@ -39,6 +39,7 @@ from keyanon.diffusion.solvers import expand
 from keyanon.errors import BadSetting
 from keyanon.types import Bytes, Image, Latent, Mask, Scores
 
+Values = Float[Tensor, "..."]  # of pictures, or of single levels
 Levels = Float[Tensor, "256"]  # what each byte stands for, ascending
 Misfit = Callable[[Image], tuple[Scores, Image]]  # |W (E(x) - z*)|^2 of each picture, half its gradient
 NEWTON_STEPS = 30
@@ -92,12 +93,12 @@ class ToneCurve:
         """Of the curve beyond the knee."""
         return (self.reach - self.knee) / (1 - self.knee) if self.knee < 1 else 1.0
 
-    def expand(self, images: Image) -> Image:
+    def expand(self, images: Values) -> Values:
         """What published values stand for."""
         beyond = (images.abs() - self.knee).clamp(min=0)
         return images + images.sign() * beyond * (self.slope - 1)
 
-    def compress(self, images: Image) -> Image:
+    def compress(self, images: Values) -> Values:
         """The inverse of `expand`: values within `reach` come to lie in [-1, 1]."""
         beyond = (images.abs() - self.knee).clamp(min=0)
         return images + images.sign() * beyond * (1 / self.slope - 1)

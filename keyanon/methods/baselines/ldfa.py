@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import gaussian_blur
@@ -104,7 +104,13 @@ class Ldfa:
         return Published(to_bytes(out).cpu(), (b"",) * len(ids))
 
     def inpaint(
-        self, crops: Image, mask: Mask, soft: Tensor, keys: Sequence[Key], ids: Sequence[str], images: Image
+        self,
+        crops: Image,
+        mask: Mask,
+        soft: Tensor,
+        keys: Sequence[Key],
+        ids: Sequence[str],
+        images: Float[Tensor, "b 3 _ _"],
     ) -> Image:
         """Pictures repainted on `mask`, with noise that hangs on whole pictures and their ids."""
         z0 = self.backbone.encode(crops)
