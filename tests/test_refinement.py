@@ -19,7 +19,7 @@ def test_the_usual_curve_reads_bytes_as_usual():
 
 def test_tone_curve_bends_at_the_knee_and_ends_at_its_reach():
     levels = ToneCurve(0.9, 1.5).levels()
-    usual = to_floats(torch.arange(256)).double()
+    usual = to_floats(torch.arange(256, dtype=torch.uint8)).double()
     assert (levels.diff() > 0).all()
     assert levels[[0, -1]].tolist() == pytest.approx([-1.5, 1.5])
     assert torch.equal(levels[usual.abs() < 0.9], usual[usual.abs() < 0.9])

@@ -119,7 +119,7 @@ class LatentDiffusion:
         factor = 2 ** (len(autoencoder.config.block_out_channels) - 1) if learned else BLOCK
         return height // factor, width // factor
 
-    def eps(self, z: Latent, t: int) -> Latent:
+    def eps(self, z: Float[Tensor, "b _ u v"], t: int) -> Latent:
         """The network's estimate of the noise in z at the timestep t, in fp32."""
         self.evaluations[t] += len(z)
         out = in_chunks(
