@@ -3,10 +3,8 @@
 import base64
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,31 +98,6 @@ def test_shards_give_the_table_of_the_whole(faces, tiny_ldm, tmp_path, monkeypat
     for i in (3, 1, 2):
         in_process(overrides(faces, tiny_ldm, "runs=sharded", f"shard={i}/3"))
     assert Path("results/tables/tiny.csv").read_bytes() == whole
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_table(faces, tiny_ldm, tmp_path, monkeypatch):
-    arguments = overrides(faces, tiny_ldm, "solver.steps=10")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir()
-    monkeypatch.chdir(whole)
-    in_process(arguments)
-    killed.mkdir()
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    program = [sys.executable, "-m", "experiments.run", *arguments]
-    with subprocess.Popen(
-        program, cwd=killed, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    ) as job:
-        deadline = time.monotonic() + 120
-        while not list(killed.glob("results/runs/tiny/*/anonymized/*.png")) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        job.send_signal(signal.SIGKILL)
-    assert not (killed / "results" / "tables" / "tiny.csv").exists()
-    [folder] = killed.glob("results/runs/tiny/*")
-    monkeypatch.chdir(killed)
-    assert in_process(arguments) == folder.relative_to(killed)
-    for name in ("tables/tiny.csv", "tables/tiny.md", "tables/tiny.tex"):
-        assert (killed / "results" / name).read_bytes() == (whole / "results" / name).read_bytes()
 
 
 def test_preflight_lists_everything_missing_at_once(command_in_process):
