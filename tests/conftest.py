@@ -1,5 +1,6 @@
 """Shared pieces: tiny diffusion models in the real layouts, saved once per session, and the place of the real faces."""
 
+import gc
 import json
 import logging
 import os
@@ -33,6 +34,8 @@ from keyanon.types import Embeddings, Image, Mask
 ROOT = Path(__file__).resolve().parents[1]
 # Models are too small for more threads than one, and the tests' workers share the cores.
 torch.set_num_threads(1)
+gc.freeze()  # what is imported stays: to look through it again and again takes a twentieth of the tests' time
+gc.set_threshold(100_000, 50, 50)
 threadpool_limits(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 

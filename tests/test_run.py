@@ -2,9 +2,11 @@
 
 import base64
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from experiments.harness import results
 from experiments.harness.command import row_overrides
 from experiments.harness.shards import sharded
-from experiments.run import refuse_changed_attacks, run
+from experiments.run import main, refuse_changed_attacks, run
 from keyanon.attacks.views import Jpeg
 from keyanon.channel.keys import Recipe, write_key, write_new_key
 from tests.conftest import ROOT, smooth_picture
@@ -165,6 +167,18 @@ def test_a_secret_key_leaves_no_trace_but_its_fingerprint(faces, tiny_ldm, tmp_p
     assert key.secret.hex() not in caplog.text
 
 
+def command_to_files(arguments: list[str], folder: Path) -> None:
+    """The command in a process of its own, a fork of this one: what it prints goes to files."""
+    for name, stream in (("stdout", 1), ("stderr", 2)):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o600), stream)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    tempfile.tempdir = None  # to be looked for anew, in the environment
+    sys.argv = ["run.py", "--config-path", str(ROOT / "conf"), *arguments]
+    main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
 @pytest.mark.parametrize("where", ["file", "password"])
 def test_keys_and_passwords_are_in_no_file_that_a_whole_run_writes(faces, tiny_ldm, tmp_path, monkeypatch, where):
     """The command as users start it, wandb offline, with home and caches inside the folder that is searched."""
@@ -190,11 +204,13 @@ def test_keys_and_passwords_are_in_no_file_that_a_whole_run_writes(faces, tiny_l
         key = recipe.derive("hunter2 hunter2")
         choice = ["key=password", f"key.salt={recipe.salt.hex()}", "key.passes=1", "key.memory=64", "key.lanes=1"]
     arguments = overrides(faces, tiny_ldm, *choice, "wandb=offline", "limit=4", "hydra.verbose=true")
-    done = command(*arguments, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    process = multiprocessing.get_context("fork").Process(target=command_to_files, args=(arguments, home))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0, (home / "stderr").read_text()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     written = [str(path.relative_to(tmp_path)).encode() + path.read_bytes() for path in files]
-    written += [done.stdout.encode(), done.stderr.encode()]
     assert any(path.suffix == ".wandb" for path in files)
     assert any(key.fingerprint.encode() in data for data in written)
     assert any(recipe.salt in data for data in written)  # public: in the published headers
