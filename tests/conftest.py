@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
@@ -28,8 +29,10 @@ if os.environ.get("KEYANON_SHAPES"):  # `make shapes`: the shapes and types that
 import keyanon  # noqa: F401  installs the torchvision shim before anything imports diffusers or torchmetrics
 from experiments.run import main
 from keyanon.channel.keys import MasterKey
-from keyanon.diffusion.model import LatentDiffusion
 from keyanon.types import Embeddings, Image, Mask
+
+if TYPE_CHECKING:
+    from keyanon.diffusion.model import LatentDiffusion
 
 ROOT = Path(__file__).resolve().parents[1]
 # Models are too small for more threads than one, and the tests' workers share the cores.
@@ -92,7 +95,9 @@ def tiny_ldm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def model(tiny_ldm: Path) -> LatentDiffusion:
+def model(tiny_ldm: Path) -> "LatentDiffusion":
+    from keyanon.diffusion.model import LatentDiffusion  # here: xdist's controller needs no diffusers
+
     return LatentDiffusion(str(tiny_ldm), noise=LDM_NOISE, chunk=2)
 
 
