@@ -136,7 +136,7 @@ class Linkage:
             for i, files in enumerate(victims.files):
                 view = f"file {i}"
                 vectors |= {(view, "noise"): files.zT, (view, "mask"): files.mask.float()}
-                vectors |= case.embedded(view, files.images)
+                vectors |= case.embed(view, files.images)
             return Observed(vectors=vectors)
 
         return observe
@@ -257,7 +257,7 @@ class KnownPlaintext:
                     turned = torch.where(inside, files.zT * guess, files.zT)
                     out = case.method.redraw(files.encoded, files.headers, turned)
                     values[view, "psnr_face"] = psnr_face(out, victims.pictures, face)
-                    vectors |= case.embedded(view, out)
+                    vectors |= case.embed(view, out)
             return Observed(values, vectors)
 
         return observe
@@ -355,7 +355,7 @@ class ReusedRotations:
                         psnr_face(out, victims.pictures, face),
                     )
                     values[view, "cells"] = torch.full((len(truth),), float(cells.sum()))
-                    vectors |= case.embedded(view, out)
+                    vectors |= case.embed(view, out)
             return Observed(values, vectors)
 
         return observe
@@ -399,7 +399,7 @@ class RightSigns:
             files, vectors = victims.files[0], dict[Place, torch.Tensor]()
             for share in self.shares:
                 recovered = PartialKey(1 - share)(files.published, files.keys, case.method)
-                vectors |= case.embedded(share_view(share), recovered)
+                vectors |= case.embed(share_view(share), recovered)
             return Observed(vectors=vectors)
 
         return observe
@@ -505,7 +505,7 @@ class Identities:
                 "face blanked": without_faces(case, victims),
             }
             return Observed(
-                vectors={place: rows for view, x in seen.items() for place, rows in case.embedded(view, x).items()}
+                vectors={place: rows for view, x in seen.items() for place, rows in case.embed(view, x).items()}
             )
 
         return observe
@@ -592,7 +592,7 @@ class BackgroundOnly:
         def observe(victims: Victims) -> Observed:
             hidden = without_faces(case, victims)
             shown = {name: with_places_of(victims.pictures, one) for name, one in case.recognizers.items()}
-            return Observed(vectors=replace(case, recognizers=shown).embedded(BLANKED, hidden))
+            return Observed(vectors=replace(case, recognizers=shown).embed(BLANKED, hidden))
 
         return observe
 
@@ -652,25 +652,25 @@ class Learned:
 
     def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Observed]:
         photographs = to_floats(knowledge["photographs"])
-        clean = {name: to_rows(one) for (_, name), one in case.embedded("", photographs).items()}
+        clean = {name: to_rows(one) for (_, name), one in case.embed("", photographs).items()}
         quick = without_verification(case.method)
         guesses, networks = {}, {}
         for pairs_of in PAIRS:
             images = to_floats(knowledge[f"{pairs_of}, images"])
             zT, mask = knowledge[f"{pairs_of}, zT"], knowledge[f"{pairs_of}, mask"]
             networks[pairs_of] = deanonymizer(photographs, images, pixels(mask, images), self.steps)
-            seen = {name: to_rows(one) for (_, name), one in case.embedded("", images).items()}
+            seen = {name: to_rows(one) for (_, name), one in case.embed("", images).items()}
             for name, embeddings in clean.items():
                 for learner, features in learners(seen[name], zT, mask, photographs).items():
                     guesses[pairs_of, learner, name] = ridge(features, embeddings)
 
         def observe(victims: Victims) -> Observed:
             own = victims.files[0]
-            vectors: dict[Place, torch.Tensor] = dict(case.embedded(IGNORANT, own.images))
+            vectors: dict[Place, torch.Tensor] = dict(case.embed(IGNORANT, own.images))
             values: dict[Place, Scores] = {}
             reused = publish(quick, victims.pictures, wrapped("one key stream", own.keys), victims.ids)
             for pairs_of, files in zip(PAIRS, (own, reused), strict=True):
-                seen = {name: to_rows(one) for (_, name), one in case.embedded("", files.images).items()}
+                seen = {name: to_rows(one) for (_, name), one in case.embed("", files.images).items()}
                 for name in case.recognizers:
                     for learner, features in learners(seen[name], files.zT, files.mask, victims.pictures).items():
                         guess = guesses[pairs_of, learner, name](features)
@@ -679,7 +679,7 @@ class Learned:
                     self.view(pairs_of, RESTORER),
                     networks[pairs_of](files.images, files.face(files.images)),
                 )
-                vectors |= case.embedded(view, restored)
+                vectors |= case.embed(view, restored)
                 values[view, "psnr_face"] = psnr_face(restored, victims.pictures, files.face(victims.pictures))
             return Observed(values, vectors)
 
@@ -758,7 +758,7 @@ class KeySearch:
         def observe(victims: Victims) -> Observed:
             files, vectors = victims.files[0], dict[Place, torch.Tensor]()
             for trial in range(1, self.guesses + 1):
-                vectors |= case.embedded(f"key {trial}", WrongKey(trial)(files.published, files.keys, case.method))
+                vectors |= case.embed(f"key {trial}", WrongKey(trial)(files.published, files.keys, case.method))
             return Observed(vectors=vectors)
 
         return observe

@@ -164,7 +164,7 @@ class Case:
     public: Callable[[int], tuple[list[str], Bytes]]
     far: float
 
-    def embedded(self, view: str, images: Image) -> dict[Place, Embeddings]:
+    def embed(self, view: str, images: Image) -> dict[Place, Embeddings]:
         """How recognizers see pictures."""
         return {(view, name): recognizer.embed(images) for name, recognizer in self.recognizers.items()}
 
