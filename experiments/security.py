@@ -36,7 +36,7 @@ from keyanon.channel.pixels import to_floats, write_png
 from keyanon.channel.whole import write_whole
 from keyanon.errors import BadSetting
 from keyanon.measures.biometrics import Floats, cosine, threshold_at_far
-from keyanon.run_folder import ORIGINAL, RunFiles, read_parts, vectors_of
+from keyanon.run_folder import ORIGINAL, RunFiles, measured_ids, read_parts, vectors_of
 from keyanon.types import COSINE, Bytes, Image, Key, KeyedNoise, Mask, Observed, View
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def attacked(
 ) -> bool:
     """Publish a method's files, let attackers look at this shard's, and conclude once all shards have; whether it was written."""
     files = PublishedFiles(session, cell.folder, method, keys(session.cfg.files))
-    case = Case(method, session.recognizers, people, files.victims, files.public, session.cfg.far)
+    case = Case(method, session.recognizers, people, files.victims, files.public, files.photographs, session.cfg.far)
     folders = {
         name: cell.folder / f"{name}-{notes_signature(session, name, attacker, people)}"
         for name, attacker in attackers.items()
@@ -138,7 +138,10 @@ def attacked(
         files.publish(ids)
         for name, attacker in attackers.items():
             chosen = set(attacker.chosen(case))
-            mine = [id for id in ids if id in chosen]
+            done = measured_ids(
+                folders[name]
+            )  # looked for here: an attacker may train for minutes before it looks at a picture
+            mine = [id for id in ids if id in chosen and id not in done]
             if not mine:
                 continue
             knowledge = knowledge_of(folders[name], attacker, case)
@@ -270,8 +273,8 @@ class PublishedFiles:
             batch = list(ids[first : first + size])
             yield self.read(batch, to_floats(self.session.originals.read_all(ORIGINAL, batch)))
 
-    def public(self, count: int) -> tuple[list[str], Bytes]:
-        """So many pictures of people who are not under attack, from the rest of the dataset."""
+    def public(self, count: int) -> list[str]:
+        """The ids of so many pictures of people who are not under attack, from the rest of the dataset."""
         session = self.session
         victims = set(session.people(session.ids))
         rest = [id for id in session.dataset.ids[len(session.ids) :] if session.people([id])[0] not in victims]
@@ -280,9 +283,11 @@ class PublishedFiles:
             asked, rest = rest[: count - len(found)], rest[count - len(found) :]
             skipped = session.prepare(asked)
             found += [id for id in asked if id not in skipped]
-        return found, session.originals.read_all(ORIGINAL, found) if found else torch.empty(
-            0, 3, 0, 0, dtype=torch.uint8
-        )
+        return found
+
+    def photographs(self, ids: Sequence[str]) -> Bytes:
+        """Prepared originals."""
+        return self.session.originals.read_all(ORIGINAL, ids)
 
 
 def methods_beside(experiment: str, methods: Sequence[str]) -> str:

@@ -30,7 +30,7 @@ from keyanon.channel.whole import write_whole
 from keyanon.errors import BadData
 from keyanon.measures.biometrics import Statistic
 from keyanon.measures.scorers import Against
-from keyanon.run_folder import ORIGINAL, RunFiles, read_parts
+from keyanon.run_folder import MASK, ORIGINAL, RunFiles, read_parts
 from keyanon.types import About, Anonymizer, Dataset, FaceParser, Model, NeedsWeights, Recognizer, Scorer
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class Session:
             if not isinstance(scorer, Against):
                 asked = provenance.signature({"scorer": plain(self.cfg.scorers[name])})
                 folders.append(self.originals.folder / "scores" / f"{name}-{asked}")
-                views = dict.fromkeys(("original", "mask"), self.originals)
+                views = dict.fromkeys((ORIGINAL, MASK), self.originals)
                 size, device = self.cfg.batch_size, self.cfg.device
                 runner.score(folders[-1], views, [ORIGINAL], ids, {name: scorer}, {}, {}, size, device)
         return folders

@@ -622,7 +622,7 @@ class Learned:
     steps: int
 
     def chosen(self, case: Case) -> Sequence[str]:
-        ids, _ = case.public(self.people)
+        ids = case.public(self.people)
         if len(ids) < self.people:
             log.warning("learned: the dataset has pictures of %d other people, %d are asked for", len(ids), self.people)
             return []
@@ -630,7 +630,8 @@ class Learned:
 
     def learn(self, case: Case) -> Knowledge:
         """The pairs to train on: photographs of other people, and their files under each choice of keys."""
-        ids, photographs = case.public(self.people)
+        ids = case.public(self.people)
+        photographs = case.photographs(ids)
         (victims,) = (batch for _, batch in zip(range(1), case.victims(case.people.ids[:1]), strict=False))
         choices: dict[str, list[Key]] = {
             "own keys": [experiment_key(10_000 + i) for i in range(len(ids))],

@@ -153,7 +153,8 @@ class Case:
         recognizers: by name.
         people: who is on the pictures.
         victims: the pictures of some ids with their files, a batch at a time.
-        public: so many pictures of people who are not under attack, with their ids; fewer where there are no more.
+        public: ids of so many pictures of people who are not under attack; fewer where there are no more.
+        photographs: the original pictures of some ids.
         far: false accept rate of the recognizers' thresholds.
     """
 
@@ -161,7 +162,8 @@ class Case:
     recognizers: Mapping[str, Recognizer]
     people: People
     victims: Callable[[Sequence[str]], Iterator[Victims]]
-    public: Callable[[int], tuple[list[str], Bytes]]
+    public: Callable[[int], list[str]]
+    photographs: Callable[[Sequence[str]], Bytes]
     far: float
 
     def embed(self, view: str, images: Image) -> dict[Place, Embeddings]:
