@@ -25,7 +25,18 @@ from omegaconf import DictConfig
 
 from experiments.harness.command import start
 from experiments.harness.meaning import Meanings
-from experiments.harness.session import Cell, Result, Session, begin, fill, model_notes, plain, show, stand_in_notes
+from experiments.harness.session import (
+    Cell,
+    Incomplete,
+    Result,
+    Session,
+    begin,
+    fill,
+    model_notes,
+    plain,
+    show,
+    stand_in_notes,
+)
 from experiments.harness.statistics import rows_of, vectors
 from keyanon import runner
 from keyanon.batching import filled
@@ -34,7 +45,7 @@ from keyanon.channel.pixels import to_floats
 from keyanon.errors import BadSetting
 from keyanon.measures.biometrics import Floats, Statistic, mean_statistic, w2_squared
 from keyanon.measures.scorers import frechet_distance
-from keyanon.run_folder import ANONYMIZED, read_parts
+from keyanon.run_folder import ANONYMIZED
 from keyanon.types import COSINE, Anonymizer, Embeddings, Image, Mask, Observed, Recognizer, Summary
 
 Vectors = Floats  # (keys, pictures, d): unit rows; of NaN where no face was found
@@ -113,8 +124,8 @@ def row(session: Session, name: str, method: Anonymizer) -> Cell:
         cfg.methods[name].get("backbone"), choices["backbone"], choices["parser"]
     )
     notes += [f"{cfg.keys_per_picture} published keys for each picture", *map(str, cfg.notes)]
-    question = {"method": plain(cfg.methods[name]), "keys": cfg.keys_per_picture, "recognizers": plain(cfg.recognizers)}
-    return session.cell(name, question, notes, method)
+    settings = {"method": plain(cfg.methods[name]), "keys": cfg.keys_per_picture, "recognizers": session.made_by}
+    return session.cell(name, settings, notes, method)
 
 
 def fill_row(session: Session, cell: Cell, method: Anonymizer) -> bool:
@@ -123,16 +134,15 @@ def fill_row(session: Session, cell: Cell, method: Anonymizer) -> bool:
     def work(ids: Sequence[str]) -> None:
         session.enrol(ids)
         measures = embeddings_under_keys(method, session.recognizers, keys)
-        runner.observe(cell.folder, session.originals, ids, measures, cfg.batch_size, f"{cell.row}: {keys} keys")
+        runner.observe(cell.files, session.originals, ids, measures, cfg.batch_size, f"{cell.row}: {keys} keys")
 
     def conclude(ids: Sequence[str]) -> Result:
         statistics: list[tuple[str, str, Statistic]] = []
         scores = []
-        for name, place in session.enrol(ids).items():
-            clean, rows = (
-                rows_of(ids, read_parts(place / "embeddings")),
-                rows_of(ids, read_parts(cell.folder / "embeddings", name)),
-            )
+        if lost := set(ids) - cell.files.measured():
+            raise Incomplete(sorted(lost))
+        for name, enrolled in session.enrol(ids).items():
+            clean, rows = (rows_of(ids, files.embeddings(name)) for files in (enrolled, cell.files))
             order = clean["id"].to_pylist()
             versions = np.stack([vectors(rows.filter(pc.equal(rows["view"], str(seed)))) for seed in range(keys)])
             found = statistics_of(versions, vectors(clean), session.people(order))

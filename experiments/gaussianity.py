@@ -24,13 +24,13 @@ from experiments.harness.command import start
 from experiments.harness.meaning import Meanings
 from experiments.harness.session import (
     Cell,
+    Incomplete,
     Result,
     Session,
     begin,
     fill,
     model_notes,
     plain,
-    scores_of,
     show,
     stand_in_notes,
 )
@@ -104,18 +104,21 @@ def row(session: Session, name: str, solver: Solver | None, backbone: LatentDiff
         *stand_in_notes(cfg.backbone),
         *model_notes(cfg.backbone, choices["backbone"], choices["parser"]),
     ]
-    question = {"backbone": plain(cfg.backbone), "solver": repr(solver)}
-    return session.cell(name, question, [*notes, f"mmd2 of {PATCH} x {PATCH} patches"], backbone)
+    settings = {"backbone": plain(cfg.backbone), "solver": repr(solver)}
+    return session.cell(name, settings, [*notes, f"mmd2 of {PATCH} x {PATCH} patches"], (backbone, solver, measure))
 
 
 def fill_row(session: Session, cell: Cell, solver: Solver | None, backbone: LatentDiffusion) -> bool:
     measures, size = noise_statistics(backbone, session.parser, solver), session.cfg.batch_size
 
     def work(ids: Sequence[str]) -> None:
-        runner.observe(cell.folder, session.originals, ids, measures, size, cell.row)
+        runner.observe(cell.files, session.originals, ids, measures, size, cell.row)
 
     def conclude(ids: Sequence[str]) -> Result:
-        scores = scores_of(cell.folder, ids)
+        if lost := set(ids) - cell.files.measured():
+            raise Incomplete(sorted(lost))
+        scores = cell.files.scores()
+        scores = scores[scores["id"].isin(set(ids))]
         return Result(list(averages(scores, session.people)), scores, MEANINGS)
 
     return fill(session, cell, work, conclude)

@@ -4,7 +4,6 @@ Preflight, then make every view, then score it, then average, then write the tab
 folder at once: each makes and scores its own pictures, and the last to end averages over all.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,33 +34,34 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     from hydra.utils import instantiate
 
     from experiments.harness.meaning import meanings
-    from experiments.harness.session import Result, begin, fill, plain, scores_of, show
+    from experiments.harness.provenance import made_of, signature
+    from experiments.harness.session import Incomplete, Result, begin, fill, plain, show
     from experiments.harness.shards import sharded
     from experiments.harness.statistics import averages, scores_of_enrolled, verification
     from keyanon import runner
     from keyanon.attacks.views import by_view
     from keyanon.measures.scorers import Against
-    from keyanon.run_folder import MASK, ORIGINAL, RunFiles
+    from keyanon.run_folder import ANONYMIZED, MASK, ORIGINAL, RECOVERED
 
     key = instantiate(cfg.key)
     method, attacks = (instantiate(part, _convert_="all") for part in (cfg.anonymizer, cfg.attacks))
     attacks = by_view(attacks)
-    session = begin(cfg, choices, command, method, views=4 + len(attacks))
-    question = {"anonymizer": plain(cfg.anonymizer), "key": key.fingerprint}
+    session = begin(cfg, choices, command, method)
+    settings = {"anonymizer": plain(cfg.anonymizer), "key": key.fingerprint}
     measures = {group: plain(cfg[group]) for group in MEASURES}
     row = ",".join([choices["anonymizer"], *swept])
-    cell = session.cell(row, question, notes_of(cfg, choices), method, measures)
-    refuse_changed_attacks(cell.folder, attacks)
+    made_by = {view: signature(made_of(settings_of(attack), attack)) for view, attack in attacks.items()}
+    cell = session.cell(row, settings, notes_of(cfg, choices), method, measures, made_by=made_by)
 
     def work(ids: Sequence[str]) -> None:
-        runner.generate(cell.folder, session.originals, ids, method, key, attacks, cfg.batch_size, cell.evaluations)
+        files = cell.files
+        runner.generate(files, session.originals, ids, method, key, attacks, cfg.batch_size, cell.evaluations)
         enrolled = session.enrol(ids, sharded(session.dataset.gallery, cfg.shard))
         session.score_originals(ids)
-        files = RunFiles(cell.folder)
         views = files.views()
         pictures = {ORIGINAL: session.originals, MASK: session.originals} | dict.fromkeys(views, files)
         runner.score(
-            cell.folder,
+            files,
             pictures,
             views,
             ids,
@@ -72,21 +72,27 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
             cfg.device,
         )
         loops = {name: scorer for name, scorer in session.scorers.items() if isinstance(scorer, Against)}
-        runner.score(cell.folder, pictures, [ORIGINAL], ids, loops, {}, {}, cfg.batch_size, cfg.device)
+        runner.score(files, pictures, [ORIGINAL], ids, loops, {}, {}, cfg.batch_size, cfg.device)
 
     def conclude(ids: Sequence[str]) -> Result:
+        files = cell.files
+        names = [*session.scorers, *session.recognizers]
+        pictures = dict.fromkeys(views := files.views(), files)
+        if lacking := runner.unscored(files, pictures, views, ids, names):
+            raise Incomplete(lacking)
         enrolled = session.enrol(ids, session.dataset.gallery)
-        clean = [scores_of(folder, ids) for folder in session.score_originals(ids)]
-        scores = pd.concat([*clean, scores_of_enrolled(enrolled, ids), scores_of(cell.folder, ids)], ignore_index=True)
-        scores = scores.sort_values(["view", "scorer", "id"], ignore_index=True)
+        session.score_originals(ids)
+        found = [session.originals.scores(), scores_of_enrolled(enrolled, ids), files.scores()]
+        scores = pd.concat(found, ignore_index=True)
+        scores = scores[scores["id"].isin(set(ids))].sort_values(["view", "scorer", "id"], ignore_index=True)
         statistics = [
             *averages(scores, session.people),
-            *verification(cell.folder, enrolled, session.dataset.gallery, ids, session.people, cfg.far),
+            *verification(files, enrolled, session.dataset.gallery, ids, session.people, cfg.far),
         ]
         said = meanings(session.scorers, session.recognizers, attacks, method, cfg.far)
-        return Result(statistics, scores, said, draw_sheet(session.originals, RunFiles(cell.folder), ids))
+        return Result(statistics, scores, said, draw_sheet(session.originals, files, ids))
 
-    if fill(session, cell, work, conclude):
+    if fill(session, cell, work, conclude, [ANONYMIZED, RECOVERED, *attacks]):
         show(session, [cell])
     return cell.folder
 
@@ -120,26 +126,10 @@ def draw_sheet(originals: Any, files: Any, ids: Sequence[str]) -> Path | None:
     return path
 
 
-def refuse_changed_attacks(folder: Path, attacks: Mapping[str, Any]) -> None:
-    """Refuse to mix two attacks under one view's name: pictures made with other settings are already there."""
-    from keyanon.channel.whole import write_whole
-    from keyanon.errors import BadSetting
-
-    (folder / "attacks").mkdir(parents=True, exist_ok=True)
-    for view, attack in attacks.items():
-        path, settings = folder / "attacks" / f"{view}.json", settings_of(attack)
-        if not path.exists():
-            write_whole(path, settings.encode())
-        elif path.read_text("utf-8") != settings:
-            raise BadSetting(
-                f"{folder / view} holds pictures of this attack with other settings; rename the attack or delete it"
-            )
-
-
-def settings_of(attack: Any) -> str:
+def settings_of(attack: Any) -> dict[str, str]:
     """What an attack is and does: a function with its arguments, or an object with its fields."""
     what, settings = (attack.func, attack.keywords) if isinstance(attack, partial) else (type(attack), vars(attack))
-    return json.dumps({"what": f"{what.__module__}.{what.__qualname__}", **settings}, indent=2, default=repr)
+    return {"what": f"{what.__module__}.{what.__qualname__}", **{name: repr(value) for name, value in settings.items()}}
 
 
 if __name__ == "__main__":

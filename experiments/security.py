@@ -9,7 +9,6 @@ any other.
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +18,42 @@ import pandas as pd
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file, save
 from tabulate import tabulate
 
 from experiments.harness import layout, provenance, results
 from experiments.harness.command import start
 from experiments.harness.meaning import Meanings
 from experiments.harness.plots import share_curve
-from experiments.harness.session import Cell, Result, Session, begin, fill, model_notes, plain, show, stand_in_notes
+from experiments.harness.session import (
+    Cell,
+    Incomplete,
+    Result,
+    Session,
+    begin,
+    fill,
+    model_notes,
+    plain,
+    show,
+    stand_in_notes,
+)
 from keyanon import runner
 from keyanon.attacks.attackers import VIEWS, distribution_tests, published_key, summaries
 from keyanon.attacks.case import Attacker, Case, Files, Found, Knowledge, Learns, People, Taken, Victims, publish
-from keyanon.batching import filled
+from keyanon.batching import batches, filled
 from keyanon.channel.keys import experiment_key
-from keyanon.channel.pixels import to_floats, write_png
+from keyanon.channel.pixels import png_bytes, to_floats
 from keyanon.channel.whole import write_whole
 from keyanon.errors import BadSetting
 from keyanon.measures.biometrics import Floats, cosine, threshold_at_far
-from keyanon.run_folder import ORIGINAL, RunFiles, measured_ids, read_parts, vectors_of
+from keyanon.parts import Damaged
+from keyanon.run_folder import ORIGINAL, RunFiles
 from keyanon.types import COSINE, Bytes, Image, Key, KeyedNoise, Mask, Observed, View
 
 log = logging.getLogger(__name__)
 
+TENSORS = ".safetensors"
 DICTIONARY = "Argon2id"  # the row of what a password costs, which is no method's
 
 
@@ -63,7 +76,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], _: Sequence[str] = (), comm
     cells: list[Cell] = []
     written: list[bool] = []
     for name, method in methods.items():
-        settings = {"attackers": plain(cfg.security), "recognizers": plain(cfg.recognizers), "far": cfg.far}
+        settings = {"attackers": plain(cfg.security), "far": cfg.far}
         cells.append(session.cell(name, {"method": plain(cfg.methods[name])}, notes, method, settings, ids))
         written.append(attacked(session, cells[-1], method, attackers, people))
     if dictionary is not None:
@@ -97,8 +110,7 @@ def people_of(session: Session, ids: Sequence[str]) -> People:
     if len(set(names)) < 2:
         raise BadSetting(f"{len(set(names))} person on {len(ids)} readable pictures; linkage and strangers need two")
     embeddings = {
-        name: vectors_of(at / "embeddings", [*ids, *gallery_ids])
-        for name, at in session.enrol(ids, gallery_ids).items()
+        name: enrolled.vectors([*ids, *gallery_ids]) for name, enrolled in session.enrol(ids, gallery_ids).items()
     }
     clean = {name: stacked(seen, ids) for name, seen in embeddings.items()}
     if not gallery_ids:
@@ -127,10 +139,10 @@ def attacked(
     session: Session, cell: Cell, method: KeyedNoise, attackers: Mapping[str, Attacker], people: People
 ) -> bool:
     """Publish a method's files, let attackers look at this shard's, and conclude once all shards have; whether it was written."""
-    files = PublishedFiles(session, cell.folder, method, keys(session.cfg.files))
+    files = PublishedFiles(session, cell.files, method, keys(session.cfg.files))
     case = Case(method, session.recognizers, people, files.victims, files.public, files.photographs, session.cfg.far)
-    folders = {
-        name: cell.folder / f"{name}-{notes_signature(session, name, attacker, people)}"
+    notes = {
+        name: RunFiles(cell.folder / f"{name}-{notes_signature(session, name, attacker, people)}", cell.contents)
         for name, attacker in attackers.items()
     }
 
@@ -138,13 +150,11 @@ def attacked(
         files.publish(ids)
         for name, attacker in attackers.items():
             chosen = set(attacker.chosen(case))
-            done = measured_ids(
-                folders[name]
-            )  # looked for here: an attacker may train for minutes before it looks at a picture
+            done = notes[name].measured()  # here: an attacker may train for minutes before it looks at a picture
             mine = [id for id in ids if id in chosen and id not in done]
             if not mine:
                 continue
-            knowledge = knowledge_of(folders[name], attacker, case)
+            knowledge = knowledge_of(notes[name].folder, attacker, case)
             attack = attacker.attack(case, knowledge)
 
             def observed(batch: Sequence[str], images: Image, _: Mask, attack: Any = attack) -> Observed:
@@ -152,7 +162,7 @@ def attacked(
                 return found
 
             runner.observe(
-                folders[name], session.originals, mine, observed, session.cfg.batch_size, f"{cell.row}: {name}"
+                notes[name], session.originals, mine, observed, session.cfg.batch_size, f"{cell.row}: {name}"
             )
 
     def conclude(ids: Sequence[str]) -> Result | None:
@@ -163,8 +173,10 @@ def attacked(
         for name, attacker in attackers.items():
             wanted, done = set(attacker.chosen(case)), set(ids)
             chosen = [id for id in people.ids if id in wanted and id in done]
+            if lost := set(chosen) - notes[name].measured():
+                raise Incomplete(sorted(lost))
             if chosen:
-                found += attacker.conclude(case, taken_from(folders[name], chosen))
+                found += attacker.conclude(case, taken_from(notes[name], chosen))
         return result(session, [*found, *distribution_tests(case, found)])
 
     return fill(session, cell, work, conclude)
@@ -172,8 +184,10 @@ def attacked(
 
 def notes_signature(session: Session, name: str, attacker: Attacker, people: People) -> str:
     """A signature of what an attacker's notes depend on, besides the method's files; one that learns needs to know all pictures."""
-    question = {"attacker": plain(session.cfg.security[name]), "recognizers": plain(session.cfg.recognizers)}
-    return provenance.signature(question | ({"pictures": list(people.ids)} if isinstance(attacker, Learns) else {}))
+    question = provenance.made_of(plain(session.cfg.security[name]), attacker) | {"recognizers": session.made_by}
+    if isinstance(attacker, Learns):
+        question["pictures"] = {id: session.contents[id] for id in people.ids}
+    return provenance.signature(question)
 
 
 def knowledge_of(folder: Path, attacker: Attacker, case: Case) -> Knowledge:
@@ -184,19 +198,22 @@ def knowledge_of(folder: Path, attacker: Attacker, case: Case) -> Knowledge:
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, save({name: tensor.contiguous() for name, tensor in attacker.learn(case).items()}))
-    return load_file(path)
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        raise Damaged(path) from None
 
 
-def taken_from(folder: Path, ids: Sequence[str]) -> Taken:
-    """What was taken down of pictures, as the folder's parts have it."""
-    scores = read_parts(folder / "scores").to_pandas().set_index(["view", "scorer", "id"])["value"]
+def taken_from(notes: RunFiles, ids: Sequence[str]) -> Taken:
+    """What was taken down of pictures."""
+    scores = notes.scores().set_index(["view", "scorer", "id"])["value"]
 
     def values(view: str, scorer: str) -> Floats:
         found: Floats = scores[view, scorer].reindex(ids).to_numpy(np.float64)
         return found
 
     def vectors(view: str, scorer: str) -> Floats:
-        rows = read_parts(folder / "embeddings", scorer, view)
+        rows = notes.embeddings(scorer, view)
         of = dict(zip(rows["id"].to_pylist(), rows["embedding"], strict=True))
         return np.array([of[id].values.to_numpy() for id in ids if id in of], np.float64)
 
@@ -226,41 +243,35 @@ class PublishedFiles:
     """The files of prepared pictures under each key, kept in a folder with what anyone computes from them."""
 
     session: Session
-    folder: Path
+    files: RunFiles
     method: KeyedNoise
     keys: Sequence[Key]
 
-    @cached_property
-    def files(self) -> RunFiles:
-        return RunFiles(self.folder)
-
-    def noise(self, i: int, id: str) -> Path:
-        return self.folder / f"noise{i}" / f"{id}.safetensors"
-
     def publish(self, ids: Sequence[str]) -> None:
         """Publish those of the pictures that are not published yet."""
-        for i in range(len(self.keys)):
-            for kind in ("file", "noise"):
-                (self.folder / f"{kind}{i}").mkdir(parents=True, exist_ok=True)
 
-        def write(batch: Sequence[str], images: Image, _: Mask) -> Observed:
+        def published(id: str) -> bool:
+            places = range(len(self.keys))
+            return all(self.files.has(f"file{i}", id) and self.files.has(f"noise{i}", id, TENSORS) for i in places)
+
+        size = self.session.cfg.batch_size
+        for batch in batches([id for id in ids if not published(id)], size, "publish"):
+            images = to_floats(self.session.originals.read_all(ORIGINAL, filled(batch, size)))
             for i, key in enumerate(self.keys):
-                made = publish(self.method, images, [key] * len(images), filled(batch, len(images)))
+                made = publish(self.method, images, [key] * size, filled(batch, size))
                 for row, id in enumerate(batch):
                     kept = {"zT": made.zT[row].cpu(), "mask": made.mask[row].cpu()}
-                    write_whole(self.noise(i, id), save({name: part.contiguous() for name, part in kept.items()}))
-                    write_png(self.files.path(f"file{i}", id), made.published.images[row], made.headers[row])
-            return Observed()
-
-        session = self.session
-        runner.observe(self.folder / "published", session.originals, ids, write, session.cfg.batch_size, "publish")
+                    noise = save({name: part.contiguous() for name, part in kept.items()})
+                    self.files.write(f"noise{i}", id, noise, TENSORS)
+                    self.files.write(f"file{i}", id, png_bytes(made.published.images[row], made.headers[row]))
+            self.files.keep_files()
 
     def read(self, ids: Sequence[str], pictures: Image) -> Victims:
         """The files of pictures that are published."""
         made = []
         for i, key in enumerate(self.keys):
             published = self.files.read(f"file{i}", ids)
-            kept = [load_file(self.noise(i, id)) for id in ids]
+            kept = [load(self.files.data(f"noise{i}", id, TENSORS)) for id in ids]
             zT, mask = (torch.stack([one[name] for one in kept]).to(self.session.cfg.device) for name in ("zT", "mask"))
             made.append(Files(published, [key] * len(ids), self.method.encoded_pictures(published), zT, mask))
         return Victims(ids, pictures, made)

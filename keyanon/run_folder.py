@@ -1,102 +1,132 @@
-"""What a run keeps, in folders: pictures as PNG files by view and id, rows as Parquet parts.
+"""What a run keeps, in folders: pictures as PNG files by view and id, rows as Parquet parts; each under what it is made of.
 
-A file that exists is done: files appear whole. Any number of processes may work in one folder at once, each on pictures of its own:
-what they take down (scores, embeddings, costs, skipped pictures) are part files, named by their content, which nobody writes again.
+Of every file and every row it is written down which picture it is of (the digest of that picture's bytes) and what made it, where
+the folder's own name does not say that. Only what fits today's question is there; all else counts as not done, and is made again.
+
+A file is done when its row is there and its size fits; its bytes are checked when it is read. Files and parts appear whole. Any
+number of processes may work in one folder at once, each on pictures of its own: what they take down (files, scores, embeddings,
+costs, skipped pictures) are part files, named by their content, which nobody writes again.
 """
 
 import csv
 import hashlib
 import io
+import threading
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from keyanon.channel.pixels import read_png, to_floats, write_png
+from keyanon.channel.pixels import png_bytes, read_png, to_floats
 from keyanon.channel.whole import write_whole
-from keyanon.types import Bytes, Image, Picture, Published, Scores
+from keyanon.parts import Damaged, read_parts, write_part
+from keyanon.types import Bytes, Image, Picture, PictureBytes, Place, Published, Scores
 
 ORIGINAL, MASK, ANONYMIZED, RECOVERED = "original", "mask", "anonymized", "recovered"
 CLEAN = "clean"  # of embeddings: originals and gallery alike
 RECONSTRUCTED = "reconstructed"  # D(E(x)): no recovery through an autoencoder can be better
-SCORE_SCHEMA = pa.schema([("id", pa.string()), ("view", pa.string()), ("scorer", pa.string()), ("value", pa.float64())])
-EMBEDDING_SCHEMA = pa.schema(
-    [("id", pa.string()), ("view", pa.string()), ("scorer", pa.string()), ("embedding", pa.list_(pa.float32()))]
-)
-COST_SCHEMA = pa.schema(
-    [("view", pa.string()), ("pictures", pa.int64()), ("seconds", pa.float64()), ("evaluations", pa.int64())]
-)
-ID_SCHEMA = pa.schema([("id", pa.string())])
-SKIPPED_SCHEMA = pa.schema([("id", pa.string()), ("reason", pa.string())])
+SECONDS, EVALUATIONS = "seconds", "evaluations"  # what a picture of a view cost
 IO_WORKERS = 4
+LONGEST_NAME = 255  # bytes, on all common file systems
+
+# `content`: the digest of the picture's bytes. `by`: signatures of what made view and number, "" where the folder's name says it.
+_KEYED = [("id", pa.string()), ("content", pa.string())]
+_NUMBERED = [*_KEYED, ("view", pa.string()), ("scorer", pa.string()), ("by", pa.string())]
+SCORE_SCHEMA = pa.schema([*_NUMBERED, ("value", pa.float64())])
+EMBEDDING_SCHEMA = pa.schema([*_NUMBERED, ("embedding", pa.list_(pa.float32()))])
+FILE_SCHEMA = pa.schema(
+    [*_KEYED, ("view", pa.string()), ("by", pa.string()), ("sha256", pa.string()), ("size", pa.int64())]
+)
+ID_SCHEMA = pa.schema(_KEYED)
+SKIPPED_SCHEMA = pa.schema([*_KEYED, ("reason", pa.string())])
 
 
-def score_rows(ids: Sequence[str], values: Mapping[tuple[str, str], Scores]) -> pa.Table:
-    """Rows of SCORE_SCHEMA, of values by view and scorer; these may be filled up beyond the ids."""
-    rows = [
-        {"id": id, "view": view, "scorer": scorer, "value": value}
-        for (view, scorer), column in values.items()
-        for id, value in zip(ids, column.tolist(), strict=False)
-    ]
-    return pa.Table.from_pylist(rows, SCORE_SCHEMA)
+@dataclass(frozen=True)
+class Written:
+    """A file as it was written."""
 
-
-def embedding_rows(ids: Sequence[str], vectors: Mapping[tuple[str, str], Tensor]) -> pa.Table:
-    """Rows of EMBEDDING_SCHEMA, of vectors (n d) by view and scorer; these may be filled up beyond the ids."""
-    tables = [EMBEDDING_SCHEMA.empty_table()]
-    for (view, scorer), rows in vectors.items():
-        values = rows[: len(ids)].flatten(1).to("cpu", torch.float32).numpy()
-        ends = np.arange(len(ids) + 1, dtype=np.int32) * values.shape[1]
-        column = pa.ListArray.from_arrays(ends, values.ravel())
-        tables.append(pa.table([pa.array(ids), [view] * len(ids), [scorer] * len(ids), column], EMBEDDING_SCHEMA))
-    return pa.concat_tables(tables)
-
-
-def vectors_of(folder: Path, ids: Sequence[str]) -> dict[str, Tensor]:
-    """The vectors (d,) of some pictures by id, from part files that hold one view and scorer."""
-    table = parts(folder, EMBEDDING_SCHEMA, ["id", "embedding"])
-    rows = table.filter(pc.is_in(table["id"], value_set=pa.array(ids, pa.string())))
-    vectors = [torch.tensor(vector.values.to_numpy()) for vector in rows["embedding"]]
-    return dict(zip(rows["id"].to_pylist(), vectors, strict=True))
-
-
-def measured_ids(folder: Path) -> set[str]:
-    """The pictures of which everything is kept that an experiment takes down."""
-    return set(parts(folder / "measured", ID_SCHEMA)["id"].to_pylist())
-
-
-def write_measured(folder: Path, ids: Sequence[str]) -> None:
-    write_part(folder / "measured", pa.table([pa.array(ids, pa.string())], ID_SCHEMA))
+    content: str
+    by: str
+    sha256: str
+    size: int
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The pictures of one run folder, by view and id."""
+    """A folder's pictures and rows, of today's pictures and parts.
+
+    Args:
+        folder: where they are.
+        contents: by id the digest of the picture's bytes; an id that is not in it is of no bytes in particular.
+        made_by: by the name of a view, scorer or recognizer the signature of what makes it, where the folder's name does not say.
+    """
 
     folder: Path
+    contents: Mapping[str, str] = field(default_factory=dict)
+    made_by: Mapping[str, str] = field(default_factory=dict)
 
-    def path(self, view: str, id: str) -> Path:
-        return self.folder / view / f"{id}.png"
+    # Files
 
-    def has(self, view: str, id: str) -> bool:
-        return self.path(view, id).exists()
+    def path(self, view: str, id: str, suffix: str = ".png") -> Path:
+        return self.folder / view / file_name(id, suffix)
+
+    def has(self, view: str, id: str, suffix: str = ".png") -> bool:
+        """Whether the file is there that today's question asks for, as far as its size tells."""
+        wanted = self._wanted(view, id)
+        if not wanted:
+            return False
+        try:
+            return self.path(view, id, suffix).stat().st_size in {written.size for written in wanted}
+        except FileNotFoundError:
+            return False
 
     def ids(self, view: str) -> list[str]:
-        return sorted(path.stem for path in (self.folder / view).glob("*.png"))
+        """The pictures whose file of a view is there."""
+        return sorted(id for known, id in list(self._files) if known == view and self.has(view, id))
 
     def views(self) -> list[str]:
         """The views that a method has made, in the order of tables."""
-        found = {path.name for path in self.folder.iterdir() if path.is_dir() and any(path.glob("*.png"))}
+        found = {view for view, id in list(self._files) if self.has(view, id)}
         rest = found - {ORIGINAL, MASK, ANONYMIZED, RECOVERED}
         return [*(view for view in (ANONYMIZED, RECOVERED) if view in found), *sorted(rest)]
+
+    def write(self, view: str, id: str, data: bytes, suffix: str = ".png") -> None:
+        """Write a file; `keep_files` writes down that it is there."""
+        path = self.path(view, id, suffix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, data)
+        written = Written(self.contents.get(id, ""), self._by(view), digest(data), len(data))
+        with self._lock:
+            self._files[view, id].append(written)
+            self._fresh.append({"id": id, "view": view, **vars(written)})
+
+    def keep_files(self) -> None:
+        """Write down which files have been written since the last time."""
+        with self._lock:
+            rows = self._fresh[:]
+            self._fresh.clear()
+        write_part(self.folder / "files", pa.Table.from_pylist(rows, FILE_SCHEMA))
+
+    def data(self, view: str, id: str, suffix: str = ".png") -> bytes:
+        """A file's bytes; raises Damaged if they are not those that were written."""
+        path = self.path(view, id, suffix)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise Damaged(path, "start again: it is made anew") from None
+        if digest(data) not in {written.sha256 for written in self._wanted(view, id)}:
+            raise Damaged(path)
+        return data
 
     def write_all(
         self,
@@ -108,16 +138,19 @@ class RunFiles:
     ) -> list[Future[None]]:
         """Start writing pictures."""
         headers = headers or [b""] * len(ids)
-        pictures = zip(ids, pixels, headers, strict=False)
-        return [pool.submit(write_png, self.path(view, id), picture, header) for id, picture, header in pictures]
+
+        def write(id: str, picture: PictureBytes, header: bytes) -> None:
+            self.write(view, id, png_bytes(picture, header))
+
+        return [pool.submit(write, *entry) for entry in zip(ids, pixels, headers, strict=False)]
 
     def reading(self, pool: Executor, view: str, ids: Sequence[str]) -> list[Future[tuple[Bytes, bytes]]]:
         """Start reading pictures as a receiver does, with their headers."""
-        return [pool.submit(read_png, self.path(view, id)) for id in ids]
+        return [pool.submit(self._read, view, id) for id in ids]
 
     def load(self, id: str) -> Picture:
         """A prepared original."""
-        return to_floats(read_png(self.path(ORIGINAL, id))[0])
+        return to_floats(self._read(ORIGINAL, id)[0])
 
     def read(self, view: str, ids: Sequence[str]) -> Published:
         """Pictures with their headers, as one batch."""
@@ -127,14 +160,131 @@ class RunFiles:
     def read_all(self, view: str, ids: Sequence[str]) -> Bytes:
         return self.read(view, ids).images
 
+    def _read(self, view: str, id: str) -> tuple[PictureBytes, bytes]:
+        return read_png(self.path(view, id), self.data(view, id))
+
+    def _wanted(self, view: str, id: str) -> list[Written]:
+        """What was written under a name for today's question."""
+        content, by = self.contents.get(id, ""), self._by(view)
+        with self._lock:
+            return [one for one in self._files.get((view, id), ()) if one.content == content and one.by == by]
+
+    def _by(self, *names: str) -> str:
+        return "".join(self.made_by.get(name, "") for name in names)
+
+    @cached_property
+    def _files(self) -> dict[tuple[str, str], list[Written]]:
+        """All that was ever written, by view and id."""
+        found = defaultdict[tuple[str, str], list[Written]](list)
+        for row in read_parts(self.folder / "files", FILE_SCHEMA).to_pylist():
+            view, id = row.pop("view"), row.pop("id")
+            found[view, id].append(Written(**row))
+        return found
+
+    @cached_property
+    def _fresh(self) -> list[dict[str, object]]:
+        return []
+
+    @cached_property
+    def _lock(self) -> threading.Lock:
+        return threading.Lock()
+
+    # Rows
+
+    def write_scores(
+        self,
+        ids: Sequence[str],
+        values: Mapping[Place, Scores],
+        only: Mapping[Place, Sequence[str]] | None = None,
+        folder: str = "scores",
+    ) -> None:
+        """Keep numbers by view and scorer, those of all the ids or of `only` some; columns may be filled up beyond the ids."""
+        rows = [
+            {**self._key(id), "view": view, "scorer": scorer, "by": self._by(view, scorer), "value": value}
+            for (view, scorer), column in values.items()
+            for id, value in zip(ids, column.tolist(), strict=False)
+            if only is None or id in only[view, scorer]
+        ]
+        write_part(self.folder / folder, pa.Table.from_pylist(rows, SCORE_SCHEMA))
+
+    def write_costs(self, ids: Sequence[str], view: str, seconds: float, evaluations: float) -> None:
+        """Keep what each picture of a view cost."""
+        costs = {SECONDS: seconds, EVALUATIONS: evaluations}
+        values = {(view, name): torch.full((len(ids),), cost, dtype=torch.float64) for name, cost in costs.items()}
+        self.write_scores(ids, values, folder="costs")
+
+    def write_embeddings(self, ids: Sequence[str], vectors: Mapping[Place, Tensor]) -> None:
+        """Keep vectors (n d) by view and scorer; these may be filled up beyond the ids."""
+        tables = [EMBEDDING_SCHEMA.empty_table()]
+        contents = [self.contents.get(id, "") for id in ids]
+        for (view, scorer), rows in vectors.items():
+            values = rows[: len(ids)].flatten(1).to("cpu", torch.float32).numpy()
+            ends = np.arange(len(ids) + 1, dtype=np.int32) * values.shape[1]
+            column = pa.ListArray.from_arrays(ends, values.ravel())
+            same = [[name] * len(ids) for name in (view, scorer, self._by(view, scorer))]
+            tables.append(pa.table([list(ids), contents, *same, column], EMBEDDING_SCHEMA))
+        write_part(self.folder / "embeddings", pa.concat_tables(tables))
+
+    def scores(self, folder: str = "scores") -> pd.DataFrame:
+        """Today's numbers: id, view, scorer, value, each once, sorted by view, scorer, id."""
+        rows = self._numbered(read_parts(self.folder / folder, SCORE_SCHEMA))
+        frame: pd.DataFrame = rows.select(["id", "view", "scorer", "value"]).to_pandas()
+        return frame
+
+    def costs(self, ids: Sequence[str]) -> pd.DataFrame:
+        """What pictures cost, means by view: columns view, pictures, seconds, evaluations."""
+        rows = self.scores("costs")
+        rows = rows[rows["id"].isin(set(ids))]
+        table = rows.pivot_table(values="value", index="view", columns="scorer", aggfunc="mean")
+        table["pictures"] = rows.groupby("view")["id"].nunique()
+        costs: pd.DataFrame = table.reset_index().reindex(columns=["view", "pictures", SECONDS, EVALUATIONS])
+        return costs
+
+    def embeddings(self, scorer: str | None = None, view: str | None = None) -> pa.Table:
+        """Today's vectors, optionally of one scorer or view: id, view, scorer, embedding, each once, sorted by view, scorer, id."""
+        table = read_parts(self.folder / "embeddings", EMBEDDING_SCHEMA)
+        for column, wanted in (("scorer", scorer), ("view", view)):
+            table = table if wanted is None else table.filter(pc.equal(table[column], wanted))
+        return self._numbered(table).select(["id", "view", "scorer", "embedding"])
+
+    def vectors(self, ids: Sequence[str]) -> dict[str, Tensor]:
+        """The vectors (d,) of some pictures by id, from a folder that holds one view and scorer."""
+        rows = self.embeddings()
+        rows = rows.filter(pc.is_in(rows["id"], value_set=pa.array(ids, pa.string())))
+        vectors = [torch.tensor(vector.values.to_numpy()) for vector in rows["embedding"]]
+        return dict(zip(rows["id"].to_pylist(), vectors, strict=True))
+
+    def scored(self, ids: Sequence[str]) -> dict[Place, NDArray[np.bool_]]:
+        """Which of the pictures `ids` have a score, by view and scorer."""
+        columns = ["id", "content", "view", "scorer", "by"]
+        table = self._todays(read_parts(self.folder / "scores", SCORE_SCHEMA, columns))
+        places = table.append_column("place", pc.index_in(table["id"], value_set=pa.array(ids, pa.string())))
+        known = places.filter(pc.is_valid(places["place"])).group_by(["view", "scorer"]).aggregate([("place", "list")])
+        done: dict[Place, NDArray[np.bool_]] = {}
+        for view, scorer, found in zip(known["view"], known["scorer"], known["place_list"], strict=True):
+            done[view.as_py(), scorer.as_py()] = np.isin(np.arange(len(ids)), found.values.to_numpy())
+        return done
+
+    def measured(self) -> set[str]:
+        """The pictures of which everything is kept that an experiment takes down."""
+        return set(self._todays(read_parts(self.folder / "measured", ID_SCHEMA))["id"].to_pylist())
+
+    def write_measured(self, ids: Sequence[str]) -> None:
+        write_part(self.folder / "measured", pa.Table.from_pylist([self._key(id) for id in ids], ID_SCHEMA))
+
     def skipped(self) -> dict[str, str]:
-        """Why pictures were skipped, by id."""
-        table = parts(self.folder / "skipped", SKIPPED_SCHEMA).sort_by("id")
-        return dict(zip(table["id"].to_pylist(), table["reason"].to_pylist(), strict=True))
+        """Why today's pictures were skipped, by id."""
+        reasons = sorted(self.ever_skipped().items())
+        return {id: reason for (id, content), reason in reasons if content == self.contents.get(id, "")}
+
+    def ever_skipped(self) -> dict[tuple[str, str], str]:
+        """Why pictures were skipped, by id and content."""
+        rows = read_parts(self.folder / "skipped", SKIPPED_SCHEMA).to_pylist()
+        return {(row["id"], row["content"]): row["reason"] for row in rows}
 
     def write_skipped(self, skipped: Mapping[str, str]) -> None:
-        lines = [{"id": id, "reason": reason} for id, reason in skipped.items()]
-        write_part(self.folder / "skipped", pa.Table.from_pylist(lines, SKIPPED_SCHEMA))
+        rows = [{**self._key(id), "reason": reason} for id, reason in skipped.items()]
+        write_part(self.folder / "skipped", pa.Table.from_pylist(rows, SKIPPED_SCHEMA))
 
     def list_skipped(self, skipped: Mapping[str, str]) -> None:
         """Write skipped.csv, for people to read."""
@@ -144,62 +294,45 @@ class RunFiles:
         writer.writerows(sorted(skipped.items()))
         write_whole(self.folder / "skipped.csv", buffer.getvalue().encode())
 
+    def _key(self, id: str) -> dict[str, str]:
+        return {"id": id, "content": self.contents.get(id, "")}
 
-def stacked(pictures: Sequence[Future[tuple[Bytes, bytes]]], floats: Image | None = None) -> Published:
+    def _todays(self, table: pa.Table) -> pa.Table:
+        """The rows that are of today's pictures and, where they have a scorer, of today's view and scorer."""
+        ids = pc.unique(table["id"])
+        todays = pa.array([self.contents.get(id, "") for id in ids.to_pylist()], pa.string())
+        fits = pc.equal(table["content"], todays.take(pc.index_in(table["id"], value_set=ids).combine_chunks()))
+        if "scorer" in table.column_names:
+            pairs = table.select(["view", "scorer"]).group_by(["view", "scorer"]).aggregate([])
+            for view, scorer in zip(pairs["view"].to_pylist(), pairs["scorer"].to_pylist(), strict=True):
+                here = pc.and_(pc.equal(table["view"], view), pc.equal(table["scorer"], scorer))
+                stale = pc.and_(here, pc.not_equal(table["by"], self._by(view, scorer)))
+                fits = pc.and_not(fits, stale)
+        return table.filter(fits)
+
+    def _numbered(self, table: pa.Table) -> pa.Table:
+        """Today's rows, each (id, view, scorer) once, sorted by view, scorer, id."""
+        table = self._todays(table)
+        names = table.select(["view", "scorer", "id"]).append_column("row", pa.array(np.arange(table.num_rows)))
+        last = names.group_by(["view", "scorer", "id"]).aggregate([("row", "max")])
+        order = last.sort_by([(name, "ascending") for name in ("view", "scorer", "id")])
+        return table.take(order["row_max"])
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_name(id: str, suffix: str) -> str:
+    """A picture's name as a file's: a long one is cut, and told apart by a digest; what would nest folders is not."""
+    name = id.replace("%", "%25").replace("/", "%2F") if "/" in id else id
+    if len(f"{name}{suffix}".encode()) <= LONGEST_NAME:
+        return f"{name}{suffix}"
+    end = f"~{digest(id.encode())[:16]}{suffix}"
+    return name.encode()[: LONGEST_NAME - len(end)].decode(errors="ignore") + end
+
+
+def stacked(pictures: Sequence[Future[tuple[PictureBytes, bytes]]], floats: Image | None = None) -> Published:
     """Pictures that are being read, as one batch."""
     read = [future.result() for future in pictures]
     return Published(torch.stack([pixels for pixels, _ in read]), tuple(header for _, header in read), floats)
-
-
-def read_costs(folder: Path) -> pa.Table:
-    """All rows of a run folder's costs."""
-    return parts(folder / "costs", COST_SCHEMA)
-
-
-def write_part(folder: Path, table: pa.Table) -> None:
-    """Write rows to a file named by their content: whole or not at all, and never twice under two names."""
-    if table.num_rows == 0:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    data = buffer.getvalue()
-    write_whole(folder / f"{hashlib.sha256(data).hexdigest()[:16]}.parquet", data)
-
-
-def parts(
-    folder: Path,
-    schema: pa.Schema,
-    columns: Sequence[str] | None = None,
-    scorer: str | None = None,
-    view: str | None = None,
-) -> pa.Table:
-    """The rows of all part files as they were written, optionally only some columns, or the rows of one scorer or view."""
-    columns = columns or schema.names
-    tables = [pa.schema([schema.field(name) for name in columns]).empty_table()]
-    for path in sorted(folder.glob("*.parquet")):
-        part = pq.ParquetFile(path).read(use_threads=False)  # a part is small: threads only cost memory
-        for column, wanted in (("scorer", scorer), ("view", view)):
-            part = part if wanted is None else part.filter(pc.equal(part[column], wanted))
-        tables.append(part.select(columns))
-    return pa.concat_tables(tables)
-
-
-def read_parts(folder: Path, scorer: str | None = None, view: str | None = None) -> pa.Table:
-    """All rows of all part files, optionally of one scorer or view, each (id, view, scorer) once, sorted by view, scorer, id."""
-    table = parts(folder, EMBEDDING_SCHEMA if folder.name == "embeddings" else SCORE_SCHEMA, scorer=scorer, view=view)
-    names = table.select(["view", "scorer", "id"]).append_column("row", pa.array(np.arange(table.num_rows)))
-    last = names.group_by(["view", "scorer", "id"]).aggregate([("row", "max")])
-    order = last.sort_by([(name, "ascending") for name in ("view", "scorer", "id")])
-    return table.take(order["row_max"])
-
-
-def scored(folder: Path, ids: Sequence[str]) -> dict[tuple[str, str], NDArray[np.bool_]]:
-    """Which of the pictures `ids` have a score, by view and scorer."""
-    table = parts(folder / "scores", SCORE_SCHEMA, ["id", "view", "scorer"])
-    places = table.append_column("place", pc.index_in(table["id"], value_set=pa.array(ids, pa.string())))
-    known = places.filter(pc.is_valid(places["place"])).group_by(["view", "scorer"]).aggregate([("place", "list")])
-    done: dict[tuple[str, str], NDArray[np.bool_]] = {}
-    for view, scorer, found in zip(known["view"], known["scorer"], known["place_list"], strict=True):
-        done[view.as_py(), scorer.as_py()] = np.isin(np.arange(len(ids)), found.values.to_numpy())
-    return done

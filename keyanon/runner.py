@@ -6,8 +6,10 @@
     score       what scorers and recognizers say of each view, beside the original
     observe     whatever else an experiment takes down of each picture
 
-A folder holds one sub-folder of PNG files for each view (original, mask; anonymized, recovered, one per attack). Batches are padded
-to one size, so a picture's numbers do not depend on which pictures are left to do. Every secret and nonce hangs on its id.
+A folder holds one sub-folder of PNG files for each view (original, mask; anonymized, recovered, one per attack). Whatever is kept
+is kept under what it is made of (`RunFiles`): of another picture of the same name, or by a part with other settings, it is not
+there. Batches are padded to one size, so a picture's numbers do not depend on which pictures are left to do. Every secret and nonce
+hangs on its id.
 
 While a batch is computed, a few threads read the next one's pictures and write the last one's; memory holds three batches, however
 many pictures there are.
@@ -17,11 +19,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from keyanon.attacks.views import FloatChannel
@@ -31,24 +32,15 @@ from keyanon.measures.scorers import Against
 from keyanon.run_folder import (
     ANONYMIZED,
     CLEAN,
-    COST_SCHEMA,
-    EMBEDDING_SCHEMA,
     IO_WORKERS,
     MASK,
     ORIGINAL,
     RECONSTRUCTED,
     RECOVERED,
     RunFiles,
-    embedding_rows,
-    measured_ids,
-    parts,
-    score_rows,
-    scored,
     stacked,
-    vectors_of,
-    write_measured,
-    write_part,
 )
+from keyanon.sources import Digests
 from keyanon.types import (
     Anonymizer,
     Attack,
@@ -63,6 +55,8 @@ from keyanon.types import (
     Measure,
     Observed,
     Picture,
+    PictureBytes,
+    Place,
     Recognizer,
     Reconstructs,
     Reversible,
@@ -81,22 +75,96 @@ VIEWS = {
 MEASURES = {HEADER_BYTES: Measure("cost", "bytes", "lower", "what a file carries besides its pixels")}
 
 
+@dataclass
+class Writes:
+    """Pictures that are being written, and the folders that keep record of them."""
+
+    folders: Sequence[RunFiles]
+    under_way: deque[Future[None]] = field(default_factory=deque)
+
+    def wait_for(self, left: int = 0) -> None:
+        """Wait until no more than `left` are under way; what went wrong in one is raised."""
+        try:
+            while len(self.under_way) > left:
+                self.under_way.popleft().result()
+        finally:
+            for files in self.folders:
+                files.keep_files()
+
+
+@contextmanager
+def writing(*folders: RunFiles) -> Iterator[tuple[Executor, Writes]]:
+    """Threads that read and write, and what they write, all of it done and written down at the end of the block."""
+    writes = Writes(folders)
+    with ThreadPoolExecutor(IO_WORKERS) as pool:
+        yield pool, writes
+        writes.wait_for()
+
+
+def identify(
+    contents: dict[str, str], digests: Digests, dataset: Dataset, ids: Sequence[str], unread: bool = True
+) -> dict[str, str]:
+    """Put into `contents` what the files of pictures hold today; returns why some of them cannot be told, by id.
+
+    Without `unread`, files that would have to be read for that are left out.
+    """
+    bad: dict[str, str] = {}
+
+    def tell(id: str) -> None:
+        try:
+            digest = digests.of(dataset.source(id)) if unread else digests.known(dataset.source(id))
+        except BadPicture as error:
+            bad[id] = str(error)
+            digest = None
+        contents.pop(id, None)
+        if digest is not None:
+            contents[id] = digest
+
+    with ThreadPoolExecutor(IO_WORKERS) as pool:
+        for _ in pool.map(tell, dict.fromkeys(ids)):
+            pass
+    digests.keep()
+    return bad
+
+
 def prepare(
-    originals: RunFiles, dataset: Dataset, ids: Sequence[str], parser: FaceParser, batch_size: int, device: str = "cpu"
+    originals: RunFiles,
+    contents: dict[str, str],
+    digests: Digests,
+    dataset: Dataset,
+    ids: Sequence[str],
+    parser: FaceParser,
+    batch_size: int,
+    device: str = "cpu",
 ) -> dict[str, str]:
     """Write the pictures `ids` as PNG files, each with its face's mask; returns why pictures were skipped, by id.
 
-    A picture is skipped when it cannot be read, or shows no face to `parser`, which works on `device`.
+    What each picture's file holds today goes to `contents`, by which `originals` tells its pictures apart. A picture is skipped
+    when it cannot be read, or shows no face to `parser`, which works on `device`; it is tried again once its bytes have changed.
     """
-    for view in (ORIGINAL, MASK):
-        (originals.folder / view).mkdir(parents=True, exist_ok=True)
-    skipped, there = originals.skipped(), set(originals.ids(ORIGINAL)) & set(originals.ids(MASK))
-    pending = [id for id in ids if id not in skipped and id not in there]
-    with ThreadPoolExecutor(IO_WORKERS) as pool:
-        writes: deque[Future[None]] = deque()
-        ahead = begun_ahead(pending, batch_size, "find faces", lambda batch: loading(pool, dataset.load, batch))
-        for batch, pictures in ahead:
-            wait_for(writes, 2 * batch_size)
+    skipped = identify(contents, digests, dataset, ids, unread=False)
+    before = originals.ever_skipped()
+
+    def done(id: str) -> bool:
+        return (id, contents[id]) in before or all(originals.has(view, id) for view in (ORIGINAL, MASK))
+
+    def load(id: str) -> Picture | None:
+        """The picture; None where it turns out to be one that was prepared or skipped."""
+        source = dataset.source(id)
+        contents[id] = digests.of(source)
+        if done(id):
+            return None
+        picture = dataset.load(id)
+        if digests.of(source) != contents[id]:
+            del contents[id]
+            raise BadPicture(f"{source.path} changed while it was read; start again when it is whole")
+        return picture
+
+    pending = [id for id in ids if id not in skipped and not (id in contents and done(id))]
+    with writing(originals) as (pool, writes):
+        for batch, pictures in begun_ahead(pending, batch_size, "find faces", lambda batch: loading(pool, load, batch)):
+            writes.wait_for(2 * batch_size)
+            digests.keep()
             bad: dict[str, str] = {}
             good, loaded = readable(batch, pictures, bad)
             if good:
@@ -105,16 +173,16 @@ def prepare(
                 bad |= {id: "no face found" for id, face in zip(good, faces, strict=False) if not face.any()}
                 keep = [i for i, id in enumerate(good) if id not in bad]
                 names = [good[i] for i in keep]
-                writes += originals.write_all(pool, ORIGINAL, names, to_bytes(images[keep]))
-                writes += originals.write_all(pool, MASK, names, face_pictures(faces[keep]))
-            originals.write_skipped(bad)
+                writes.under_way += originals.write_all(pool, ORIGINAL, names, to_bytes(images[keep]))
+                writes.under_way += originals.write_all(pool, MASK, names, face_pictures(faces[keep]))
+            originals.write_skipped({id: reason for id, reason in bad.items() if id in contents})
             skipped |= bad
-        wait_for(writes)
-    return {id: skipped[id] for id in ids if id in skipped}
+    digests.keep()
+    return {id: reason for id in ids if (reason := skipped.get(id) or before.get((id, contents.get(id, ""))))}
 
 
 def generate(
-    folder: Path,
+    files: RunFiles,
     originals: RunFiles,
     ids: Sequence[str],
     method: Anonymizer,
@@ -126,54 +194,53 @@ def generate(
     """Write every view of the prepared pictures `ids`.
 
     `evaluations` counts the pictures that the method's networks have seen so far; what each batch cost of these and of time is kept
-    in the folder's `costs`.
+    among the folder's costs.
     """
     views = [ANONYMIZED]
     if isinstance(method, Reversible):
         views += [RECOVERED, *attacks]
     if isinstance(method, Reconstructs):
         views += [RECONSTRUCTED]
-    for view in views:
-        (folder / view).mkdir(parents=True, exist_ok=True)
-    files = RunFiles(folder)
-    there = {view: set(files.ids(view)) for view in views}
-    pending = [id for id in ids if not all(id in there[view] for view in views)]
-    with ThreadPoolExecutor(IO_WORKERS) as pool:
-        writes: deque[Future[None]] = deque()
-        title = "anonymize and recover" if isinstance(method, Reversible) else "anonymize"
+    pending = [id for id in ids if not all(files.has(view, id) for view in views)]
+    title = "anonymize and recover" if isinstance(method, Reversible) else "anonymize"
+    with writing(files) as (pool, writes):
         ahead = begun_ahead(
             pending, batch_size, title, lambda batch: originals.reading(pool, ORIGINAL, filled(batch, batch_size))
         )
         for batch, reading in ahead:
-            wait_for(writes, len(views) * batch_size)
+            writes.wait_for(len(views) * batch_size)
             images, names, keys = to_floats(stacked(reading).images), filled(batch, batch_size), [key] * batch_size
-            todo = [view for view in views if not there[view].issuperset(batch)]
+            todo = [view for view in views if not all(files.has(view, id) for id in batch)]
             published = None
-            if ANONYMIZED in todo or any(isinstance(attacks.get(view), FloatChannel) for view in todo):
-                with costs_kept(folder, ANONYMIZED, batch_size, evaluations):
+            if ANONYMIZED in todo:
+                todo = views  # all are made from the file that is about to be made
+            elif any(isinstance(attacks.get(view), FloatChannel) for view in todo):
+                published = method.anonymize(images, keys, names)  # for its floats, which no file holds
+            if ANONYMIZED in todo:
+                with costs_kept(files, batch, ANONYMIZED, batch_size, evaluations):
                     published = method.anonymize(images, keys, names)
                 # Before the pictures: a run killed in between makes them, and measures, again.
-                measured = {(ANONYMIZED, name): values for name, values in published.measured.items()}
-                write_part(folder / "scores", score_rows(batch, measured))
+                files.write_scores(batch, {(ANONYMIZED, name): values for name, values in published.measured.items()})
                 # The file is the channel: it has to be there before anybody recovers.
-                wait_for(deque(files.write_all(pool, ANONYMIZED, batch, published.images, published.headers)))
+                writes.under_way += files.write_all(pool, ANONYMIZED, batch, published.images, published.headers)
+                writes.wait_for()
             if RECONSTRUCTED in todo and isinstance(method, Reconstructs):
-                writes += files.write_all(pool, RECONSTRUCTED, batch, to_bytes(method.reconstruct(images)))
+                writes.under_way += files.write_all(pool, RECONSTRUCTED, batch, to_bytes(method.reconstruct(images)))
             if not isinstance(method, Reversible):
                 continue
             on_file = stacked(files.reading(pool, ANONYMIZED, names), published.floats if published else None)
             if RECOVERED in todo:
-                with costs_kept(folder, RECOVERED, batch_size, evaluations):
+                with costs_kept(files, batch, RECOVERED, batch_size, evaluations):
                     out = method.recover(on_file, keys)
-                writes += files.write_all(pool, RECOVERED, batch, to_bytes(out))
+                writes.under_way += files.write_all(pool, RECOVERED, batch, to_bytes(out))
             for view, attack in attacks.items():
                 if view in todo:
-                    writes += files.write_all(pool, view, batch, to_bytes(attack(on_file, keys, method)))
-        wait_for(writes)
+                    out = attack(on_file, keys, method)
+                    writes.under_way += files.write_all(pool, view, batch, to_bytes(out))
 
 
 def enrol(
-    folder: Path,
+    files: RunFiles,
     load: Callable[[str], Picture],
     ids: Sequence[str],
     name: str,
@@ -181,13 +248,11 @@ def enrol(
     batch_size: int,
     device: str = "cpu",
 ) -> dict[str, str]:
-    """Embed the clean pictures `ids` with one recognizer, called `name`, into `folder`; returns why pictures were skipped.
+    """Embed the clean pictures `ids` with one recognizer, called `name`, into `files`; returns why pictures were skipped.
 
     The pictures are rounded to 8 bits first, as those that are compared with them are.
     """
-    files = RunFiles(folder)
-    known = set(parts(folder / "embeddings", EMBEDDING_SCHEMA, ["id"])["id"].to_pylist())
-    skipped = files.skipped()
+    known, skipped = set(files.embeddings()["id"].to_pylist()), files.skipped()
     pending = [id for id in dict.fromkeys(ids) if id not in known and id not in skipped]
     with ThreadPoolExecutor(IO_WORKERS) as pool:
         ahead = begun_ahead(pending, batch_size, f"{name}: enrol", lambda batch: loading(pool, load, batch))
@@ -198,29 +263,29 @@ def enrol(
             skipped |= bad
             if good:
                 images = to_floats(to_bytes(padded(torch.stack(loaded), batch_size))).to(device)
-                write_part(folder / "embeddings", embedding_rows(good, {(CLEAN, name): recognizer.embed(images)}))
+                files.write_embeddings(good, {(CLEAN, name): recognizer.embed(images)})
     return {id: skipped[id] for id in ids if id in skipped}
 
 
 def score(
-    folder: Path,
+    files: RunFiles,
     pictures: Mapping[str, RunFiles],
     views: Sequence[str],
     ids: Sequence[str],
     scorers: Mapping[str, Scorer],
     recognizers: Mapping[str, Recognizer],
-    enrolled: Mapping[str, Path],
+    enrolled: Mapping[str, RunFiles],
     batch_size: int,
     device: str = "cpu",
 ) -> None:
-    """Score `views` of the pictures `ids` against their originals, on `device`; rows and embeddings go to part files in `folder`.
+    """Score `views` of the pictures `ids` against their originals, on `device`; rows and embeddings go to `files`.
 
     `pictures` says where each view's files are, those of original, mask and what else scorers compare with included. A
-    recognizer's score is the cosine of view and original, which is `enrolled` in its folder.
+    recognizer's score is the cosine of view and original, which is among the `enrolled`.
     """
-    there = {view: set(files.ids(view)) for view, files in pictures.items()}
-    place, done, none = {id: i for i, id in enumerate(ids)}, scored(folder, ids), np.zeros(len(ids), bool)
-    names = [*scorers, *recognizers]
+    there = {view: set(at.ids(view)) for view, at in pictures.items()}
+    place, names = {id: i for i, id in enumerate(ids)}, [*scorers, *recognizers]
+    done, none = files.scored(ids), np.zeros(len(ids), bool)
     compared = [scorer.view for scorer in scorers.values() if isinstance(scorer, Against)]
 
     def lacking(batch: Sequence[str]) -> dict[str, list[str]]:
@@ -233,14 +298,14 @@ def score(
         }
         return {view: lacks for view, lacks in found.items() if lacks}
 
-    def begin(batch: Sequence[str]) -> dict[str, list[Future[tuple[Bytes, bytes]]]]:
+    def begin(batch: Sequence[str]) -> dict[str, list[Future[tuple[PictureBytes, bytes]]]]:
         """The pictures that scoring the batch needs, by view, being read."""
         wanted = [ORIGINAL, MASK, *lacking(batch), *compared]
         here = [view for view in dict.fromkeys(wanted) if there.get(view, set()).issuperset(batch)]
         return {view: pictures[view].reading(pool, view, filled(batch, batch_size)) for view in here}
 
     left = [id for id in ids if lacking([id])]
-    clean = {name: vectors_of(enrolled[name] / "embeddings", left) for name in recognizers}
+    clean = {name: enrolled[name].vectors(left) for name in recognizers}
     with ThreadPoolExecutor(IO_WORKERS) as pool:
         for batch, reading in begun_ahead(left, batch_size, "score", begin):
             todo, read = lacking(batch), {view: stacked(being_read) for view, being_read in reading.items()}
@@ -248,8 +313,8 @@ def score(
             references = {
                 view: to_floats(read[view].images).to(device) for view in {ORIGINAL, *compared} if view in read
             }
-            values: dict[tuple[str, str], Scores] = {}
-            vectors: dict[tuple[str, str], Embeddings] = {}
+            values: dict[Place, Scores] = {}
+            vectors: dict[Place, Embeddings] = {}
             for view, lacks in todo.items():
                 images = to_floats(read[view].images).to(device)
                 for name in lacks:
@@ -265,19 +330,31 @@ def score(
                 if view == ANONYMIZED:
                     values[view, HEADER_BYTES] = torch.tensor([float(len(header)) for header in read[view].headers])
             # The embeddings go first: a run killed in between scores the batch again and finds both.
-            write_part(folder / "embeddings", embedding_rows(batch, vectors))
-            rows = score_rows(batch, values)
-            fresh = [
-                not done.get((view, name), none)[place[id]]
-                for id, view, name in zip(
-                    *(rows[column].to_pylist() for column in ("id", "view", "scorer")), strict=True
-                )
-            ]
-            write_part(folder / "scores", rows.filter(pa.array(fresh, pa.bool_())))
+            files.write_embeddings(batch, vectors)
+            fresh = {name: [id for id in batch if not done.get(name, none)[place[id]]] for name in values}
+            files.write_scores(batch, values, fresh)
+
+
+def unscored(
+    files: RunFiles,
+    pictures: Mapping[str, RunFiles],
+    views: Sequence[str],
+    ids: Sequence[str],
+    names: Sequence[str],
+) -> list[str]:
+    """Of the pictures `ids` those that lack a view, or a number of the scorers and recognizers called `names`."""
+    done, none = files.scored(ids), np.zeros(len(ids), bool)
+    lacking = np.zeros(len(ids), bool)
+    for view in views:
+        there = set(pictures[view].ids(view))
+        lacking |= np.array([id not in there for id in ids], bool)
+        for name in names:
+            lacking |= ~done.get((view, name), none)
+    return [id for id, lacks in zip(ids, lacking, strict=True) if lacks]
 
 
 def observe(
-    folder: Path,
+    files: RunFiles,
     originals: RunFiles,
     ids: Sequence[str],
     observer: Callable[[Sequence[str], Image, Mask], Observed],
@@ -288,10 +365,12 @@ def observe(
 
     Pictures and faces are filled up beyond the ids with copies of the last.
     """
-    done = measured_ids(folder)
+    done = files.measured()
     pending = [id for id in ids if id not in done]
 
-    def begin(batch: Sequence[str]) -> tuple[list[Future[tuple[Bytes, bytes]]], list[Future[tuple[Bytes, bytes]]]]:
+    def begin(
+        batch: Sequence[str],
+    ) -> tuple[list[Future[tuple[PictureBytes, bytes]]], list[Future[tuple[PictureBytes, bytes]]]]:
         names = filled(batch, batch_size)
         return originals.reading(pool, ORIGINAL, names), originals.reading(pool, MASK, names)
 
@@ -299,16 +378,18 @@ def observe(
         for batch, (pictures, masks) in begun_ahead(pending, batch_size, title, begin):
             face = stacked(masks).images[:, :1] > 127
             found = observer(batch, to_floats(stacked(pictures).images), face)
-            write_part(folder / "embeddings", embedding_rows(batch, found.vectors))
-            write_part(folder / "scores", score_rows(batch, found.values))
+            files.write_embeddings(batch, found.vectors)
+            files.write_scores(batch, found.values)
             # Last: of a batch that was killed in between everything is looked at again.
-            write_measured(folder, batch)
+            files.write_measured(batch)
 
 
-def loading(pool: Executor, load: Callable[[str], Picture], ids: Sequence[str]) -> list[Future[Picture | BadPicture]]:
+def loading(
+    pool: Executor, load: Callable[[str], Picture | None], ids: Sequence[str]
+) -> list[Future[Picture | BadPicture | None]]:
     """Start reading pictures."""
 
-    def attempt(id: str) -> Picture | BadPicture:
+    def attempt(id: str) -> Picture | BadPicture | None:
         try:
             return load(id)
         except BadPicture as bad:
@@ -318,33 +399,23 @@ def loading(pool: Executor, load: Callable[[str], Picture], ids: Sequence[str]) 
 
 
 def readable(
-    ids: Sequence[str], pictures: Sequence[Future[Picture | BadPicture]], skipped: dict[str, str]
+    ids: Sequence[str], pictures: Sequence[Future[Picture | BadPicture | None]], skipped: dict[str, str]
 ) -> tuple[list[str], list[Picture]]:
-    """Of pictures that are being read those that can be, and their ids; the others go to `skipped`."""
+    """Of pictures that are being read those that can be, and their ids; the others go to `skipped`, but for None."""
     results = [(id, future.result()) for id, future in zip(ids, pictures, strict=True)]
     skipped |= {id: str(got) for id, got in results if isinstance(got, BadPicture)}
-    good = [(id, got) for id, got in results if not isinstance(got, BadPicture)]
+    good = [(id, got) for id, got in results if got is not None and not isinstance(got, BadPicture)]
     return [id for id, _ in good], [picture for _, picture in good]
 
 
-def wait_for(writes: deque[Future[None]], left: int = 0) -> None:
-    """Wait until no more than `left` writes are under way; what went wrong in one is raised."""
-    while len(writes) > left:
-        writes.popleft().result()
-
-
 @contextmanager
-def costs_kept(folder: Path, view: str, pictures: int, evaluations: Callable[[], int]) -> Iterator[None]:
-    """Keep what the block costs."""
+def costs_kept(
+    files: RunFiles, ids: Sequence[str], view: str, batch_size: int, evaluations: Callable[[], int]
+) -> Iterator[None]:
+    """Keep what the block costs, which makes a view of these pictures, filled up to a batch."""
     time, evaluated = perf_counter(), evaluations()
     yield
-    row = {
-        "view": view,
-        "pictures": pictures,
-        "seconds": perf_counter() - time,
-        "evaluations": evaluations() - evaluated,
-    }
-    write_part(folder / "costs", pa.Table.from_pylist([row], COST_SCHEMA))
+    files.write_costs(ids, view, (perf_counter() - time) / batch_size, (evaluations() - evaluated) / batch_size)
 
 
 def face_pictures(faces: Mask) -> Bytes:

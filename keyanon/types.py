@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Bool, Float, UInt8
@@ -98,6 +99,24 @@ class Key(Protocol):
     def stream(self, nonce: bytes, purpose: str, size: int) -> bytes: ...
 
 
+@dataclass(frozen=True)
+class Source:
+    """The bytes on disk that a picture is read from: a whole file, or `size` bytes of one that begin at `offset`."""
+
+    path: Path
+    offset: int = 0
+    size: int | None = None
+
+    def read(self) -> bytes:
+        """The bytes; raises BadPicture where they cannot be had."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                return file.read(-1 if self.size is None else self.size)
+        except OSError as error:
+            raise BadPicture(f"{self.path}: not to be read ({error.strerror or error})") from error
+
+
 @runtime_checkable
 class Dataset(Protocol):
     """Pictures by id, in a committed order.
@@ -113,6 +132,10 @@ class Dataset(Protocol):
     def gallery(self) -> Sequence[str]: ...
 
     def identity(self, id: str) -> str | None: ...
+
+    def source(self, id: str) -> Source:
+        """The bytes on disk that `load` reads, and nothing else of the disk; raises BadPicture where they are missing."""
+        ...
 
     def load(self, id: str) -> Picture:
         """The picture at the dataset's size; raises BadPicture."""
@@ -245,6 +268,15 @@ class KeyedNoise(Reversible, Protocol):
 
 
 # What a run asks of any part, however deep in its method
+
+
+@runtime_checkable
+class ReadsFiles(Protocol):
+    """A part that reads more than the picture to treat it: pictures made before, a program of others."""
+
+    def sources(self, id: str) -> "Sequence[Source]":
+        """The files that decide what becomes of a picture besides its own, those of them that are there."""
+        ...
 
 
 @runtime_checkable

@@ -4,6 +4,7 @@ Models are tiny and steps few; a part that needs weights or programs which are n
 """
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +38,7 @@ from keyanon.types import (
     RecoversFloats,
     Reversible,
     RunsWithoutKey,
+    Source,
     View,
     declared,
 )
@@ -381,6 +383,7 @@ def test_dataset(name):
         assert picture.dtype == torch.float32
         assert -1 <= picture.min() < picture.max() <= 1
         assert torch.equal(picture, dataset.load(id))
+        assert dataset.source(id).read()
         assert dataset.identity(id) is None or dataset.identity(id)
 
 
@@ -419,6 +422,9 @@ class TwoPeople:
 
     def identity(self, id: str) -> str | None:
         return id[0]
+
+    def source(self, id: str) -> Source:
+        return Source(Path(__file__))  # which draws the pictures
 
     def load(self, id: str) -> Picture:
         return torch.zeros(3, SIZE, SIZE)

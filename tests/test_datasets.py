@@ -28,7 +28,7 @@ from keyanon.faces.datasets import (
     read_pairs,
 )
 from keyanon.faces.detection import MtcnnDetector
-from keyanon.types import BadPicture, Dataset
+from keyanon.types import BadPicture, Dataset, Source
 from keyanon.weights import Package
 
 DATA = Path(os.environ.get("KEYANON_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -368,6 +368,53 @@ def test_folder_without_pictures(tmp_path):
         _ = Folder(str(tmp_path)).ids
     with pytest.raises(FileNotFoundError, match=r"there is no .*gone"):
         _ = Folder(str(tmp_path / "gone")).ids
+
+
+# Where the bytes are
+
+
+def sourced(root, kind):
+    """A dataset of one class with a picture of some id, and that id."""
+    if kind in ("folder", "tar"):
+        draw(root / "folder" / "Al_0001.png", seed=1)
+        place = packed(root / "folder", root / "x.tar") if kind == "tar" else str(root / "folder")
+        return Folder(place, size=32), "Al_0001"
+    if kind == "pairs":
+        for number in (1, 2):
+            draw(root / f"Al_000{number}.png", seed=number)
+        return PairsFolder(str(root), size=32), "Al_0002"
+    if kind == "lfw":
+        for number in (1, 2):
+            draw(root / "Al" / f"Al_000{number}.jpg", seed=number)
+        note(root / "pairs.txt", "1", "Al 1 2")
+        return LFW(str(root), size=32, pairs=["pairs.txt"]), "Al_0002"
+    draw(root / {"celebahq": "CelebA-HQ-img/7.jpg", "ffhq": "images1024x1024/00000/00007.png"}[kind], seed=1)
+    return (CelebAHQ(str(root), size=32), "7") if kind == "celebahq" else (FFHQ(str(root), size=32), "00007")
+
+
+@pytest.mark.parametrize("kind", ["celebahq", "ffhq", "lfw", "pairs", "folder", "tar"])
+def test_a_picture_is_read_from_its_source_and_from_nothing_else(tmp_path, kind):
+    faces, id = sourced(tmp_path, kind)
+    source, picture = faces.source(id), faces.load(id)
+    bytes_on_disk = source.path.read_bytes()
+    size = len(source.read())
+    assert size == (source.size or len(bytes_on_disk))
+    inside = bytearray(bytes_on_disk)
+    inside[source.offset : source.offset + size] = bytes(size)
+    outside = bytearray(b"\xa5" * len(bytes_on_disk))
+    outside[source.offset : source.offset + size] = source.read()
+    source.path.write_bytes(outside)
+    assert torch.equal(faces.load(id), picture)
+    source.path.write_bytes(inside)
+    with pytest.raises(BadPicture):
+        faces.load(id)
+    source.path.unlink()
+    with pytest.raises(BadPicture):
+        faces.source(id)
+    with pytest.raises(BadPicture):
+        faces.source("nobody")
+    with pytest.raises(BadPicture, match="not to be read"):
+        Source(tmp_path).read()
 
 
 # Photographs that packages ship

@@ -31,7 +31,7 @@ from keyanon.methods.baselines.external import (
 )
 from keyanon.run_folder import RunFiles
 from keyanon.runner import generate, prepare
-from keyanon.types import About, Anonymizer, Image, Published, Reversible
+from keyanon.types import About, Anonymizer, Image, Published, Reversible, Source
 from tests.conftest import ROOT, CentreFace, smooth_picture
 
 KEY = MasterKey(bytes(range(32)))
@@ -347,6 +347,9 @@ def test_a_run_that_was_stopped_by_a_crash_leaves_no_picture_of_the_batch(method
 
         def identity(self, id):
             return None
+
+        def source(self, id):
+            return Source(Path(__file__))  # which draws the pictures
 
         def load(self, id):
             return IMAGES[int(id) - 1]

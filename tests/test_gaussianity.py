@@ -18,6 +18,7 @@ from keyanon.diffusion.solvers import DDIM, NoiseSchedule
 from keyanon.errors import UserError
 from keyanon.faces.parsing import EllipseParser
 from keyanon.measures.gaussianity import MEASURES, generator_of, measure, mmd2, neighbour_correlation, patches
+from keyanon.types import Source
 from tests.conftest import ROOT, smooth_picture
 from tests.test_solvers import SCHEDULE, gaussian_eps
 
@@ -198,6 +199,9 @@ class GaussianPictures:
 
     def identity(self, id: str) -> None:
         return None
+
+    def source(self, id: str) -> Source:
+        return Source(Path(__file__))  # which draws the pictures
 
     def load(self, id: str) -> Tensor:
         return torch.from_numpy(self.variance**0.5 * generator_of(id, "picture").standard_normal((3, 40, 40)))

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
@@ -16,20 +15,24 @@ from torch import Tensor
 from keyanon.attacks.views import FloatChannel, WrongKey
 from keyanon.batching import begun_ahead
 from keyanon.channel.keys import experiment_key
-from keyanon.channel.pixels import from_pil, open_rgb, read_png, to_bytes, to_floats, write_png
+from keyanon.channel.pixels import from_pil, open_rgb, read_png, to_bytes, to_floats
+from keyanon.channel.whole import write_whole
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import DDIM
 from keyanon.measures.scorers import Against
 from keyanon.methods.signflip import SignFlip
-from keyanon.run_folder import SCORE_SCHEMA, RunFiles, read_parts, scored
+from keyanon.parts import write_part
+from keyanon.run_folder import SCORE_SCHEMA, RunFiles
 from keyanon.runner import enrol, generate, prepare, score
-from keyanon.types import About, Embeddings, Image, Picture
+from keyanon.sources import Digests
+from keyanon.types import About, Embeddings, Image, Picture, Source
 from tests.conftest import LDM_NOISE, CentreFace, PixelRecognizer, smooth_picture
 
 ATTACKS = {"recovered_float": FloatChannel(), "wrong_key": WrongKey()}
 MADE = ["anonymized", "recovered", "reconstructed", *ATTACKS]
 VIEWS = ["original", "mask", *MADE]
 BLACK, BROKEN = "p3", "p5"
+CONTENTS: dict[str, str] = {}  # of the one dataset of this module
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,9 @@ class Pictures:
 
     def identity(self, id: str) -> str | None:
         return None
+
+    def source(self, id: str) -> Source:
+        return Source(self.root / f"{id}.png")
 
     def load(self, id: str) -> Picture:
         return from_pil(open_rgb(self.root / f"{id}.png"))
@@ -85,33 +91,39 @@ def mae(view, original, face):
 
 def prepared(folder) -> RunFiles:
     """Where a test's run has its originals; other runs share theirs."""
-    return RunFiles(folder / "prepared")
+    return RunFiles(folder / "prepared", CONTENTS)
+
+
+def made(folder) -> RunFiles:
+    return RunFiles(folder, CONTENTS)
 
 
 def files_of(folder, view) -> RunFiles:
-    return prepared(folder) if view in ("original", "mask") else RunFiles(folder)
+    return prepared(folder) if view in ("original", "mask") else made(folder)
 
 
 def run(folder, dataset, method, ids=None, batch_size=3):
     ids = dataset.ids if ids is None else ids
-    skipped = prepare(prepared(folder), dataset, ids, CentreFace(), batch_size)
+    digests = Digests(folder / "contents")
+    skipped = prepare(prepared(folder), CONTENTS, digests, dataset, ids, CentreFace(), batch_size)
     good = [id for id in ids if id not in skipped]
-    generate(folder, prepared(folder), good, method, experiment_key(), ATTACKS, batch_size)
+    generate(made(folder), prepared(folder), good, method, experiment_key(), ATTACKS, batch_size)
     score_all(folder, good, {"mae": mae}, {"pixels": PixelRecognizer()}, batch_size)
     return skipped
 
 
 def score_all(folder, ids, scorers, recognizers, batch_size, views=None):
-    enrolled = {name: folder / "enrolled" / name for name in recognizers}
+    enrolled = {name: RunFiles(folder / "enrolled" / name, CONTENTS) for name in recognizers}
     for name, recognizer in recognizers.items():
         enrol(enrolled[name], prepared(folder).load, ids, name, recognizer, batch_size)
-    made = RunFiles(folder).views()
-    pictures = {view: files_of(folder, view) for view in ("original", "mask", *made)}
-    score(folder, pictures, made if views is None else views, ids, scorers, recognizers, enrolled, batch_size)
+    views_made = made(folder).views()
+    pictures = {view: files_of(folder, view) for view in ("original", "mask", *views_made)}
+    views = views_made if views is None else views
+    score(made(folder), pictures, views, ids, scorers, recognizers, enrolled, batch_size)
 
 
 def scores(folder) -> dict[tuple[str, str, str], float]:
-    rows = read_parts(folder / "scores").to_pylist()
+    rows = made(folder).scores().to_dict("records")
     return {(row["id"], row["view"], row["scorer"]): row["value"] for row in rows}
 
 
@@ -151,11 +163,11 @@ class Counting:
 def test_the_gallery_is_embedded_once_as_8_bit_pictures(tmp_path, dataset):
     recognizer = Counting(PixelRecognizer().embed)
     with_broken = replace(dataset, enrolled=["g0", BROKEN, "g1"])
-    assert set(enrol(tmp_path, with_broken.load, with_broken.gallery, "pixels", recognizer, 2)) == {BROKEN}
+    assert set(enrol(RunFiles(tmp_path), with_broken.load, with_broken.gallery, "pixels", recognizer, 2)) == {BROKEN}
     assert recognizer.batches == 2
-    assert set(enrol(tmp_path, with_broken.load, with_broken.gallery, "pixels", recognizer, 2)) == {BROKEN}
+    assert set(enrol(RunFiles(tmp_path), with_broken.load, with_broken.gallery, "pixels", recognizer, 2)) == {BROKEN}
     assert recognizer.batches == 2
-    rows = read_parts(tmp_path / "embeddings").to_pylist()
+    rows = RunFiles(tmp_path).embeddings().to_pylist()
     assert [(row["view"], row["scorer"], row["id"]) for row in rows] == [("clean", "pixels", id) for id in ("g0", "g1")]
     rounded = to_floats(to_bytes(dataset.load("g1")[None]))
     torch.testing.assert_close(torch.tensor(rows[1]["embedding"]), PixelRecognizer().embed(rounded)[0])
@@ -166,7 +178,7 @@ def test_only_what_is_pending_is_scored(whole, tmp_path, dataset):
     shutil.copytree(whole, folder)
     old, new, recognizer = Counting(mae), Counting(mae), Counting(PixelRecognizer().embed)
     score_all(
-        folder, RunFiles(folder).ids("anonymized"), {"mae": old, "more": new}, {"pixels": recognizer}, batch_size=3
+        folder, made(folder).ids("anonymized"), {"mae": old, "more": new}, {"pixels": recognizer}, batch_size=3
     )
     assert (old.batches, recognizer.batches) == (0, 0)
     assert new.batches == 2 * len(MADE)  # six pictures
@@ -213,32 +225,31 @@ def test_the_next_batch_is_begun_before_one_is_handed_out_and_no_further():
 
 
 def test_a_picture_that_cannot_be_written_stops_the_run(tmp_path, dataset, method, monkeypatch):
-    def full(path, *args):
+    def full(path, data):
         if path.parent.name == "recovered":
             raise OSError("no space left")
-        write_png(path, *args)
+        write_whole(path, data)
 
-    monkeypatch.setattr("keyanon.run_folder.write_png", full)
+    monkeypatch.setattr("keyanon.run_folder.write_whole", full)
     with pytest.raises(OSError, match="no space left"):
         run(tmp_path, dataset, method)
     monkeypatch.undo()
     run(tmp_path, dataset, method)
 
 
-def test_parts_are_read_as_rows_each_once_the_last_part_first(tmp_path):
+def test_rows_are_read_each_once(tmp_path):
     first = [("p1", "recovered", "mae", 1.0), ("p0", "recovered", "mae", 2.0), ("p0", "original", "psnr", math.nan)]
-    for number, lines in enumerate((first, [("p1", "recovered", "mae", 3.0), ("p9", "original", "psnr", 4.0)])):
-        rows = [dict(zip(SCORE_SCHEMA.names, line, strict=True)) for line in lines]
-        (tmp_path / "scores").mkdir(exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(rows, SCORE_SCHEMA), tmp_path / "scores" / f"{number}.parquet")
-    read = [tuple(row.values()) for row in read_parts(tmp_path / "scores").to_pylist()]
+    for lines in (first, [first[0], ("p9", "original", "psnr", 4.0)]):
+        rows = [(id, "", view, scorer, "", value) for id, view, scorer, value in lines]
+        table = [dict(zip(SCORE_SCHEMA.names, row, strict=True)) for row in rows]
+        write_part(tmp_path / "scores", pa.Table.from_pylist(table, SCORE_SCHEMA))
+    read = list(RunFiles(tmp_path).scores().itertuples(index=False, name=None))
     assert [line[:3] for line in read] == [
         ("p0", "original", "psnr"), ("p9", "original", "psnr"), ("p0", "recovered", "mae"), ("p1", "recovered", "mae"),
     ]  # fmt: skip
     assert math.isnan(read[0][3])
-    assert [line[3] for line in read[1:]] == [4.0, 2.0, 3.0]
-    assert read_parts(tmp_path / "scores", "mae").num_rows == 2
-    done = {name: marks.tolist() for name, marks in scored(tmp_path, ["p0", "p1", "p2"]).items()}
+    assert [line[3] for line in read[1:]] == [4.0, 2.0, 1.0]
+    done = {name: marks.tolist() for name, marks in RunFiles(tmp_path).scored(["p0", "p1", "p2"]).items()}
     assert done == {("recovered", "mae"): [True, True, False], ("original", "psnr"): [True, False, False]}
 
 
@@ -302,7 +313,7 @@ def test_an_irreversible_method_has_no_recovered_view(tmp_path, dataset, method)
             return replace(self.method.anonymize(images, keys, ids), floats=None)
 
     run(tmp_path, dataset, Anonymize(method), ["p0"])
-    assert RunFiles(tmp_path).views() == ["anonymized"]
+    assert made(tmp_path).views() == ["anonymized"]
     assert torch.equal(read_png(prepared(tmp_path).path("original", "p0"))[0].float() / 127.5 - 1, dataset.load("p0"))
 
 
@@ -328,13 +339,13 @@ def test_what_a_method_measures_becomes_scores_of_the_anonymized_pictures(tmp_pa
         for (id, view, scorer), value in scores(tmp_path).items()
         if (view, scorer) == ("anonymized", "length")
     }
-    assert measured == dict.fromkeys(RunFiles(tmp_path).ids("anonymized"), 2.0)
+    assert measured == dict.fromkeys(made(tmp_path).ids("anonymized"), 2.0)
 
 
 def test_scorers_can_compare_with_the_reconstruction(whole, tmp_path, dataset, method):
     folder = tmp_path / "copy"
     shutil.copytree(whole, folder)
-    good = RunFiles(folder).ids("anonymized")
+    good = made(folder).ids("anonymized")
     score_all(folder, good, {"loop": Against("reconstructed", mae)}, {}, 2, views=["original", *MADE])
     found = {key: value for key, value in scores(folder).items() if key[2] == "loop"}
     assert {value for (_, view, _), value in found.items() if view == "reconstructed"} == {0}

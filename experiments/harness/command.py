@@ -45,7 +45,7 @@ def start(cfg: DictConfig, run: Run) -> None:
     cfg.device = card_of_job(cfg.device, job.job.num, cards) if sweep else cfg.device
     try:
         swept = row_overrides(job.overrides.task) if sweep and swept_names(job) else []
-        run(cfg, dict(job.runtime.choices), swept, command_of_cell(job))
+        mended(lambda: run(cfg, dict(job.runtime.choices), swept, command_of_cell(job)))
     except Exception as error:
         message = one_line_for_user(error, cfg.runs)
         if message is None:
@@ -57,6 +57,23 @@ def start(cfg: DictConfig, run: Run) -> None:
             raise CompactHydraException(message) from error
         print(message, file=sys.stderr)
         sys.exit(FAILED)
+
+
+def mended(work: Callable[[], object]) -> None:
+    """Do work that goes on where it was; a stored file that turns out to be damaged is named, removed and made again, once."""
+    from keyanon.parts import Damaged
+
+    removed: set[Path] = set()
+    while True:
+        try:
+            work()
+            return
+        except Damaged as damage:
+            if damage.path in removed:
+                raise
+            log.warning("%s is damaged or lost; it was removed and is made again", damage.path)
+            damage.path.unlink(missing_ok=True)
+            removed.add(damage.path)
 
 
 def one_line_for_user(error: Exception, runs: str) -> str | None:

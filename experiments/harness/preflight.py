@@ -4,6 +4,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,10 +74,10 @@ def models(method: "Anonymizer | None") -> "list[Model]":
     return [part for part in walk(method) if isinstance(part, Model)]
 
 
-def missing_disk(folder: Path, pictures: int, views: int, size: int) -> list[str]:
-    """A message if the pictures of a run will not fit on the disk of `folder`."""
+def missing_disk(folder: Path, files: int, size: int) -> list[str]:
+    """A message if so many pictures of `size` pixels a side will not fit on the disk of `folder`."""
     existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
-    needed, free = int(pictures * views * size * size * 3 * BYTES_PER_VALUE), shutil.disk_usage(existing).free
+    needed, free = int(files * size * size * 3 * BYTES_PER_VALUE), shutil.disk_usage(existing).free
     if needed <= free:
         return []
     need, have = needed / 1e6, free / 1e6
@@ -113,6 +114,8 @@ def walk(node: Any) -> Iterable[Any]:
             yield from walk(value)
     else:
         yield node
+        if isinstance(node, partial):
+            yield from walk([*node.args, *node.keywords.values()])
         if is_dataclass(node):
             for each in fields(node):
                 yield from walk(getattr(node, each.name))

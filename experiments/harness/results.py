@@ -10,8 +10,10 @@ as a paper would: anonymizers and views down, scorers across, our number with it
 below.
 """
 
+import hashlib
 import json
 import operator
+import time
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -25,9 +27,16 @@ from experiments.harness.meaning import Meanings, read_meanings
 from experiments.harness.paper import CELL, Reference, read_paper
 from keyanon.channel.whole import write_whole
 from keyanon.errors import BadData, MissingData
-from keyanon.run_folder import read_costs
+from keyanon.parts import Damaged
 
 RESULTS = Path("results")
+KEPT = (
+    "statistics.parquet",
+    "scores.parquet",
+    "meanings.csv",
+)  # of a finished run, besides run.json, which has their digests
+REMEDY = "start its experiment again: it is made anew"
+PATIENCE = 20  # tenths of a second
 STATISTICS = ["experiment", "dataset", "anonymizer", "notes", *CELL[2:], "n", "undefined", "value", "low", "high"]
 COSTS = ["dataset", "anonymizer", "view", "pictures", "seconds", "evaluations", "device", "processor", "threads"]
 SCORES = ["dataset", "anonymizer", "id", "view", "scorer", "value"]
@@ -177,8 +186,8 @@ def collect_costs(runs: Sequence[Path]) -> pd.DataFrame:
     """What anonymizing and recovering took a picture, in seconds and network evaluations, with the columns COSTS."""
     frames = []
     for run in runs:
-        about, spent = read_about(run), read_costs(run).to_pandas().groupby("view", as_index=False).sum()
-        spent[["seconds", "evaluations"]] = spent[["seconds", "evaluations"]].div(spent["pictures"], axis=0)
+        about = read_about(run)
+        spent = pd.DataFrame(about.get("costs", []), columns=["view", "pictures", "seconds", "evaluations"])
         frames.append(spent.assign(**{name: about.get(name, "") for name in COSTS if name not in spent}))
     costs: pd.DataFrame = pd.concat(frames, ignore_index=True).reindex(columns=COSTS)
     return costs
@@ -197,21 +206,55 @@ def collect_methods(runs: Sequence[Path]) -> pd.DataFrame:
 
 def collect_meanings(runs: Sequence[Path]) -> Meanings:
     """What the names of run folders mean; nothing of runs that did not take it down."""
-    return reduce(operator.or_, (read_meanings(run / "meanings.csv") for run in runs), Meanings())
+    return reduce(operator.or_, (read_meanings(checked(run, "meanings.csv")) for run in runs), Meanings())
+
+
+def write_about(run: Path, about: Mapping[str, Any]) -> None:
+    """Write run.json, last of a finished run's files: what was run, and the digests of the files that are its result."""
+    told = {**about, "files": {name: sha256(run / name) for name in KEPT if (run / name).is_file()}}
+    text = json.dumps({**told, "sha256": digest(json.dumps(told))}, indent=2)
+    write_whole(run / "run.json", text.encode() + b"\n")
 
 
 def read_about(run: Path) -> dict[str, Any]:
+    """What run.json says; Damaged where it is not what was written."""
     path = run / "run.json"
     if not path.is_file():
         raise MissingData(f"{run}: no run.json there; name run folders, as results/runs/<signature>")
-    about: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    try:
+        about: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        written = about.pop("sha256")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise Damaged(path, REMEDY) from None
+    if digest(json.dumps(about)) != written:
+        raise Damaged(path, REMEDY)
     return about
 
 
+def checked(run: Path, name: str) -> Path:
+    """A file of a finished run; Damaged where it is not the one that run.json is about.
+
+    While another process writes the result anew, its files are for a moment ahead of its run.json.
+    """
+    path = run / name
+    for _ in range(PATIENCE):
+        if not path.is_file():
+            raise MissingData(
+                f"{run}: no {name} there; the run is not finished: start its experiment again to resume it"
+            )
+        if read_about(run)["files"].get(name) == sha256(path):
+            return path
+        time.sleep(0.1)
+    raise Damaged(path, REMEDY)
+
+
 def read_parquet(run: Path, name: str) -> pd.DataFrame:
-    path = run / f"{name}.parquet"
-    if not path.is_file():
-        raise MissingData(
-            f"{run}: no {path.name} there; the run is not finished: start its experiment again to resume it"
-        )
-    return pd.read_parquet(path)
+    return pd.read_parquet(checked(run, f"{name}.parquet"))
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -9,7 +9,7 @@ fill      this shard's share of a cell; the last shard to end writes the result
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,8 +30,10 @@ from keyanon.channel.whole import write_whole
 from keyanon.errors import BadData
 from keyanon.measures.biometrics import Statistic
 from keyanon.measures.scorers import Against
-from keyanon.run_folder import MASK, ORIGINAL, RunFiles, read_parts
-from keyanon.types import About, Anonymizer, Dataset, FaceParser, Model, NeedsWeights, Recognizer, Scorer
+from keyanon.parts import Damaged
+from keyanon.run_folder import MASK, ORIGINAL, RunFiles
+from keyanon.sources import Digests, combined
+from keyanon.types import About, Anonymizer, Dataset, FaceParser, Model, ReadsFiles, Recognizer, Scorer
 
 log = logging.getLogger(__name__)
 
@@ -70,48 +72,79 @@ class Session:
         return sharded(self.ids, self.cfg.shard)
 
     @cached_property
+    def contents(self) -> dict[str, str]:
+        """What the pictures' files hold today, by id, of those that have been looked at."""
+        return {}
+
+    @cached_property
+    def digests(self) -> Digests:
+        return Digests(Path(self.cfg.runs) / "contents")
+
+    @property
     def originals(self) -> RunFiles:
         """The clean pictures and the faces on them, shared by all runs on this dataset with this parser."""
-        question = {"dataset": plain(self.cfg.dataset), "parser": plain(self.cfg.parser)}
-        return RunFiles(self.shared("originals", self.choices["parser"], question))
+        return RunFiles(self._originals, self.contents, self.made_by)
 
-    def shared(self, kind: str, name: str, question: Mapping[str, Any]) -> Path:
-        """A folder that all runs share that ask the same of the same dataset, in the same place."""
-        place = {"place": str(self.cfg.dataset.get("root"))}  # under another name: a signature passes over a `root`
-        named = f"{self.choices['dataset']}-{name}-{provenance.signature({**question, **place})}"
-        return Path(self.cfg.runs) / kind / named
+    @cached_property
+    def _originals(self) -> Path:
+        return self.shared("originals", self.choices["parser"], "parser", self.parser)
+
+    @cached_property
+    def made_by(self) -> dict[str, str]:
+        """A signature of what each scorer and recognizer is made of."""
+        parts = {"scorers": self.scorers, "recognizers": self.recognizers}
+        return {
+            name: provenance.signature(provenance.made_of(plain(self.cfg[group][name]), part))
+            for group, named in parts.items()
+            for name, part in named.items()
+        }
+
+    def shared(self, kind: str, name: str, group: str, part: Any) -> Path:
+        """A folder that all runs share that ask the same part for the same of the same dataset."""
+        settings = {"dataset": plain(self.cfg.dataset), group: plain(self.cfg[group])}
+        if kind == "embeddings":
+            settings = {"dataset": plain(self.cfg.dataset), group: plain(self.cfg[group][name])}
+        asked = provenance.signature(provenance.made_of(settings, self.dataset, part))
+        return Path(self.cfg.runs) / kind / f"{self.choices['dataset']}-{name}-{asked}"
+
+    def identify(self, ids: Sequence[str]) -> dict[str, str]:
+        """Look at what the pictures' files hold today; returns why some cannot be told."""
+        return runner.identify(self.contents, self.digests, self.dataset, ids)
+
+    def identify_known(self, ids: Sequence[str]) -> None:
+        """As far as no file has to be read for it."""
+        runner.identify(self.contents, self.digests, self.dataset, ids, unread=False)
 
     def prepare(self, ids: Sequence[str]) -> dict[str, str]:
         """Make pictures ready; returns why some of them are skipped."""
-        skipped = runner.prepare(self.originals, self.dataset, ids, self.parser, self.cfg.batch_size, self.cfg.device)
+        size, device = self.cfg.batch_size, self.cfg.device
+        skipped = runner.prepare(
+            self.originals, self.contents, self.digests, self.dataset, ids, self.parser, size, device
+        )
         for id, reason in list(skipped.items())[:SHOWN_SKIPPED]:
             log.warning("skipped %s: %s", id, reason)
         return skipped
 
-    def enrol(self, ids: Sequence[str], gallery: Sequence[str] = ()) -> dict[str, Path]:
-        """Folders with the embeddings of prepared pictures and of the gallery, one a recognizer, shared by all runs."""
-        folders: dict[str, Path] = {}
+    def enrol(self, ids: Sequence[str], gallery: Sequence[str] = ()) -> dict[str, RunFiles]:
+        """Embed prepared pictures and the gallery: where that is kept, by recognizer, shared by all runs."""
+        lost = self.identify([id for id in gallery if id not in self.contents])
+        gallery = [id for id in gallery if id not in lost]
+        enrolled: dict[str, RunFiles] = {}
         for name, recognizer in self.recognizers.items():
-            question = {"dataset": plain(self.cfg.dataset), "recognizer": plain(self.cfg.recognizers[name])}
-            folders[name] = self.shared("embeddings", name, question)
+            enrolled[name] = files = RunFiles(self.shared("embeddings", name, "recognizers", recognizer), self.contents)
             size, device = self.cfg.batch_size, self.cfg.device
-            runner.enrol(folders[name], self.originals.load, ids, name, recognizer, size, device)
-            lost = runner.enrol(folders[name], self.dataset.load, gallery, name, recognizer, size, device)
-            for id, reason in list(lost.items())[:SHOWN_SKIPPED]:
-                log.warning("not in the gallery: %s: %s", id, reason)
-        return folders
+            runner.enrol(files, self.originals.load, ids, name, recognizer, size, device)
+            lost |= runner.enrol(files, self.dataset.load, gallery, name, recognizer, size, device)
+        for id, reason in list(lost.items())[:SHOWN_SKIPPED]:
+            log.warning("not in the gallery: %s: %s", id, reason)
+        return enrolled
 
-    def score_originals(self, ids: Sequence[str]) -> list[Path]:
-        """Folders with the originals' own scores, one a scorer, shared by all runs."""
-        folders = []
-        for name, scorer in self.scorers.items():
-            if not isinstance(scorer, Against):
-                asked = provenance.signature({"scorer": plain(self.cfg.scorers[name])})
-                folders.append(self.originals.folder / "scores" / f"{name}-{asked}")
-                views = dict.fromkeys((ORIGINAL, MASK), self.originals)
-                size, device = self.cfg.batch_size, self.cfg.device
-                runner.score(folders[-1], views, [ORIGINAL], ids, {name: scorer}, {}, {}, size, device)
-        return folders
+    def score_originals(self, ids: Sequence[str]) -> None:
+        """The originals' own scores, shared by all runs."""
+        alone = {name: scorer for name, scorer in self.scorers.items() if not isinstance(scorer, Against)}
+        views = dict.fromkeys((ORIGINAL, MASK), self.originals)
+        size, device = self.cfg.batch_size, self.cfg.device
+        runner.score(self.originals, views, [ORIGINAL], ids, alone, {}, {}, size, device)
 
     def people(self, ids: Iterable[str]) -> list[str]:
         """Who is on each picture; a picture of nobody in particular stands for itself."""
@@ -120,39 +153,59 @@ class Session:
     def cell(
         self,
         row: str,
-        question: Mapping[str, Any],
+        settings: Mapping[str, Any],
         notes: Sequence[str] = (),
         method: Any = None,
         measures: Mapping[str, Any] | None = None,
         ids: Sequence[str] | None = None,
+        made_by: Mapping[str, str] | None = None,
     ) -> "Cell":
         """A row of the table, of the session's pictures or some of them (none: it is about no pictures).
 
-        `question` is what decides its pictures, `measures` what else is asked of them.
+        `settings` and `method` decide its pictures, `measures` what else is asked of them. `made_by` has signatures of what makes
+        some of its views.
         """
-        asked = {
-            "dataset": plain(self.cfg.dataset),
-            "parser": plain(self.cfg.parser),
-            "originals": self.originals.folder.name,
-            **question,
-            "weights": weights_of(method),
-        }
+        asked = {"originals": self._originals.name, **provenance.made_of(settings, method, runner.generate)}
         name = f"{self.choices['dataset']}-{row.replace(' ', '_')}-{provenance.signature(asked)}"
         folder = Path(self.cfg.runs) / self.cfg.name / name
         folder.mkdir(parents=True, exist_ok=True)
         ids = list(self.ids if ids is None else ids)
         _, count = numbers(self.cfg.shard)
-        shards = Shards(folder, count, provenance.signature({"ids": ids, **(measures or {})}))
+        readers = [part for part in preflight.walk(method) if isinstance(part, ReadsFiles)]
+        contents = WithFiles(self.contents, self.digests, readers) if readers else self.contents
+        made_by = {**self.made_by, **(made_by or {})}
+        shards = Shards(folder, count, provenance.signature({"ids": ids, "by": made_by, **(measures or {})}))
         return Cell(
             row,
             ids,
             folder,
             asked,
             shards,
+            contents,
+            made_by,
             tuple(notes),
             method.about if isinstance(method, Anonymizer) else None,
             preflight.models(method),
         )
+
+
+@dataclass(frozen=True)
+class WithFiles(Mapping[str, str]):
+    """What pictures hold, with the files that parts of a method read for each."""
+
+    contents: Mapping[str, str]
+    digests: Digests
+    readers: Sequence[ReadsFiles]
+
+    def __getitem__(self, id: str) -> str:
+        sources = [source for reader in self.readers for source in reader.sources(id)]
+        return combined([self.contents[id], *map(self.digests.of, sources)])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.contents)
+
+    def __len__(self) -> int:
+        return len(self.contents)
 
 
 @dataclass(frozen=True)
@@ -164,17 +217,24 @@ class Cell:
     folder: Path
     question: Mapping[str, Any]
     shards: Shards
+    contents: Mapping[str, str]
+    made_by: Mapping[str, str]
     notes: Sequence[str] = ()
     about: About | None = None
     models: Sequence[Model] = field(default=(), repr=False)
+
+    @property
+    def files(self) -> RunFiles:
+        """What its folder holds of today's pictures."""
+        return RunFiles(self.folder, self.contents, self.made_by)
 
     def evaluations(self) -> int:
         """Pictures that the cell's networks have seen so far."""
         return sum(model.evaluations.total() for model in self.models)
 
 
-def begin(cfg: DictConfig, choices: Mapping[str, Any], command: Sequence[str], *parts: Any, views: int = 4) -> Session:
-    """The session of a run, if nothing is missing that it needs: weights of its `parts`, pictures, disk for so many `views`."""
+def begin(cfg: DictConfig, choices: Mapping[str, Any], command: Sequence[str], *parts: Any) -> Session:
+    """The session of a run, if nothing is missing that it needs: weights of its `parts`, pictures."""
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     # "all": plain containers, or OmegaConf would take the dataclasses in them for structured configs
@@ -184,14 +244,10 @@ def begin(cfg: DictConfig, choices: Mapping[str, Any], command: Sequence[str], *
     tracker: Tracker = instantiate(cfg.wandb)
     problems = preflight.missing_parts(*parts, parser, recognizers, scorers)
     dataset = preflight.open_dataset(cfg.dataset, choices["dataset"], problems)
-    session = None
-    if dataset is not None:
-        ids = list(dataset.ids[: cfg.limit])
-        session = Session(cfg, choices, command, dataset, parser, recognizers, scorers, tracker, ids)
-        problems += preflight.missing_disk(Path(cfg.runs), len(session.mine), views, cfg.dataset.size)
     preflight.stop_if(problems)
-    assert session is not None
-    return session
+    assert dataset is not None
+    ids = list(dataset.ids[: cfg.limit])
+    return Session(cfg, choices, command, dataset, parser, recognizers, scorers, tracker, ids)
 
 
 def fill(
@@ -199,25 +255,35 @@ def fill(
     cell: Cell,
     work: Callable[[Sequence[str]], None],
     conclude: Callable[[Sequence[str]], Result | None],
+    views: Sequence[str] = (),
 ) -> bool:
     """Do this shard's `work` on a cell, and write the result if no other shard is still to do that; whether it was written.
 
-    `work` gets this shard's prepared pictures, `conclude` those of all shards that are done; it gives nothing if these are too few.
+    `work` gets this shard's prepared pictures, `conclude` those of all shards that are done; it gives nothing if these are too few,
+    and raises Incomplete where rows or files of other shards are lost. `views` is what the work writes, for which the disk has to
+    have room.
     """
     log.info("%s: %d pictures", cell.folder, len(cell.ids))
     mine = sharded(cell.ids, session.cfg.shard)
+    preflight.stop_if(missing_disk(session, cell, mine, views))
     written: list[bool] = []
 
     def publish_if_last() -> None:
         """Of the shards that are done, if none is running. Shards that end at once all write it: the same."""
-        until_unchanged(cell.shards.closed, lambda done: written.append(publish(session, cell, conclude, done)))
+        until_unchanged(
+            cell.shards.closed, lambda done: written.append(publish_complete(session, cell, conclude, done))
+        )
 
     try:
         with cell.shards.recorded(session.cfg.shard) as status:
-            started = time.monotonic()
+            started, before = time.monotonic(), parts_in(cell.folder)
             skipped = session.prepare(mine)
             work([id for id in mine if id not in skipped])
-            status |= {"pictures": len(mine), "skipped": len(skipped), "seconds": time.monotonic() - started}
+            # What was made stays as it was made, and so does the time that it took.
+            status["seconds"] += time.monotonic() - started if parts_in(cell.folder) != before else 0
+            status |= {"pictures": len(mine), "skipped": len(skipped)}
+    except Damaged:
+        raise
     except Exception as error:
         try:
             publish_if_last()
@@ -232,6 +298,42 @@ def fill(
     return any(written)
 
 
+def missing_disk(session: Session, cell: Cell, ids: Sequence[str], views: Sequence[str]) -> list[str]:
+    """A message if there is no room for the files that are still to be written."""
+    session.identify_known(ids)
+    originals, files = session.originals, cell.files
+    left = sum(not originals.has(view, id) for view in (ORIGINAL, MASK) for id in ids)
+    left += sum(not files.has(view, id) for view in views for id in ids)
+    return preflight.missing_disk(Path(session.cfg.runs), left, session.cfg.dataset.size)
+
+
+def parts_in(folder: Path) -> set[Path]:
+    """What a cell has taken down so far."""
+    return set(folder.rglob("*.parquet")) - {folder / name for name in results.KEPT}
+
+
+class Incomplete(Exception):
+    """Pictures of shards that were done, and of which something is lost."""
+
+    def __init__(self, ids: Sequence[str]) -> None:
+        super().__init__(ids)
+        self.ids = ids
+
+
+def publish_complete(
+    session: Session, cell: Cell, conclude: Callable[[Sequence[str]], Result | None], done: Sequence[str]
+) -> bool:
+    """As `publish`; a shard of which something is lost counts as missing from now on, and is named."""
+    try:
+        return publish(session, cell, conclude, done)
+    except Incomplete as lost:
+        for shard in done:
+            if here := set(lost.ids) & set(sharded(cell.ids, shard)):
+                log.warning("%s: shard %s has lost what it made of %d pictures", cell.folder, shard, len(here))
+                cell.shards.path(shard).unlink(missing_ok=True)
+        return False
+
+
 def publish(
     session: Session, cell: Cell, conclude: Callable[[Sequence[str]], Result | None], done: Sequence[str]
 ) -> bool:
@@ -239,13 +341,16 @@ def publish(
     if not done:
         return False
     cfg, folder, statuses = session.cfg, cell.folder, cell.shards.read()
-    there = {id for shard in done for id in sharded(cell.ids, shard)}
-    skipped = session.originals.skipped() if cell.ids else {}
-    ids = [id for id in cell.ids if id in there and id not in skipped]
+    asked = {id for shard in done for id in sharded(cell.ids, shard)}
+    there = [id for id in cell.ids if id in asked]
+    originals = session.originals
+    skipped = session.identify(there) | originals.skipped()
+    ids = [id for id in there if id not in skipped]
+    if unprepared := [id for id in ids if not originals.has(ORIGINAL, id)]:
+        raise Incomplete(unprepared)
     if there and not ids:
-        first = next(id for id in cell.ids if id in there)
-        raise BadData(f"none of the {len(there)} pictures could be used; the first, {first}: {skipped[first]}")
-    RunFiles(folder).list_skipped({id: skipped[id] for id in cell.ids if id in there and id in skipped})
+        raise BadData(f"none of the {len(there)} pictures could be used; the first, {there[0]}: {skipped[there[0]]}")
+    RunFiles(folder).list_skipped({id: skipped[id] for id in there if id in skipped})
     log.info("%d of %d pictures skipped, all listed in %s", len(there) - len(ids), len(there), folder / "skipped.csv")
     if (result := conclude(ids)) is None:
         return False
@@ -259,13 +364,14 @@ def publish(
         "question": cell.question,
         **({"about": asdict(cell.about)} if cell.about is not None else {}),
         "seconds": sum(statuses[shard]["seconds"] for shard in done),
+        "costs": cell.files.costs(ids).to_dict("records"),
         "pictures": len(ids),
         "batch_size": cfg.batch_size,
         "device": torch.device(cfg.device).type,
         **provenance.record(),
     }
     write_whole(folder / "meanings.csv", result.meanings.csv())
-    write_whole(folder / "run.json", json.dumps(record, indent=2).encode() + b"\n")
+    results.write_about(folder, record)
     session.tracker(f"{cfg.name}-{folder.name}", record, statistics, result.sheet)
     # Cells of a sweep may end at once as well.
     until_unchanged(lambda: latest_cells(folder.parent), lambda cells: results.build(cfg.name, sorted(cells)))
@@ -276,7 +382,7 @@ def latest_cells(folder: Path) -> dict[Path, int]:
     """The finished cells of an experiment, the latest of each dataset and row, and when they were finished."""
     cells: dict[tuple[str, str], tuple[int, Path]] = {}
     for when, path in sorted((path.stat().st_mtime_ns, path) for path in folder.glob("*/run.json")):
-        about = json.loads(path.read_text())
+        about = results.read_about(path.parent)
         cells[about["dataset"], about["anonymizer"]] = when, path.parent
     return {path: when for when, path in cells.values()}
 
@@ -299,18 +405,6 @@ def model_notes(backbone: DictConfig | None, name: str, parser: str) -> list[str
     notes = [f"backbone {name}", f"mask from {parser}"]
     precision = backbone.get("precision", "fp32")
     return notes if precision == "fp32" else [*notes, f"network in {precision}"]
-
-
-def weights_of(method: Any) -> list[str | None]:
-    """SHA-256 of the weights that a method runs on."""
-    own = [card.sha256 for card in method.cards()] if isinstance(method, NeedsWeights) else []
-    return [model.sha256 for model in preflight.models(method)] + own
-
-
-def scores_of(folder: Path, ids: Sequence[str]) -> pd.DataFrame:
-    """The numbers of some pictures that a folder's parts hold: id, view, scorer, value."""
-    scores: pd.DataFrame = read_parts(folder / "scores").to_pandas()
-    return scores[scores["id"].isin(set(ids))]
 
 
 def plain(node: Any) -> Any:

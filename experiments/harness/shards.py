@@ -4,6 +4,7 @@ Each shard writes its own file and no other's. One that ends and finds none runn
 """
 
 import json
+import logging
 import shlex
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ from hydra.errors import CompactHydraException
 
 from keyanon.channel.whole import write_whole
 from keyanon.errors import BadSetting
+
+log = logging.getLogger(__name__)
 
 MISSING, RUNNING, DONE, FAILED = "missing", "running", "done", "failed"
 Seen = TypeVar("Seen")
@@ -55,7 +58,9 @@ class Shards:
     @contextmanager
     def recorded(self, shard: str) -> Iterator[dict[str, Any]]:
         """Keep what becomes of the block: running, then done or failed. The block adds what there is to say of it."""
+        spent = self.status(shard).get("seconds", 0.0)  # when it was asked before
         status = {"state": RUNNING, "asked": self.asked, "host": socket.gethostname(), "started": now(), "error": ""}
+        status |= {"seconds": spent}
         self.path(shard).parent.mkdir(parents=True, exist_ok=True)
         self.write(shard, status)
         try:
@@ -73,9 +78,24 @@ class Shards:
         found: dict[str, dict[str, Any]] = {}
         for i in range(1, self.count + 1):
             shard = f"{i}/{self.count}"
-            status = json.loads(self.path(shard).read_text()) if self.path(shard).exists() else {}
+            status = self.status(shard)
             found[shard] = status if status.get("asked") == self.asked else {"state": MISSING}
         return found
+
+    def status(self, shard: str) -> dict[str, Any]:
+        """What its file says, whatever it was asked; nothing of a file that is missing or damaged, which is removed."""
+        path = self.path(shard)
+        try:
+            status: dict[str, Any] = json.loads(path.read_text("utf-8"))
+            if status.keys() >= {"state", "asked", "host", "started", "error", "seconds"}:
+                return status
+        except FileNotFoundError:
+            return {}
+        except (ValueError, AttributeError):
+            pass
+        log.warning("%s is damaged and was removed: shard %s counts as not done", path, shard)
+        path.unlink(missing_ok=True)
+        return {}
 
     def closed(self) -> list[str]:
         """The shards that are done; none as long as one is running."""

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from keyanon.channel.whole import write_whole
 from keyanon.measures import biometrics
 from keyanon.measures.biometrics import Floats, Statistic
-from keyanon.run_folder import ORIGINAL, read_parts
+from keyanon.run_folder import ORIGINAL, RunFiles
 
 People = Callable[[Iterable[str]], Sequence[str]]  # who is on each picture
 
@@ -43,31 +43,36 @@ def averages(scores: pd.DataFrame, people: People) -> Iterator[tuple[str, str, S
             yield str(view), str(scorer), statistic(values, who)
 
 
-def scores_of_enrolled(enrolled: Mapping[str, Path], ids: Sequence[str]) -> pd.DataFrame:
+def scores_of_enrolled(enrolled: Mapping[str, RunFiles], ids: Sequence[str]) -> pd.DataFrame:
     """Each recognizer's cosine of originals with themselves: 1, or NaN where it finds no face."""
     frames = [pd.DataFrame({"id": [], "view": [], "scorer": [], "value": []})]
-    for name, folder in enrolled.items():
-        rows = rows_of(ids, read_parts(folder / "embeddings"))
+    for name, files in enrolled.items():
+        rows = rows_of(ids, files.embeddings())
         own = {"id": rows["id"].to_pylist(), "view": ORIGINAL, "scorer": name}
         frames.append(pd.DataFrame(own | {"value": np.square(vectors(rows)).sum(1)}))
     return pd.concat(frames[1:] or frames, ignore_index=True)
 
 
 def verification(
-    folder: Path, enrolled: Mapping[str, Path], gallery: Sequence[str], ids: Sequence[str], people: People, far: float
+    files: RunFiles,
+    enrolled: Mapping[str, RunFiles],
+    gallery: Sequence[str],
+    ids: Sequence[str],
+    people: People,
+    far: float,
 ) -> Iterator[tuple[str, str, Statistic]]:
     """Rates of each view against the clean gallery, at the threshold that clean pictures give; nothing without a gallery.
 
     Memory holds one recognizer's embeddings at a time.
     """
     for recognizer, place in sorted(enrolled.items()):
-        known = read_parts(place / "embeddings")
+        known = place.embeddings()
         portraits, clean = rows_of(gallery, known), rows_of(ids, known)
         if not (portraits.num_rows and clean.num_rows):
             continue
         gallery_vectors, gallery_people = vectors(portraits), people(portraits["id"].to_pylist())
         clean_vectors = vectors(clean)
-        probes = rows_of(ids, read_parts(folder / "embeddings", recognizer))
+        probes = rows_of(ids, files.embeddings(recognizer))
         views = {ORIGINAL: clean} | {
             view: probes.filter(pc.equal(probes["view"], view)) for view in pc.unique(probes["view"]).to_pylist()
         }

@@ -69,25 +69,32 @@ def from_pil(picture: PIL.Image.Image) -> Picture:
 
 def write_png(path: Path, pixels: PictureBytes, header: bytes = b"") -> None:
     """Write one picture (3 h w, uint8) so that the file appears whole or not at all."""
+    write_whole(path, png_bytes(pixels, header))
+
+
+def png_bytes(pixels: PictureBytes, header: bytes = b"") -> bytes:
+    """One picture (3 h w, uint8) as a PNG file with a public header."""
     if len(header) > MAX_HEADER:
-        raise ValueError(f"{path}: its header would have {len(header)} bytes; it can have at most {MAX_HEADER}")
+        raise ValueError(f"its header would have {len(header)} bytes; it can have at most {MAX_HEADER}")
     info = PngInfo()
     if header:
         info.add(HEADER_CHUNK, header)
     buffer = io.BytesIO()
     PIL.Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(buffer, "PNG", pnginfo=info)
-    write_whole(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
-def read_png(path: Path) -> tuple[PictureBytes, bytes]:
+def read_png(path: Path, data: bytes | None = None) -> tuple[PictureBytes, bytes]:
     """One picture (3 h w, uint8) and its public header, b"" where the file has none; BadPicture names the file.
 
+    `data` are the file's bytes where they are already read.
     A file of more than 512 MiB is not looked into; two headers, or one of more than 1 MiB, are refused.
     """
     try:
-        if path.stat().st_size > MAX_FILE:
-            raise ValueError(f"its {path.stat().st_size} bytes are more than {MAX_FILE}")
-        with PIL.Image.open(path) as picture:
+        size = path.stat().st_size if data is None else len(data)
+        if size > MAX_FILE:
+            raise ValueError(f"its {size} bytes are more than {MAX_FILE}")
+        with PIL.Image.open(path if data is None else io.BytesIO(data)) as picture:
             picture.load()
             headers = [chunk[1] for chunk in getattr(picture, "private_chunks", []) if chunk[0] == HEADER_CHUNK]
             if len(headers) > 1:

@@ -9,7 +9,9 @@ def write_whole(path: Path, data: bytes) -> None:
 
     Of several that write one file at once, on any machines, each writes the whole, and the last one's stays.
     """
-    partial = path.with_name(f"{path.name}.{uuid4().hex[:8]}.partial")
+    partial = path.with_name(
+        f"{uuid4().hex}.partial"
+    )  # not longer than a name that may be as long as a file system allows
     try:
         partial.write_bytes(data)
         partial.replace(path)

@@ -22,7 +22,7 @@ from keyanon.errors import BadData, BadPicture, BadSetting, MissingData
 from keyanon.faces.alignment import align
 from keyanon.faces.detection import MtcnnDetector
 from keyanon.faces.layouts import CELEBAHQ, FFHQ_LAYOUTS, LFW_LAYOUT, SUFFIXES, Member, members, person
-from keyanon.types import Picture
+from keyanon.types import Picture, Source
 from keyanon.weights import Package
 
 LISTS = Path(__file__).with_name("lists")
@@ -54,9 +54,12 @@ class CelebAHQ:
     def identity(self, id: str) -> str | None:
         return None
 
+    def source(self, id: str) -> Source:
+        return Source(CELEBAHQ.find(self.root, id))
+
     def load(self, id: str) -> Picture:
-        path = CELEBAHQ.find(self.root, id)
-        return prepare(open_rgb(path), path, self.size, self.crop)
+        source = self.source(id)
+        return prepare(opened(source), source.path, self.size, self.crop)
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,12 @@ class FFHQ:
     def identity(self, id: str) -> str | None:
         return None
 
+    def source(self, id: str) -> Source:
+        return Source(FFHQ_LAYOUTS[self.version].find(self.root, id))
+
     def load(self, id: str) -> Picture:
-        path = FFHQ_LAYOUTS[self.version].find(self.root, id)
-        return prepare(open_rgb(path), path, self.size, self.crop)
+        source = self.source(id)
+        return prepare(opened(source), source.path, self.size, self.crop)
 
 
 @dataclass(frozen=True)
@@ -140,11 +146,14 @@ class LFW:
     def identity(self, id: str) -> str | None:
         return person(id)
 
+    def source(self, id: str) -> Source:
+        return Source(LFW_LAYOUT.find(self.root, id))
+
     def load(self, id: str) -> Picture:
-        path = LFW_LAYOUT.find(self.root, id)
-        picture = open_rgb(path)
+        source = self.source(id)
+        picture = opened(source)
         if self.transform == "lanczos":
-            return prepare(picture, path, self.size, self.crop)
+            return prepare(picture, source.path, self.size, self.crop)
         bilinear = PIL.Image.Resampling.BILINEAR
         cropped = picture.resize((256, 256), bilinear).crop((28, 28, 228, 228))
         return from_pil(cropped.resize((self.size, self.size), bilinear))
@@ -173,8 +182,12 @@ class PairsFolder:
     def identity(self, id: str) -> str | None:
         return person(id)
 
+    def source(self, id: str) -> Source:
+        return member(self._members, id, self.root).source
+
     def load(self, id: str) -> Picture:
-        return load_member(self._members, id, self.root, self.size, self.crop)
+        found = member(self._members, id, self.root)
+        return prepare(opened(found.source, found.path), found.path, self.size, self.crop)
 
     @cached_property
     def _members(self) -> dict[str, "Member"]:
@@ -211,8 +224,12 @@ class Folder:
     def identity(self, id: str) -> str | None:
         return None
 
+    def source(self, id: str) -> Source:
+        return member(self._members, id, self.root).source
+
     def load(self, id: str) -> Picture:
-        return load_member(self._members, id, self.root, self.size, self.crop)
+        found = member(self._members, id, self.root)
+        return prepare(opened(found.source, found.path), found.path, self.size, self.crop)
 
     @cached_property
     def _members(self) -> dict[str, "Member"]:
@@ -252,18 +269,21 @@ class InstalledPhotographs:
     def identity(self, id: str) -> str | None:
         return None
 
-    def load(self, id: str) -> Picture:
+    def source(self, id: str) -> Source:
         if id not in PHOTOGRAPHS:
             raise BadPicture(f"there is no photograph {id}; there are {', '.join(PHOTOGRAPHS)}")
-        file, crop = PHOTOGRAPHS[id].file, PHOTOGRAPHS[id].crop
-        path = file.find()
+        path = PHOTOGRAPHS[id].file.find()
         if path is None:
-            raise BadPicture(f"{id} is missing: {file}")
-        picture = from_pil(open_rgb(path))
-        left, top, right, bottom = pixels(crop, picture.shape[2], picture.shape[1])
+            raise BadPicture(f"{id} is missing: {PHOTOGRAPHS[id].file}")
+        return Source(path)
+
+    def load(self, id: str) -> Picture:
+        source = self.source(id)
+        picture = from_pil(opened(source))
+        left, top, right, bottom = pixels(PHOTOGRAPHS[id].crop, picture.shape[2], picture.shape[1])
         (face,) = self._detector.detect(picture[None, :, top:bottom, left:right])
         if face is None:
-            raise BadPicture(f"{path}: no face found for {id}")
+            raise BadPicture(f"{source.path}: no face found for {id}")
         return align(picture, face.points + np.array([left, top]), self.size)
 
     @cached_property
@@ -370,7 +390,14 @@ def listed(found: dict[str, Member], name: str | None, root: str | None) -> Sequ
     return ids
 
 
-def load_member(found: dict[str, Member], id: str, root: str | None, size: int, crop: Crop | None) -> Picture:
+def member(found: dict[str, Member], id: str, root: str | None) -> Member:
+    """The picture `id` of a folder, while its file is there; raises BadPicture."""
     if id not in found:
         raise BadPicture(f"{root} holds no picture {id}")
-    return prepare(found[id].open_rgb(), found[id].path, size, crop)
+    if not found[id].source.path.is_file():
+        raise BadPicture(f"{found[id].source.path} is gone since the folder was listed")
+    return found[id]
+
+
+def opened(source: Source, name: Path | None = None) -> PIL.Image.Image:
+    return open_rgb(name or source.path, source.read())

@@ -5,10 +5,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import PIL.Image
-
-from keyanon.channel.pixels import open_rgb
 from keyanon.errors import BadData, BadPicture, MissingData
+from keyanon.types import Source
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -94,19 +92,10 @@ LFW_LAYOUT = Layout(
 
 @dataclass(frozen=True)
 class Member:
-    """A picture file, or the part of an uncompressed tar file that holds one."""
+    """A picture file, or the part of an uncompressed tar file that holds one; `path` is what messages call it."""
 
     path: Path
-    archive: Path | None = None
-    start: int = 0
-    length: int = 0
-
-    def open_rgb(self) -> PIL.Image.Image:
-        if self.archive is None:
-            return open_rgb(self.path)
-        with self.archive.open("rb") as file:
-            file.seek(self.start)
-            return open_rgb(self.path, file.read(self.length))
+    source: Source
 
 
 def members(root: str | None) -> dict[str, Member]:
@@ -118,7 +107,7 @@ def members(root: str | None) -> dict[str, Member]:
         raise MissingData(f"there is no {place}. Set dataset.root=/path, to a folder of pictures or a tar file")
     found: dict[str, Member] = {}
     for file in sorted(place.iterdir()) if place.is_dir() else [place]:
-        for member in tar_members(file) if file.suffix == ".tar" else [Member(file)]:
+        for member in tar_members(file) if file.suffix == ".tar" else [Member(file, Source(file))]:
             if member.path.suffix.lower() not in SUFFIXES or member.path.name.startswith("."):
                 continue
             if member.path.stem in found:
@@ -134,7 +123,9 @@ def tar_members(archive: Path) -> Iterator[Member]:
     try:
         with tarfile.open(archive, "r:") as tar:
             for part in tar:
+                if part.issparse():
+                    raise BadData(f"{archive}: {part.name} is stored with holes (a sparse file); pack it again without")
                 if part.isfile():
-                    yield Member(archive / part.name, archive, part.offset_data, part.size)
+                    yield Member(archive / part.name, Source(archive, part.offset_data, part.size))
     except tarfile.TarError as error:
         raise BadData(f"{archive}: not an uncompressed tar file ({error})") from error

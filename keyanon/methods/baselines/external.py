@@ -44,7 +44,7 @@ from keyanon.channel.pixels import open_rgb, to_bytes, to_floats, write_png
 from keyanon.channel.whole import write_whole
 from keyanon.errors import BadSetting, UserError
 from keyanon.faces.layouts import SUFFIXES
-from keyanon.types import About, BadPicture, Bytes, Image, Key, PictureBytes, Published
+from keyanon.types import About, BadPicture, Bytes, Image, Key, PictureBytes, Published, Source
 
 PLACES = {"images", "output", "key"}
 SHOWN_LINES, SHOWN_FILES = 10, 5  # in a message
@@ -134,6 +134,13 @@ class External:
     @property
     def commands(self) -> list[Sequence[str]]:
         return [self.command]
+
+    def sources(self, id: str) -> list[Source]:
+        """The program's scripts and checkpoints, as far as command and `needs` name them."""
+        words = [*self.needs, *(word for command in self.commands for word in command)]
+        found = [Path(self.folder or "") / word for word in words if "{" not in word]
+        found += [Path(program) for command in self.commands if (program := shutil.which(command[0]))]
+        return [Source(path) for path in dict.fromkeys(found) if path.is_file()]
 
     def missing(self) -> str | None:
         """What a preflight says where the official code, a checkpoint or a program is not here; None where all are."""
@@ -344,6 +351,12 @@ class Ready:
     @property
     def folders(self) -> dict[str, str | None]:
         return {"anonymizer.anonymized": self.anonymized}
+
+    def sources(self, id: str) -> list[Source]:
+        """The ready-made pictures."""
+        stem = self.files.replace("{id}", id)
+        paths = [Path(folder) / f"{stem}{suffix}" for folder in self.folders.values() if folder for suffix in SUFFIXES]
+        return [Source(path) for path in paths if path.is_file()]
 
     def missing(self) -> str | None:
         """What a preflight says where a folder is not here; None where all are."""
