@@ -117,8 +117,7 @@ def fill_row(session: Session, cell: Cell, solver: Solver | None, backbone: Late
     def conclude(ids: Sequence[str]) -> Result:
         if lost := set(ids) - cell.files.measured():
             raise Incomplete(sorted(lost))
-        scores = cell.files.scores()
-        scores = scores[scores["id"].isin(set(ids))]
+        scores = cell.files.scores(ids).to_pandas()
         return Result(list(averages(scores, session.people)), scores, MEANINGS)
 
     return fill(session, cell, work, conclude)

@@ -8,6 +8,7 @@ import getpass
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from keyanon.channel.keys import SALT_BYTES, BadKey, MasterKey, Recipe, read_key, write_key, write_new_key
@@ -69,18 +70,32 @@ def key_of(picture: Path, password: str) -> MasterKey:
     return key
 
 
-def password_key(variable: str, salt: str | None, passes: int, memory: int, lanes: int) -> MasterKey:
-    """The key of the password in an environment variable, or of the one that is asked for. See keyanon.channel.keys.Recipe."""
-    if salt is None:
-        salt = os.urandom(SALT_BYTES).hex()
-        log.info("a fresh salt; to resume this run: key.salt=%s", salt)
+def password_key(variable: str, salt: str | None, kept: str | None, passes: int, memory: int, lanes: int) -> MasterKey:
+    """The key of the password in an environment variable, or of the one that is asked for. See keyanon.channel.keys.Recipe.
+
+    Without a `salt` that of the file `kept` is taken, which the first of a run's processes writes.
+    """
+    where = "key.salt" if salt is not None else f"key.kept: {kept}"
+    salt = salt_of_run(Path(kept)) if salt is None and kept is not None else salt
     try:
-        recipe = Recipe(bytes.fromhex(salt), passes, memory, lanes)
+        recipe = Recipe(bytes.fromhex(salt or ""), passes, memory, lanes)
     except ValueError:
-        raise BadKey(f"key.salt={salt}: expected {2 * SALT_BYTES} hex digits") from None
+        raise BadKey(f"{where}: expected {2 * SALT_BYTES} hex digits, found {salt!r}") from None
     if variable not in os.environ and not sys.stdin.isatty():
         raise BadKey(f"key=password: no password; set the environment variable {variable}, or start from a terminal")
     return recipe.derive(os.environ[variable] if variable in os.environ else asked_password())
+
+
+def salt_of_run(path: Path) -> str:
+    """The salt in a file, which is drawn where there is none: of processes that do so at once, all get the same."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawn = path.with_name(f"{os.urandom(8).hex()}.partial")
+        drawn.write_text(os.urandom(SALT_BYTES).hex() + "\n", encoding="ascii")
+        with suppress(FileExistsError):
+            path.hardlink_to(drawn)  # whole, and only if nobody was first
+        drawn.unlink()
+    return path.read_text(encoding="ascii", errors="replace").strip()
 
 
 def asked_password() -> str:

@@ -82,9 +82,9 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
             raise Incomplete(lacking)
         enrolled = session.enrol(ids, session.dataset.gallery)
         session.score_originals(ids)
-        found = [session.originals.scores(), scores_of_enrolled(enrolled, ids), files.scores()]
-        scores = pd.concat(found, ignore_index=True)
-        scores = scores[scores["id"].isin(set(ids))].sort_values(["view", "scorer", "id"], ignore_index=True)
+        own, made = (at.scores(ids).to_pandas() for at in (session.originals, files))
+        scores = pd.concat([own, scores_of_enrolled(enrolled, ids), made], ignore_index=True)
+        scores = scores.sort_values(["view", "scorer", "id"], ignore_index=True)
         statistics = [
             *averages(scores, session.people),
             *verification(files, enrolled, session.dataset.gallery, ids, session.people, cfg.far),

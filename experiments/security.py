@@ -206,7 +206,7 @@ def knowledge_of(folder: Path, attacker: Attacker, case: Case) -> Knowledge:
 
 def taken_from(notes: RunFiles, ids: Sequence[str]) -> Taken:
     """What was taken down of pictures."""
-    scores = notes.scores().set_index(["view", "scorer", "id"])["value"]
+    scores = notes.scores(ids).to_pandas().set_index(["view", "scorer", "id"])["value"]
 
     def values(view: str, scorer: str) -> Floats:
         found: Floats = scores[view, scorer].reindex(ids).to_numpy(np.float64)

@@ -20,7 +20,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -225,20 +224,18 @@ class RunFiles:
             tables.append(pa.table([list(ids), contents, *same, column], EMBEDDING_SCHEMA))
         write_part(self.folder / "embeddings", pa.concat_tables(tables))
 
-    def scores(self, folder: str = "scores") -> pd.DataFrame:
-        """Today's numbers: id, view, scorer, value, each once, sorted by view, scorer, id."""
-        rows = self._numbered(read_parts(self.folder / folder, SCORE_SCHEMA))
-        frame: pd.DataFrame = rows.select(["id", "view", "scorer", "value"]).to_pandas()
-        return frame
+    def scores(self, ids: Sequence[str], folder: str = "scores") -> pa.Table:
+        """Today's numbers of some pictures: id, view, scorer, value, each once, sorted by view, scorer, id."""
+        rows = self._numbered(read_parts(self.folder / folder, SCORE_SCHEMA)).select(["id", "view", "scorer", "value"])
+        return rows.filter(pc.is_in(rows["id"], value_set=pa.array(ids, pa.string())))
 
-    def costs(self, ids: Sequence[str]) -> pd.DataFrame:
-        """What pictures cost, means by view: columns view, pictures, seconds, evaluations."""
-        rows = self.scores("costs")
-        rows = rows[rows["id"].isin(set(ids))]
-        table = rows.pivot_table(values="value", index="view", columns="scorer", aggfunc="mean")
-        table["pictures"] = rows.groupby("view")["id"].nunique()
-        costs: pd.DataFrame = table.reset_index().reindex(columns=["view", "pictures", SECONDS, EVALUATIONS])
-        return costs
+    def costs(self, ids: Sequence[str]) -> list[dict[str, object]]:
+        """What pictures cost: for each view how many, and the means of seconds and evaluations a picture."""
+        rows = self.scores(ids, "costs").group_by(["view", "scorer"]).aggregate([("value", "mean"), ("id", "count")])
+        costs = defaultdict[str, dict[str, object]](dict)
+        for row in rows.to_pylist():
+            costs[row["view"]] |= {"view": row["view"], "pictures": row["id_count"], row["scorer"]: row["value_mean"]}
+        return list(costs.values())
 
     def embeddings(self, scorer: str | None = None, view: str | None = None) -> pa.Table:
         """Today's vectors, optionally of one scorer or view: id, view, scorer, embedding, each once, sorted by view, scorer, id."""

@@ -31,6 +31,7 @@ from keyanon.methods.baselines.external import (
 )
 from keyanon.run_folder import RunFiles
 from keyanon.runner import generate, prepare
+from keyanon.sources import Digests
 from keyanon.types import About, Anonymizer, Image, Published, Reversible, Source
 from tests.conftest import ROOT, CentreFace, smooth_picture
 
@@ -354,15 +355,15 @@ def test_a_run_that_was_stopped_by_a_crash_leaves_no_picture_of_the_batch(method
         def load(self, id):
             return IMAGES[int(id) - 1]
 
-    crashing = replace(method, command=command("crash"))
-    run, originals = tmp_path / "run", RunFiles(tmp_path / "originals")
-    assert prepare(originals, Three(), Three.ids, CentreFace(), 4) == {}
+    crashing, contents = replace(method, command=command("crash")), {}
+    run, originals = (RunFiles(tmp_path / name, contents) for name in ("run", "originals"))
+    assert prepare(originals, contents, Digests(tmp_path / "contents"), Three(), Three.ids, CentreFace(), 4) == {}
     with pytest.raises(BadMethod):
         generate(run, originals, Three.ids, crashing, KEY, {}, 4)
-    assert RunFiles(run).ids("anonymized") == []
+    assert run.ids("anonymized") == []
     generate(run, originals, Three.ids, method, KEY, {"wrong_key": WrongKey()}, 4)
-    assert torch.equal(RunFiles(run).read_all("recovered", Three.ids), to_bytes(IMAGES))
-    assert not torch.equal(RunFiles(run).read_all("wrong_key", Three.ids), to_bytes(IMAGES))
+    assert torch.equal(run.read_all("recovered", Three.ids), to_bytes(IMAGES))
+    assert not torch.equal(run.read_all("wrong_key", Three.ids), to_bytes(IMAGES))
 
 
 def test_all_that_is_missing_is_said_before_a_run(method, tmp_path):

@@ -18,7 +18,7 @@ ROOMS = [
     {"measures"},
     {"methods"},
     {"attacks"},
-    {"runner", "run_folder"},
+    {"parts", "sources", "run_folder", "runner"},
 ]
 MOVED = {"block_dct"}  # the old place of a class, which the files of earlier models name
 COMMANDS = {"run", "tables", "security", "gaussianity", "diversity", "train", "train_proface_s", "faces", "keys"}

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import io
+from concurrent.futures import ThreadPoolExecutor
 import subprocess
 import sys
 import unicodedata
@@ -340,9 +341,10 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_password_from_the_environment(monkeypatch, caplog):
+def test_a_password_from_the_environment(monkeypatch, caplog, tmp_path):
     monkeypatch.setattr("sys.stdin", io.StringIO())
-    settings = {"variable": "SOME_PASSWORD", "passes": 1, "memory": 64, "lanes": 2}
+    kept = str(tmp_path / "run" / "salt")
+    settings = {"variable": "SOME_PASSWORD", "kept": kept, "passes": 1, "memory": 64, "lanes": 2}
     with pytest.raises(BadKey, match="set the environment variable SOME_PASSWORD"):
         command.password_key(salt=SALT.hex(), **settings)
     monkeypatch.setenv("SOME_PASSWORD", "hush hush")
@@ -351,5 +353,14 @@ def test_a_password_from_the_environment(monkeypatch, caplog):
         command.password_key(salt="salt", **settings)
     with caplog.at_level("INFO"):
         fresh = command.password_key(salt=None, **settings)
-    assert f"key.salt={fresh.recipe.salt.hex()}" in caplog.text
+    assert (tmp_path / "run" / "salt").read_text().strip() == fresh.recipe.salt.hex()
+    with ThreadPoolExecutor(4) as pool:  # a run's shards
+        assert set(pool.map(lambda _: command.password_key(salt=None, **settings), range(8))) == {fresh}
+        elsewhere = settings | {"kept": str(tmp_path / "other" / "salt")}
+        others = set(pool.map(lambda _: command.password_key(salt=None, **elsewhere), range(8)))
+    assert len(others) == 1
+    assert others != {fresh}
+    (tmp_path / "run" / "salt").write_bytes(b"dam\xffaged")
+    with pytest.raises(BadKey, match="salt: expected 32 hex digits"):
+        command.password_key(salt=None, **settings)
     assert "hush" not in caplog.text

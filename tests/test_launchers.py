@@ -127,7 +127,10 @@ def test_a_table_has_the_shards_that_are_done_and_says_so(whole, faces, tiny_ldm
 
     # As long as a shard runs, nobody makes the table; not even of one that died unseen.
     shards = Shards(folder, 3, str(status(folder, "1of3")["asked"]))
-    shards.write("3/3", {"state": "running", "asked": shards.asked, "host": "node7", "started": "then"})
+    shards.write(
+        "3/3",
+        {"state": "running", "asked": shards.asked, "host": "node7", "started": "then", "error": "", "seconds": 0},
+    )
     caplog.clear()
     before = table.read_bytes()
     in_process(overrides(faces, tiny_ldm, "shard=2/3"))

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +17,7 @@ from hydra import compose, initialize_config_dir
 from experiments.harness import results
 from experiments.harness.command import row_overrides
 from experiments.harness.shards import sharded
-from experiments.run import main, refuse_changed_attacks, run
-from keyanon.attacks.views import Jpeg
+from experiments.run import main, run
 from keyanon.channel.keys import Recipe, write_key, write_new_key
 from tests.conftest import ROOT, smooth_picture
 
@@ -226,16 +224,6 @@ def test_shard_arithmetic():
     for wrong in ("0/3", "4/3", "3", "a/b"):
         with pytest.raises(ValueError, match="shard="):
             sharded(ids, wrong)
-
-
-def test_a_view_is_not_mixed_from_two_attacks(tmp_path):
-    refuse_changed_attacks(tmp_path, {"jpeg": Jpeg(90)})
-    refuse_changed_attacks(tmp_path, {"jpeg": Jpeg(90), "other": partial(sharded, shard="1/2")})
-    refuse_changed_attacks(tmp_path, {"other": partial(sharded, shard="1/2")})
-    with pytest.raises(ValueError, match="other holds pictures of this attack with other settings"):
-        refuse_changed_attacks(tmp_path, {"other": partial(sharded, shard="2/2")})
-    with pytest.raises(ValueError, match="other settings"):
-        refuse_changed_attacks(tmp_path, {"jpeg": Jpeg(50)})
 
 
 def test_a_sweep_makes_one_table_with_a_row_for_each_cell(command_in_process, faces, tiny_ldm, tmp_path):

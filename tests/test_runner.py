@@ -123,7 +123,7 @@ def score_all(folder, ids, scorers, recognizers, batch_size, views=None):
 
 
 def scores(folder) -> dict[tuple[str, str, str], float]:
-    rows = made(folder).scores().to_dict("records")
+    rows = made(folder).scores(list(CONTENTS)).to_pylist()
     return {(row["id"], row["view"], row["scorer"]): row["value"] for row in rows}
 
 
@@ -177,9 +177,7 @@ def test_only_what_is_pending_is_scored(whole, tmp_path, dataset):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     old, new, recognizer = Counting(mae), Counting(mae), Counting(PixelRecognizer().embed)
-    score_all(
-        folder, made(folder).ids("anonymized"), {"mae": old, "more": new}, {"pixels": recognizer}, batch_size=3
-    )
+    score_all(folder, made(folder).ids("anonymized"), {"mae": old, "more": new}, {"pixels": recognizer}, batch_size=3)
     assert (old.batches, recognizer.batches) == (0, 0)
     assert new.batches == 2 * len(MADE)  # six pictures
     assert {name: value for name, value in scores(folder).items() if name[2] != "more"} == scores(whole)
@@ -243,7 +241,7 @@ def test_rows_are_read_each_once(tmp_path):
         rows = [(id, "", view, scorer, "", value) for id, view, scorer, value in lines]
         table = [dict(zip(SCORE_SCHEMA.names, row, strict=True)) for row in rows]
         write_part(tmp_path / "scores", pa.Table.from_pylist(table, SCORE_SCHEMA))
-    read = list(RunFiles(tmp_path).scores().itertuples(index=False, name=None))
+    read = [tuple(row.values()) for row in RunFiles(tmp_path).scores(["p0", "p1", "p9"]).to_pylist()]
     assert [line[:3] for line in read] == [
         ("p0", "original", "psnr"), ("p9", "original", "psnr"), ("p0", "recovered", "mae"), ("p1", "recovered", "mae"),
     ]  # fmt: skip

@@ -1,4 +1,3 @@
-import json
 import shutil
 import subprocess
 from dataclasses import asdict
@@ -12,7 +11,17 @@ import yaml
 from experiments.harness.layout import METHODS, arrow
 from experiments.harness.meaning import Meanings, read_meanings
 from experiments.harness.paper import Reference, read_paper
-from experiments.harness.results import COSTS, STATISTICS, TIDY, build, collect, known_experiments, table
+from experiments.harness.results import (
+    COSTS,
+    STATISTICS,
+    TIDY,
+    build,
+    collect,
+    known_experiments,
+    read_about,
+    table,
+    write_about,
+)
 from experiments.tables import main
 from keyanon.measures.biometrics import AVERAGES, verification_summaries
 from keyanon.types import COSINE, About, Measure, Summary, View
@@ -65,16 +74,22 @@ def entry(**changes) -> dict:
 def run_folder(folder: Path, dataset="faces128", anonymizer="signflip", notes=(), values=(0.1, 0.2)) -> Path:
     """What the runner leaves behind for one cell."""
     folder.mkdir(parents=True)
-    about = {"experiment": "another", "dataset": dataset, "anonymizer": anonymizer, "title_notes": list(notes)}
-    (folder / "run.json").write_text(json.dumps(about))
     ids = [f"face{i}" for i in range(len(values))]
     scores = pd.DataFrame({"id": ids, "view": "recovered", "scorer": "psnr", "value": values})
     scores.to_parquet(folder / "scores.parquet")
     row = ("recovered", "psnr", "mean", len(values), 0, float(np.mean(values)), min(values), max(values))
     columns = ["view", "scorer", "statistic", "n", "undefined", "value", "low", "high"]
     pd.DataFrame([row], columns=columns).to_parquet(folder / "statistics.parquet")
-    (folder / "skipped.csv").write_text("id,reason\n")
+    (folder / "meanings.csv").write_bytes(Meanings().csv())
+    write_about(
+        folder, {"experiment": "another", "dataset": dataset, "anonymizer": anonymizer, "title_notes": list(notes)}
+    )
     return folder
+
+
+def changed(run: Path, **more: object) -> None:
+    """Write the result of a run anew, after one of its files was."""
+    write_about(run, read_about(run) | more)
 
 
 # The rows
@@ -232,13 +247,12 @@ def test_methods_of_a_kind_stand_together_with_what_they_need(tmp_path):
     runs = []
     for name, about in abouts.items():
         runs.append(run := run_folder(tmp_path / name, anonymizer=name))
-        record = json.loads((run / "run.json").read_text()) | {"about": asdict(about)}
-        (run / "run.json").write_text(json.dumps(record))
         row = ("anonymized", "header_bytes", "mean", 2, 0, 99.6, NAN, NAN)
         statistics = pd.read_parquet(run / "statistics.parquet")
         if name == "signflip":
             statistics.loc[1] = row
             statistics.to_parquet(run / "statistics.parquet")
+        changed(run, about=asdict(about))
     build("rivals", runs, tmp_path / "results")
     markdown = (tmp_path / "results" / "tables" / "rivals.md").read_text()
     lines = [
@@ -521,6 +535,8 @@ def test_what_runs_declare_is_committed_with_their_scores(tmp_path):
     run, other = (run_folder(tmp_path / name, anonymizer=name) for name in ("a", "b"))
     (run / "meanings.csv").write_bytes(Meanings({"recovered": View("recovered")}, {"psnr": MAE}).csv())
     (other / "meanings.csv").write_bytes(Meanings({"near": View("attacked")}, {"psnr": PSNR}).csv())
+    changed(run)
+    changed(other)
     build("quick", [run, other], tmp_path / "results")
     kept = read_meanings(tmp_path / "results" / "scores" / "quick.meanings.csv")
     assert kept == Meanings({"near": View("attacked"), "recovered": View("recovered")}, {"psnr": PSNR})  # the last word

@@ -14,6 +14,7 @@ import hashlib
 import json
 import operator
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -162,15 +163,27 @@ def collect(runs: Sequence[Path], experiment: str) -> pd.DataFrame:
         BadData: two folders hold the same cell.
     """
     frames, seen = [], dict[tuple[str, str], Path]()
-    for run in runs:
-        about = read_about(run)
+    abouts = {run: read_about(run) for run in runs}
+    mixed = notes_of_mixed(list(abouts.values()))
+    for run, about in abouts.items():
         cell = (about["dataset"], about["anonymizer"])
         if cell in seen:
             raise BadData(f"{experiment}: {seen[cell]} and {run} are both {' '.join(cell)}; name one of them")
         seen[cell] = run
         keys = {"experiment": experiment, "dataset": cell[0], "anonymizer": cell[1]}
-        frames.append(read_parquet(run, "statistics").assign(**keys, notes="\n".join(about["title_notes"])))
+        frames.append(read_parquet(run, "statistics").assign(**keys, notes="\n".join([*about["title_notes"], *mixed])))
     return pd.concat(frames, ignore_index=True)[STATISTICS]
+
+
+def notes_of_mixed(abouts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader must know where rows of one table were made by different versions of the same code or package."""
+    versions = defaultdict[str, set[str]](set)
+    for about in abouts:
+        question = about.get("question", {})
+        for name, version in {**question.get("code", {}), **question.get("packages", {})}.items():
+            versions[name].add(version)
+    mixed = sorted(name for name, found in versions.items() if len(found) > 1)
+    return [f"rows of different versions of {', '.join(mixed)}"] if mixed else []
 
 
 def collect_scores(runs: Sequence[Path]) -> pd.DataFrame:

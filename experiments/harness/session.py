@@ -165,7 +165,12 @@ class Session:
         `settings` and `method` decide its pictures, `measures` what else is asked of them. `made_by` has signatures of what makes
         some of its views.
         """
-        asked = {"originals": self._originals.name, **provenance.made_of(settings, method, runner.generate)}
+        asked = {
+            "dataset": plain(self.cfg.dataset),
+            "parser": plain(self.cfg.parser),
+            "originals": self._originals.name,
+            **provenance.made_of(settings, method),
+        }
         name = f"{self.choices['dataset']}-{row.replace(' ', '_')}-{provenance.signature(asked)}"
         folder = Path(self.cfg.runs) / self.cfg.name / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -364,7 +369,7 @@ def publish(
         "question": cell.question,
         **({"about": asdict(cell.about)} if cell.about is not None else {}),
         "seconds": sum(statuses[shard]["seconds"] for shard in done),
-        "costs": cell.files.costs(ids).to_dict("records"),
+        "costs": cell.files.costs(ids),
         "pictures": len(ids),
         "batch_size": cfg.batch_size,
         "device": torch.device(cfg.device).type,
