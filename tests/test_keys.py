@@ -3,10 +3,10 @@
 import hashlib
 import hmac
 import io
-from concurrent.futures import ThreadPoolExecutor
 import subprocess
 import sys
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -54,7 +55,7 @@ def made_of(settings: Any, *parts: Any) -> dict[str, Any]:
         "settings": settings,
         "sha256": weights_of(parts),
         "code": {**code_of(parts), RUNNER: digest_of(RUNNER)},
-        "packages": {name: metadata.version(name) for name in PACKAGES if name != "keyanon" and installed(name)},
+        "packages": {name: version for name, version in packages().items() if name != "keyanon"},
     }
 
 
@@ -152,19 +153,21 @@ def record() -> dict[str, Any]:
     return {
         "commit": commit(),
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in PACKAGES if installed(name)},
+        "packages": packages(),
         "processor": platform.machine(),
         "accelerator": torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "none",  # type: ignore[union-attr]
         "threads": torch.get_num_threads(),
     }
 
 
-def installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+@cache
+def packages() -> dict[str, str]:
+    """The versions of those of PACKAGES that are installed."""
+    found: dict[str, str] = {}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def commit() -> str:
