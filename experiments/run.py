@@ -35,6 +35,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     from hydra.utils import instantiate
 
     from experiments.harness.meaning import meanings
+    from experiments.harness.names import row_label
     from experiments.harness.session import Result, begin, fill, plain, scores_of, show
     from experiments.harness.shards import sharded
     from experiments.harness.statistics import averages, scores_of_enrolled, verification
@@ -49,8 +50,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     session = begin(cfg, choices, command, method, views=4 + len(attacks))
     question = {"anonymizer": plain(cfg.anonymizer), "key": key.fingerprint}
     measures = {group: plain(cfg[group]) for group in MEASURES}
-    row = ",".join([choices["anonymizer"], *swept])
-    cell = session.cell(row, question, notes_of(cfg, choices), method, measures)
+    cell = session.cell(row_label(choices["anonymizer"], swept), question, notes_of(cfg, choices), method, measures)
     refuse_changed_attacks(cell.folder, attacks)
 
     def work(ids: Sequence[str]) -> None:
@@ -84,7 +84,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
             *verification(cell.folder, enrolled, session.dataset.gallery, ids, session.people, cfg.far),
         ]
         said = meanings(session.scorers, session.recognizers, attacks, method, cfg.far)
-        return Result(statistics, scores, said, draw_sheet(session.originals, RunFiles(cell.folder), ids))
+        return Result(statistics, scores, said, draw_sheets(session.originals, RunFiles(cell.folder), ids))
 
     if fill(session, cell, work, conclude):
         show(session, [cell])
@@ -105,8 +105,11 @@ def notes_of(cfg: DictConfig, choices: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def draw_sheet(originals: Any, files: Any, ids: Sequence[str]) -> Path | None:
-    """The first pictures in each view that shows what the method does, side by side; None where there is no picture."""
+def draw_sheets(originals: Any, files: Any, ids: Sequence[str]) -> dict[str, Path]:
+    """The first pictures side by side: "all" views that show what the method does, and the "anonymized" one alone.
+
+    Nothing where there is no picture.
+    """
     from experiments.harness.plots import contact_sheet
     from keyanon.run_folder import ANONYMIZED
 
@@ -114,10 +117,12 @@ def draw_sheet(originals: Any, files: Any, ids: Sequence[str]) -> Path | None:
     places = {view: originals if view in ("original", "mask") else files for view in SHEET_VIEWS}
     there = {view: at for view, at in places.items() if shown and all(at.has(view, id) for id in shown)}
     if ANONYMIZED not in there:
-        return None
-    path: Path = files.folder / "contact_sheet.png"
-    contact_sheet({view: list(at.read_all(view, shown)) for view, at in there.items()}, path)
-    return path
+        return {}
+    sheets = {"all": files.folder / "contact_sheet.png", "anonymized": files.folder / "anonymized_sheet.png"}
+    columns = {view: list(at.read_all(view, shown)) for view, at in there.items()}
+    contact_sheet(columns, sheets["all"])
+    contact_sheet({ANONYMIZED: columns[ANONYMIZED]}, sheets["anonymized"])
+    return sheets
 
 
 def refuse_changed_attacks(folder: Path, attacks: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 # What decides where and how fast a picture is made, or where a thing lies, but not how it looks.
-PRESENTATION = {"device", "root", "source", "subfolder", "revision", "licence", "weights"}
+PRESENTATION = {"device", "root", "source", "subfolder", "revision", "licence", "weights", "names"}
 PACKAGES = (
     "keyanon",
     "torch",
