@@ -8,8 +8,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.harness.command import CHECKOUT
 from experiments.harness.layout import summary
-from experiments.harness.results import CHECKOUT, PAPER, RESULTS, build, known_experiments, latest_cells
+from experiments.harness.results import PAPER, RESULTS, build, known_experiments, latest_cells
 from keyanon.channel.whole import write_whole
 from keyanon.errors import BadSetting, UserError
 

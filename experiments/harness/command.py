@@ -5,12 +5,13 @@ Imports nothing heavy: a command's help and its complaints about arguments come 
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -22,6 +23,7 @@ from experiments.harness.shards import FailedShard
 log = logging.getLogger(__name__)
 
 FAILED = 1  # exit code
+CHECKOUT = Path(__file__).resolve().parents[2]
 # Of what a sweep can vary, that which no row's name has: it is a column, a table, or a part of one cell.
 NOT_IN_ROW_NAMES = {"anonymizer", "dataset", "experiment", "name", "runs", "shard"}
 
@@ -42,6 +44,7 @@ def start(cfg: DictConfig, run: Run) -> None:
     cfg.device = card_of_job(cfg.device, job.job.num, cards) if sweep else cfg.device
     try:
         check_table_name(cfg.name)
+        tell_of_other_place(Path(cfg.runs), str(cfg.name))
         swept = row_overrides(job.overrides.task, swept_names(job)) if sweep else []
         run(cfg, dict(job.runtime.choices), swept, command_of_cell(job))
     except Exception as error:
@@ -55,6 +58,16 @@ def start(cfg: DictConfig, run: Run) -> None:
             raise CompactHydraException(message) from error
         print(message, file=sys.stderr)
         sys.exit(FAILED)
+
+
+def tell_of_other_place(runs: Path, name: str) -> None:
+    """Say so where runs of this name lie in the checkout, and this one, started in another folder, does not go on with them."""
+    there = CHECKOUT / runs / name
+    if there.is_dir() and there.resolve() != (runs / name).resolve():
+        here = (runs / name).absolute()
+        log.warning(
+            "%s is not gone on with: this run goes below %s; for the other place: runs=%s", there, here, there.parent
+        )
 
 
 def one_line_for_user(error: Exception, runs: str) -> str | None:
@@ -76,8 +89,13 @@ def swept_names(job: HydraConf) -> list[str]:
     asked = OmegaConf.load(Path(job.runtime.cwd, job.sweep.dir, "multirun.yaml")).hydra
     parsed = OverridesParser.create().parse_overrides(given(asked))
     # The last word on a key counts, as for Hydra's sweeper.
-    swept = {each.get_key_element(): each.is_sweep_override() for each in parsed}
-    return [name_of(key) for key, varies in swept.items() if varies and name_of(key) not in NOT_IN_ROW_NAMES]
+    return row_names({each.get_key_element(): each for each in parsed}, asked)
+
+
+def row_names(overrides: Mapping[str, Override], hydra: DictConfig) -> list[str]:
+    """Of a sweep's overrides those that tell rows apart: which have several values, or are of hydra.sweeper.params."""
+    varied = [key for key, each in overrides.items() if each.is_sweep_override() or key in (hydra.sweeper.params or {})]
+    return [name for name in map(name_of, varied) if name not in NOT_IN_ROW_NAMES]
 
 
 def given(hydra: HydraConf | DictConfig) -> list[str]:
@@ -91,13 +109,14 @@ def command_of_cell(job: HydraConf) -> list[str]:
     overrides = [override for override in job.overrides.task if name_of(override) != "shard"]
     if job.mode != RunMode.MULTIRUN or not (names := swept_names(job)):
         return [*program, *overrides]
-    return [*program, "-m", *(one_cell(each) if name_of(each) in names else each for each in overrides)]
-
-
-def one_cell(override: str) -> str:
-    """A sweep over one value is still a sweep."""
-    key, _, value = override.partition("=")
-    return f"{key}=choice({value})"
+    swept = {each: each.partition("=")[::2] for each in overrides if name_of(each) in names}
+    if any(value == "null" for _, value in swept.values()):  # of which Hydra makes no choice
+        params = [f"{key}:{QuotedString(value, Quote.single).with_quotes()}" for key, value in swept.values()]
+        rest = [each for each in overrides if each not in swept]
+        return [*program, "-m", *rest, f"hydra.sweeper.params={{{','.join(params)}}}"]
+    # A sweep over one value is still a sweep.
+    one = {each: f"{key}=choice({value})" for each, (key, value) in swept.items()}
+    return [*program, "-m", *(one.get(each, each) for each in overrides)]
 
 
 def row_overrides(overrides: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -19,7 +19,8 @@ def file_name(text: str) -> str:
     if PLAIN.fullmatch(text) and len(text) <= LONGEST:
         return text
     digest = sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    return f"{re.sub(r'[^A-Za-z0-9._=,@+-]+', '_', text)[: LONGEST - 13]}~{digest}"
+    plain = re.sub(r"[^A-Za-z0-9._=,@+-]+", "_", text).lstrip(".-")
+    return f"{plain[: LONGEST - 13]}~{digest}"
 
 
 def row_label(method: str, overrides: Sequence[str] = ()) -> str:

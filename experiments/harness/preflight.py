@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from experiments.harness.command import NOT_IN_ROW_NAMES, given, name_of, row_overrides
+from experiments.harness.command import given, row_names, row_overrides
 from experiments.harness.errors import user_error
 from experiments.harness.names import check_table_name, row_label
 from keyanon import weights
@@ -39,8 +39,7 @@ class WholeSweep(Callback):
         parsed = OverridesParser.create(loader).parse_overrides(given(config.hydra))
         # The last word on a key counts, as for Hydra's sweeper. Shards all lack the same.
         asked = {each.get_key_element(): each for each in parsed if each.get_key_element() != "shard"}
-        names = [name_of(key) for key, each in asked.items() if each.is_sweep_override()]
-        swept = [name for name in names if name not in NOT_IN_ROW_NAMES]
+        swept = row_names(asked, config.hydra)
         problems: list[str] = []
         rows: dict[tuple[str, ...], list[str]] = {}
         for cell in map(list, product(*map(choices, asked.values()))):
@@ -52,10 +51,11 @@ class WholeSweep(Callback):
             label = row_label(chosen.get("anonymizer", "every method"), row_overrides(cell, swept))
             row = (str(cfg.runs), str(cfg.name), chosen["dataset"], label)
             if row in rows:
-                varied = [[each for each in one if name_of(each) in names] for one in (rows[row], cell)]
+                differ = [set(one) - set(other) for one, other in ((rows[row], cell), (cell, rows[row]))]
+                told = " and ".join(" ".join(sorted(one)) for one in differ if one) or "a value is given twice"
                 problems.append(
                     f"two cells of this sweep would be one row, {label} of {chosen['dataset']} in the table {cfg.name}: "
-                    f"{' '.join(varied[0])} and {' '.join(varied[1])}; leave one out, or give each a table of its own (name=...)"
+                    f"{told}; leave one out, or give each a table of its own (name=...)"
                 )
             rows[row] = cell
         stop_if(list(dict.fromkeys(problems)))

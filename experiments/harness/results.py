@@ -23,6 +23,7 @@ from typing import Any
 import pandas as pd
 from tabulate import tabulate
 
+from experiments.harness.command import CHECKOUT
 from experiments.harness.layout import BITS, METHODS, latex, markdown, sections, titles
 from experiments.harness.meaning import Meanings, read_meanings
 from experiments.harness.paper import CELL, Reference, read_paper
@@ -30,7 +31,6 @@ from keyanon.channel.whole import write_whole
 from keyanon.errors import BadData, MissingData
 from keyanon.run_folder import read_costs
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 RESULTS = CHECKOUT / "results"  # wherever a command is started
 PAPER = RESULTS / "paper"
 STATISTICS = ["experiment", "dataset", "anonymizer", "notes", *CELL[2:], "n", "undefined", "value", "low", "high"]
