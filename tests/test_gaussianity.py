@@ -261,7 +261,8 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def in_process(faces: Path, model: Path, *more: str) -> pd.DataFrame:
     overrides = [
-        "dataset=folder", f"dataset.root={faces}", "dataset.rename=null", "dataset.size=64", "backbone=ldm_ffhq", f"backbone.source={model}",
+        "dataset=folder", f"dataset.root={faces}", "dataset.rename=null",
+        "dataset.size=64", "backbone=ldm_ffhq", f"backbone.source={model}",
         "backbone.subfolder=''", "parser=ellipse", "inversions.naive.steps=[2,4]", "inversions.exact.steps=[4]",
         "name=tiny", *more,
     ]  # fmt: skip

@@ -4,9 +4,11 @@ import json
 import shlex
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
@@ -34,7 +36,8 @@ def faces(tmp_path_factory) -> Path:
 
 def overrides(faces: Path, tiny_ldm: Path, *more: str) -> list[str]:
     return [
-        "dataset=folder", f"dataset.root={faces}", "dataset.rename=null", "dataset.size=32", "backbone=ldm_ffhq", f"backbone.source={tiny_ldm}",
+        "dataset=folder", f"dataset.root={faces}", "dataset.rename=null",
+        "dataset.size=32", "backbone=ldm_ffhq", f"backbone.source={tiny_ldm}",
         "backbone.subfolder=''", "parser=ellipse", "solver.steps=1", "recognizers=[]", "scorers=[mae]", "attacks=[]",
         "batch_size=2", "name=tiny", *more,
     ]  # fmt: skip
@@ -160,7 +163,10 @@ def test_a_run_of_fewer_pictures_counts_no_others(whole, faces, tiny_ldm, tmp_pa
     in_process(overrides(faces, tiny_ldm, "limit=3"))
     of_three = Path("results/runs/tiny/tables/tiny.csv").read_bytes()
     in_process(overrides(faces, tiny_ldm))
-    assert Path("results/runs/tiny/tables/tiny.csv").read_bytes() == (whole / "results/runs/tiny/tables/tiny.csv").read_bytes()
+    assert (
+        Path("results/runs/tiny/tables/tiny.csv").read_bytes()
+        == (whole / "results/runs/tiny/tables/tiny.csv").read_bytes()
+    )
     in_process(overrides(faces, tiny_ldm, "limit=3"))
     assert Path("results/runs/tiny/tables/tiny.csv").read_bytes() == of_three
 
@@ -203,6 +209,13 @@ def test_each_job_of_a_sweep_gets_the_next_card(device, job, cards, expected):
     assert card_of_job(device, job, cards) == expected
 
 
+def job_of(folder: Path, given: list[str], params: dict[str, str], of_this: list[str]):
+    record = {"hydra": {"sweeper": {"params": params}, "overrides": {"task": given}}}
+    OmegaConf.save(OmegaConf.create(record), folder / "multirun.yaml")
+    place = {"runtime": {"cwd": str(folder)}, "sweep": {"dir": "."}, "job": {"name": "run"}}
+    return OmegaConf.create({"mode": RunMode.MULTIRUN, **place, "overrides": {"task": of_this}})
+
+
 @pytest.mark.parametrize(
     ("asked", "params", "task", "tells", "again"),
     [
@@ -225,14 +238,21 @@ def test_each_job_of_a_sweep_gets_the_next_card(device, job, cards, expected):
     ],
 )
 def test_a_cell_alone_has_the_name_it_has_in_its_sweep(tmp_path, asked, params, task, tells, again):
-    def job(given: list[str], params: dict[str, str], of_this: list[str]):
-        record = {"hydra": {"sweeper": {"params": params}, "overrides": {"task": given}}}
-        OmegaConf.save(OmegaConf.create(record), tmp_path / "multirun.yaml")
-        place = {"runtime": {"cwd": str(tmp_path)}, "sweep": {"dir": "."}, "job": {"name": "run"}}
-        return OmegaConf.create({"mode": RunMode.MULTIRUN, **place, "overrides": {"task": of_this}})
-
+    job = partial(job_of, tmp_path)
     assert swept_names(job(asked, params, task)) == tells
     assert command_of_cell(job(asked, params, task)) == ["python", "-m", "experiments.run", *again]
     # Started again, it is a sweep in which the same tells.
     given = [override for override in again if override != "-m"]
     assert swept_names(job(given, {}, task)) == tells
+
+
+def test_a_cell_alone_may_have_null_for_what_its_sweep_varies(tmp_path):
+    """Hydra makes no choice of one null."""
+    cell = ["+anonymizer.refinement.jpeg=null", "name='a b'", "solver.steps=2"]
+    job = job_of(tmp_path, ["+anonymizer.refinement.jpeg=null,100", "name='a b'", "solver.steps=1,2"], {}, cell)
+    [_, _, _, multirun, *again] = command_of_cell(job)
+    assert multirun == "-m"
+    [params] = [each for each in OverridesParser.create().parse_overrides(again) if each.is_hydra_override()]
+    swept = {name: str(value) for name, value in OmegaConf.create(dict(params.value())).items()}
+    assert swept == {"+anonymizer.refinement.jpeg": "null", "solver.steps": "2"}
+    assert swept_names(job_of(tmp_path, ["name='a b'"], swept, cell)) == swept_names(job)

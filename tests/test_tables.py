@@ -349,7 +349,9 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "results" / "tables" / "quick.md").is_file()
     with pytest.raises(SystemExit, match=r"tables: nothing: .*python -m experiments\.run experiment=nothing"):
         main(["nothing"])
-    with pytest.raises(SystemExit, match=r"quick is no committed experiment: conf/experiment/quick\.yaml does not exist"):
+    with pytest.raises(
+        SystemExit, match=r"quick is no committed experiment: conf/experiment/quick\.yaml does not exist"
+    ):
         main(["quick", "--runs", "results/runs/abc"])
     with pytest.raises(SystemExit):
         main(["--runs", "results/runs/abc"])

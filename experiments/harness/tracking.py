@@ -23,7 +23,7 @@ from keyanon.types import Dataset, Synthetic
 SECRET = re.compile(r"key|pass|secret|token|credential|auth|seed|salt|nonce", re.IGNORECASE)
 PLACE = re.compile(r"(^|_)(path|root|dir|folder|file|home|cache)s?($|_)", re.IGNORECASE)
 PATH_LIKE = re.compile(r"~|\.{0,2}[/\\]|[A-Za-z]:[/\\]|file:")
-SETTING_OF_PLACE = re.compile(r"""=(['"]?)(~|\.{0,2}[/\\]|[A-Za-z]:[/\\]|file:)[^,]*""")  # within a row's name
+VALUE_IN_ROW = re.compile(r"""=('.*'|".*"|\[.*\]|\{.*\}|[^,]*)""")  # rather too much of a row's name than too little
 REMEDY = "pip install 'keyanon[wandb]', or run with wandb=off"
 LONGEST_NAME = 128  # characters that wandb shows
 
@@ -70,7 +70,7 @@ class Wandb:
 
     def missing(self) -> str | None:
         """The package, if it is not installed."""
-        if "wandb" in sys.modules or importlib.util.find_spec("wandb") is not None:
+        if sys.modules.get("wandb") or importlib.util.find_spec("wandb"):
             return None
         return f"wandb={self.mode}: the package wandb is not installed; {REMEDY}"
 
@@ -111,7 +111,7 @@ def wandb_id(signature: str) -> str:
 
 def without_places(text: str) -> str:
     """A row's name without the places on a disk that it may tell of."""
-    return SETTING_OF_PLACE.sub("=...", text)
+    return VALUE_IN_ROW.sub(lambda value: "=..." if set(value[1]) & set("/\\~") else value[0], text)
 
 
 def shown_outside(pictures: Pictures | None, dataset: Dataset) -> Pictures:
