@@ -9,6 +9,7 @@ FOLDER/HASH.csv says which id is which name, so that the owner finds a picture a
 import csv
 import io
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,7 +63,7 @@ class Renamed:
         except KeyError:
             raise BadPicture(f"{id}: no picture has this id") from None
         except BadPicture as error:
-            reason = str(error).partition(": ")[2] or "cannot be used"
+            reason = without_file(str(error), self._names[id])
             raise BadPicture(f"{id}: {reason}; {self.table} says which file it is") from None
 
     @property
@@ -92,6 +93,12 @@ class Renamed:
     @cached_property
     def _names(self) -> dict[str, str]:
         return {id: name for name, id in self._ids.items()}
+
+
+def without_file(message: str, name: str) -> str:
+    """What is said of a file, less the places where its path stands."""
+    left = re.sub(rf"[^'\"(:]*{re.escape(name)}\.\w+", "...", message).removeprefix("...: ")
+    return "cannot be used" if name in left and len(name) > 2 else left
 
 
 def key_of(folder: Path) -> MasterKey:
