@@ -76,7 +76,7 @@ def share_curve(statistics: pd.DataFrame, prefix: str, path: Path) -> bool:
     figure = Figure(figsize=(9, 3.5), dpi=100, layout="constrained")
     for axes, (title, chosen) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for names_of_line, line in rows[chosen].groupby([*told_apart, "scorer"]):
-            axes.plot(line["share"], line["value"], marker="o", markersize=3, label=" ".join(names_of_line))
+            axes.plot(line["share"], line["value"], marker="o", markersize=3, label=" ".join(map(str, names_of_line)))
             axes.fill_between(line["share"], line["low"], line["high"], alpha=0.2)
         names = rows.loc[chosen, "statistic"].unique()
         axes.set(
