@@ -82,8 +82,8 @@ def test_a_plain_table_is_not(name):
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ("exact,dataset.root=/home/anna/x,solver.steps=2", "exact,dataset.root=...,solver.steps=2"),
-        ("exact,dataset.root='/home/anna, x'", "exact,dataset.root=..."),
+        ("exact,dataset.root=/faces/anna/x,solver.steps=2", "exact,dataset.root=...,solver.steps=2"),
+        ("exact,dataset.root='/faces/anna, x'", "exact,dataset.root=..."),
         ("exact,+a=[1,~/x],b=2", "exact,+a=...,b=2"),
         ("exact,solver.steps=2", "exact,solver.steps=2"),
     ],

@@ -163,7 +163,8 @@ def test_a_tracker_that_fails_costs_no_table(command_in_process, tmp_path):
 
 
 def test_a_row_of_any_characters_gets_to_wandb(command_in_process, tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    wandb = pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    wandb.teardown()  # it reads its settings once a process
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))

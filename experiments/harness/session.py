@@ -48,9 +48,7 @@ class Result:
     statistics: Sequence[tuple[str, str, Statistic]]
     scores: pd.DataFrame
     meanings: Meanings
-    sheets: Mapping[str, Path] = field(
-        default_factory=dict
-    )  # of pictures side by side, by what they show: "all", "anonymized"
+    sheets: Mapping[str, Path] = field(default_factory=dict)  # pictures side by side: "all" views, or "anonymized" ones
 
 
 @dataclass(frozen=True)
