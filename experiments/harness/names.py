@@ -8,7 +8,7 @@ from keyanon.errors import BadSetting
 
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,@+-]*")
 LONGEST = 100  # characters: a file system takes 255 bytes, and signatures and suffixes come behind
-SHARED = {"embeddings", "log", "names", "originals"}  # folders of all experiments, beside those of each
+SHARED = {"contents", "embeddings", "log", "names", "originals"}  # folders of all experiments, beside those of each
 
 
 def file_name(text: str) -> str:

@@ -303,7 +303,7 @@ def rows_replaced(session: Session, cell: Cell) -> list[str]:
         about = json.loads((folder / "run.json").read_text("utf-8"))
         if folder != cell.folder and (about["dataset"], about["anonymizer"]) == (session.choices["dataset"], cell.row):
             now, then = flat(cell.question), flat(about["question"])
-            names = [name for name in sorted(now.keys() | then.keys()) if now.get(name) != then.get(name)]
+            names = [name for name in {**now, **then} if now.get(name) != then.get(name)]
             told = ", ".join(f"{name} {then.get(name)} -> {now.get(name)}" for name in names[:SHOWN_DIFFERENCES])
             taken.append(
                 f"the row {cell.row} of {session.choices['dataset']} in the table {session.cfg.name} was {folder}, and will be "

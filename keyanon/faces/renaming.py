@@ -58,10 +58,19 @@ class Renamed:
 
     def load(self, id: str) -> Picture:
         """Raises BadPicture, whose message tells the id in the place of the file."""
+        picture: Picture = self._read(id, self.dataset.load)
+        return picture
+
+    def source(self, id: str) -> Any:
+        """What the dataset says that a picture is read from; raises BadPicture as `load`."""
+        dataset: Any = self.dataset
+        return self._read(id, dataset.source)
+
+    def _read(self, id: str, read: Callable[[str], Any]) -> Any:
+        if id not in self._names:
+            raise BadPicture(f"{id}: no picture has this id")
         try:
-            return self.dataset.load(self._names[id])
-        except KeyError:
-            raise BadPicture(f"{id}: no picture has this id") from None
+            return read(self._names[id])
         except BadPicture as error:
             reason = without_file(str(error), self._names[id])
             raise BadPicture(f"{id}: {reason}; {self.table} says which file it is") from None
