@@ -36,13 +36,13 @@ PAPER := $(patsubst results/paper/%.yaml,%,$(wildcard results/paper/*.yaml))
 REPRODUCE := $(addprefix reproduce-,$(filter $(PAPER),$(patsubst conf/experiment/%.yaml,%,$(wildcard conf/experiment/*.yaml))))
 
 .PHONY: reproduce-all $(REPRODUCE)
-reproduce-table1: ## Reproduce the paper's Table 1 (needs CelebA-HQ, LFW, the weights and a GPU)
+reproduce-table1: ## Reproduce the paper's Table 1 in results/tables (needs CelebA-HQ, LFW, the weights and a GPU)
 reproduce-table2: ## Reproduce verification on LFW (needs LFW, the weights and a GPU)
 reproduce-all: $(REPRODUCE) ## Reproduce everything the paper has a number for, one experiment after the other
 
 $(REPRODUCE): reproduce-%: $(INSTALLED)
 	$(RUN) experiments.run experiment=$*
-	$(RUN) experiments.tables $*
+	$(RUN) experiments.tables $* --runs results/runs/$*
 
 .PHONY: tables
 tables: $(INSTALLED) ## Rebuild every committed table from the committed scores

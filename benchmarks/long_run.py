@@ -34,7 +34,7 @@ from keyanon.types import Embeddings, Image
 ROOT = Path(__file__).resolve().parents[1]
 SIZE, DIMENSION, BATCH, UNREADABLE = 32, 512, 32, 1000
 FLAT = 1.1  # the peak may grow by a tenth from the first tenth of the pictures to the last
-PRODUCTS = ("tables/long_run.csv", "tables/long_run.md", "tables/long_run.tex")
+PRODUCTS = [f"results/runs/long_run/tables/long_run.{suffix}" for suffix in ("csv", "md", "tex")]
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="shards at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--every", type=float, default=2, help="seconds between samples")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/long_run.csv"))
+    parser.add_argument("--out", type=Path, default=ROOT / "results/benchmarks/long_run.csv")
     options = parser.parse_args()
     chance, samples, started = random.Random(options.seed), list[dict[str, object]](), time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
@@ -175,7 +175,7 @@ def main() -> None:
         shards = ",".join(f"{i}/{options.shards}" for i in range(1, options.shards + 1))
         many = Watched("shards", folder / "many", arguments, options.pictures, started, options.every, samples)
         many.run("-m", f"shard={shards}", "hydra/launcher=gpus", f"hydra.launcher.n_jobs={options.jobs}")
-        same = {name: filecmp.cmp(one.cwd / "results" / name, many.cwd / "results" / name, False) for name in PRODUCTS}
+        same = {name: filecmp.cmp(one.cwd / name, many.cwd / name, False) for name in PRODUCTS}
         left = [len(list(run.cwd.glob(f"results/runs/originals/*/{ORIGINAL}/*.png"))) for run in (one, many)]
     table = thinned(pd.DataFrame(samples)).assign(pictures=options.pictures)
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -65,6 +65,7 @@ from keyanon.methods.signflip import SignFlip
 from keyanon.methods.transforms import BandRotation
 from keyanon.types import Image, Latent
 
+ROOT = Path(__file__).resolve().parents[1]
 METHODS = AUTHORS, SIGNFLIP, EXACT = "authors", "signflip", "exact"
 EVALUATE, ANONYMIZE, RECOVER, SCORE = "evaluate", "anonymize", "recover", "score"
 AUTHORS_BATCH = 5
@@ -171,8 +172,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of the CPU; by default PyTorch's own number")
     parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure a CPU's memory")
     parser.add_argument("--scratch", type=Path, default=Path(".cache/benchmarks"), help="for ldm256's random weights")
-    parser.add_argument("--output", type=Path, default=Path("results/benchmarks/throughput.csv"))
-    parser.add_argument("--plot", type=Path, default=Path("results/plots/throughput.svg"))
+    parser.add_argument("--output", type=Path, default=ROOT / "results/benchmarks/throughput.csv")
+    parser.add_argument("--plot", type=Path, default=ROOT / "results/plots/throughput.svg")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # a cell, by the process that is started for its memory
     args = parser.parse_args(given)
     for name, value in PRESETS[args.preset].items():

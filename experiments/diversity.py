@@ -8,7 +8,7 @@ Every picture is anonymized under several keys by every method, and recognizers 
     frechet                 Fréchet distance between the embeddings of all anonymized and of all clean pictures; it grows with fewer
                             pictures, so it compares methods on the same ones and nothing else
 
-A row of the table is a method. The mean cosine of each picture goes to results/scores/NAME.scores.parquet.
+A row of the table is a method. The mean cosine of each picture goes to results/runs/NAME/scores/NAME.scores.parquet.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +25,7 @@ from omegaconf import DictConfig
 
 from experiments.harness.command import start
 from experiments.harness.meaning import Meanings
+from experiments.harness.names import row_label
 from experiments.harness.session import (
     Cell,
     Incomplete,
@@ -105,27 +106,27 @@ def main(cfg: DictConfig) -> None:
     start(cfg, run)
 
 
-def run(cfg: DictConfig, choices: Mapping[str, Any], _: Sequence[str] = (), command: Sequence[str] = ()) -> Path:
+def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), command: Sequence[str] = ()) -> Path:
     """Measure every method, write the scores and the table; the folder of the rows."""
     if cfg.keys_per_picture < 2:
         raise BadSetting(f"keys_per_picture={cfg.keys_per_picture}: it takes two to compare")
     methods: dict[str, Anonymizer] = instantiate(cfg.methods, _convert_="all")
     session = begin(cfg, choices, command, methods)
-    cells = [row(session, name, method) for name, method in methods.items()]
+    cells = [row(session, name, method, swept) for name, method in methods.items()]
     written = [fill_row(session, cell, method) for cell, method in zip(cells, methods.values(), strict=True)]
     if all(written):
         show(session, cells)
     return Path(cfg.runs) / str(cfg.name)
 
 
-def row(session: Session, name: str, method: Anonymizer) -> Cell:
+def row(session: Session, name: str, method: Anonymizer, swept: Sequence[str]) -> Cell:
     cfg, choices = session.cfg, session.choices
     notes = stand_in_notes(cfg.backbone) + model_notes(
         cfg.methods[name].get("backbone"), choices["backbone"], choices["parser"]
     )
     notes += [f"{cfg.keys_per_picture} published keys for each picture", *map(str, cfg.notes)]
     settings = {"method": plain(cfg.methods[name]), "keys": cfg.keys_per_picture, "recognizers": session.made_by}
-    return session.cell(name, settings, notes, method)
+    return session.cell(row_label(name, swept), settings, notes, method)
 
 
 def fill_row(session: Session, cell: Cell, method: Anonymizer) -> bool:

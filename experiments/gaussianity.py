@@ -7,7 +7,7 @@ keyanon/measures/gaussianity.py, and
     round_trip              |sample(z_T) - z_0| / |z_0|: how far this inversion is from undoing the sampler
 
 A row of the table is a solver; normal noise in the place of z_T is the control. Per-picture values go to
-results/scores/NAME.scores.parquet, and the table is made from them as any other.
+results/runs/NAME/scores/NAME.scores.parquet, and the table is made from them as any other.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 
 from experiments.harness.command import start
 from experiments.harness.meaning import Meanings
+from experiments.harness.names import row_label
 from experiments.harness.session import (
     Cell,
     Incomplete,
@@ -80,7 +81,7 @@ def main(cfg: DictConfig) -> None:
     start(cfg, run)
 
 
-def run(cfg: DictConfig, choices: Mapping[str, Any], _: Sequence[str] = (), command: Sequence[str] = ()) -> Path:
+def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), command: Sequence[str] = ()) -> Path:
     """Measure every row's pictures, write the scores and the table; the folder of the rows."""
     backbone: LatentDiffusion = instantiate(cfg.backbone, _convert_="all")
     solvers: dict[str, Solver | None] = {CONTROL: None} | {
@@ -90,7 +91,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], _: Sequence[str] = (), comm
         for steps in inversion.steps
     }
     session = begin(cfg, choices, command, backbone)
-    cells = [row(session, name, solver, backbone) for name, solver in solvers.items()]
+    cells = [row(session, row_label(name, swept), solver, backbone) for name, solver in solvers.items()]
     written = [fill_row(session, cell, solver, backbone) for cell, solver in zip(cells, solvers.values(), strict=True)]
     if all(written):
         show(session, cells)

@@ -34,6 +34,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     from hydra.utils import instantiate
 
     from experiments.harness.meaning import meanings
+    from experiments.harness.names import row_label
     from experiments.harness.provenance import made_of, signature
     from experiments.harness.session import Incomplete, Result, begin, fill, plain, show
     from experiments.harness.shards import sharded
@@ -49,7 +50,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     session = begin(cfg, choices, command, method)
     settings = {"anonymizer": plain(cfg.anonymizer), "key": key.fingerprint}
     measures = {group: plain(cfg[group]) for group in MEASURES}
-    row = ",".join([choices["anonymizer"], *swept])
+    row = row_label(choices["anonymizer"], swept)
     made_by = {view: signature(made_of(settings_of(attack), attack)) for view, attack in attacks.items()}
     cell = session.cell(row, settings, notes_of(cfg, choices), method, measures, made_by=made_by)
 
@@ -90,7 +91,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
             *verification(files, enrolled, session.dataset.gallery, ids, session.people, cfg.far),
         ]
         said = meanings(session.scorers, session.recognizers, attacks, method, cfg.far)
-        return Result(statistics, scores, said, draw_sheet(session.originals, files, ids))
+        return Result(statistics, scores, said, draw_sheets(session.originals, files, ids))
 
     if fill(session, cell, work, conclude, [ANONYMIZED, RECOVERED, *attacks]):
         show(session, [cell])
@@ -111,8 +112,11 @@ def notes_of(cfg: DictConfig, choices: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def draw_sheet(originals: Any, files: Any, ids: Sequence[str]) -> Path | None:
-    """The first pictures in each view that shows what the method does, side by side; None where there is no picture."""
+def draw_sheets(originals: Any, files: Any, ids: Sequence[str]) -> dict[str, Path]:
+    """The first pictures side by side: "all" views that show what the method does, and the "anonymized" one alone.
+
+    Nothing where there is no picture.
+    """
     from experiments.harness.plots import contact_sheet
     from keyanon.run_folder import ANONYMIZED
 
@@ -120,10 +124,12 @@ def draw_sheet(originals: Any, files: Any, ids: Sequence[str]) -> Path | None:
     places = {view: originals if view in ("original", "mask") else files for view in SHEET_VIEWS}
     there = {view: at for view, at in places.items() if shown and all(at.has(view, id) for id in shown)}
     if ANONYMIZED not in there:
-        return None
-    path: Path = files.folder / "contact_sheet.png"
-    contact_sheet({view: list(at.read_all(view, shown)) for view, at in there.items()}, path)
-    return path
+        return {}
+    sheets = {"all": files.folder / "contact_sheet.png", "anonymized": files.folder / "anonymized_sheet.png"}
+    columns = {view: list(at.read_all(view, shown)) for view, at in there.items()}
+    contact_sheet(columns, sheets["all"])
+    contact_sheet({ANONYMIZED: columns[ANONYMIZED]}, sheets["anonymized"])
+    return sheets
 
 
 def settings_of(attack: Any) -> dict[str, str]:

@@ -2,8 +2,7 @@
 
 The paper's method and the exact one, side by side, under the attackers of keyanon/attacks/attackers.py. Published files, what each
 attacker knows, and what it took down of each picture are kept in a run folder for each method. Per-picture values go to
-results/scores/NAME.scores.parquet, the shares of right signs to results/plots, and the table is made from committed statistics as
-any other.
+scores/NAME.scores.parquet below results/runs/NAME, the shares of right signs to plots/ there, and the table is made as any other.
 """
 
 import logging
@@ -25,6 +24,7 @@ from tabulate import tabulate
 from experiments.harness import layout, provenance, results
 from experiments.harness.command import start
 from experiments.harness.meaning import Meanings
+from experiments.harness.names import row_label
 from experiments.harness.plots import share_curve
 from experiments.harness.session import (
     Cell,
@@ -62,7 +62,7 @@ def main(cfg: DictConfig) -> None:
     start(cfg, run)
 
 
-def run(cfg: DictConfig, choices: Mapping[str, Any], _: Sequence[str] = (), command: Sequence[str] = ()) -> Path:
+def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), command: Sequence[str] = ()) -> Path:
     """Publish, attack, write the scores and the table; the folder of the rows."""
     if cfg.files < 2:
         raise BadSetting(f"files={cfg.files}: it takes two files of a picture to link them")
@@ -72,23 +72,29 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], _: Sequence[str] = (), comm
     skipped = session.prepare(session.ids)
     ids = [id for id in session.ids if id not in skipped]
     people = people_of(session, ids)
-    notes = notes_of(session, people)
+    notes, place = notes_of(session, people), Path(cfg.runs, str(cfg.name))
     cells: list[Cell] = []
     written: list[bool] = []
     for name, method in methods.items():
         settings = {"attackers": plain(cfg.security), "far": cfg.far}
-        cells.append(session.cell(name, {"method": plain(cfg.methods[name])}, notes, method, settings, ids))
+        cells.append(
+            session.cell(row_label(name, swept), {"method": plain(cfg.methods[name])}, notes, method, settings, ids)
+        )
         written.append(attacked(session, cells[-1], method, attackers, people))
     if dictionary is not None:
-        cells.append(session.cell(DICTIONARY, {"dictionary": plain(cfg.security.password_dictionary)}, notes, ids=[]))
+        cells.append(
+            session.cell(
+                row_label(DICTIONARY, swept), {"dictionary": plain(cfg.security.password_dictionary)}, notes, ids=[]
+            )
+        )
         written.append(fill(session, cells[-1], lambda _: None, lambda _: result(session, list(dictionary()))))
     if all(written):
-        beside = methods_beside(cfg.name, [*methods, DICTIONARY])
-        write_whole(Path("results/tables") / f"{cfg.name}.beside.md", beside.encode())
-        statistics = pd.read_parquet(Path("results/scores") / f"{cfg.name}.parquet")
-        share_curve(statistics, "right signs ", Path("results/plots") / f"{cfg.name}.svg")
+        beside = methods_beside(cfg.name, [cell.row for cell in cells], place)
+        write_whole(place / "tables" / f"{cfg.name}.beside.md", beside.encode())
+        statistics = pd.read_parquet(place / "scores" / f"{cfg.name}.parquet")
+        share_curve(statistics, "right signs ", place / "plots" / f"{cfg.name}.svg")
         show(session, cells)
-    return Path(cfg.runs) / str(cfg.name)
+    return place
 
 
 def notes_of(session: Session, people: People) -> list[str]:
@@ -301,16 +307,25 @@ class PublishedFiles:
         return self.session.originals.read_all(ORIGINAL, ids)
 
 
-def methods_beside(experiment: str, methods: Sequence[str]) -> str:
-    """A table's cells in Markdown, a column for each method: value, interval and the number of pictures or comparisons."""
-    rows = results.build(experiment)
+def methods_beside(experiment: str, methods: Sequence[str], place: Path) -> str:
+    """A table's cells in Markdown, a column for each method, `methods` first: value, interval, number of pictures or pairs."""
+    rows = results.build(experiment, (), place, results.PAPER)
+    several = rows.dataset.nunique() > 1
+
+    def column_of(row: Any) -> str:
+        return f"{row.dataset} {row.anonymizer}" if several else str(row.anonymizer)
+
+    order = [*methods, *rows.anonymizer]
+    columns = dict.fromkeys(
+        column_of(row) for row in sorted(rows.itertuples(), key=lambda row: order.index(row.anonymizer))
+    )
     lines: dict[tuple[str, str, str], dict[str, str]] = {}
     every: list[Any] = list(rows.itertuples())
     for row in every:
-        line = lines.setdefault((row.view, row.scorer, row.statistic), dict.fromkeys(methods, ""))
-        line[row.anonymizer] = f"{layout.ours_text(row, np.nan)}; {row.n}"
-    body = [[text.replace("|", "\\|") for text in (*cell, *line.values())] for cell, line in lines.items()]
-    table = tabulate(body, ["attack", "by", "statistic", *methods], tablefmt="pipe", disable_numparse=True)
+        line = lines.setdefault((row.view, row.scorer, row.statistic), dict.fromkeys(columns, ""))
+        line[column_of(row)] = f"{layout.ours_text(row, np.nan)}; {row.n}"
+    body = [[layout.celled(text) for text in (*cell, *line.values())] for cell, line in lines.items()]
+    table = tabulate(body, ["attack", "by", "statistic", *columns], tablefmt="pipe", disable_numparse=True)
     about = "Each cell: value [95 % interval]; n. keyanon/attacks/attackers.py says what each attacker knows and does."
     return f"# {experiment}: methods side by side\n\n{about}\n\n{table}\n"
 

@@ -20,13 +20,12 @@ DIGITS = 16  # hex digits of the digest in a part's name
 class Damaged(UserError):
     """A stored file that is not what was written. Whoever stored it can make it again once it is removed."""
 
-    def __init__(self, path: Path, remedy: str = "delete it and start again: it is made anew") -> None:
-        super().__init__(path, remedy)
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
         self.path = path
 
     def __str__(self) -> str:
-        path, remedy = self.args
-        return f"{path} is damaged or lost: its bytes are not those that were written; {remedy}"
+        return f"{self.path} is damaged or lost: its bytes are not those that were written. Start again what wrote it"
 
 
 def write_part(folder: Path, table: pa.Table) -> None:

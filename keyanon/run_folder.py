@@ -122,7 +122,7 @@ class RunFiles:
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            raise Damaged(path, "start again: it is made anew") from None
+            raise Damaged(path) from None
         if digest(data) not in {written.sha256 for written in self._wanted(view, id)}:
             raise Damaged(path)
         return data

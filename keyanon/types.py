@@ -143,6 +143,14 @@ class Dataset(Protocol):
 
 
 @runtime_checkable
+class Synthetic(Protocol):
+    """A dataset that says whether nobody on its pictures is real."""
+
+    @property
+    def synthetic(self) -> bool: ...
+
+
+@runtime_checkable
 class FaceParser(Protocol):
     def mask(self, images: Image, size: tuple[int, int]) -> Mask:
         """True on the face at `size` (rows, columns), which may be the latent's; all False where there is no face."""

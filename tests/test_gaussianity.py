@@ -265,14 +265,15 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def in_process(faces: Path, model: Path, *more: str) -> pd.DataFrame:
     overrides = [
-        "dataset=folder", f"dataset.root={faces}", "dataset.size=64", "backbone=ldm_ffhq", f"backbone.source={model}",
+        "dataset=folder", f"dataset.root={faces}", "dataset.rename=null",
+        "dataset.size=64", "backbone=ldm_ffhq", f"backbone.source={model}",
         "backbone.subfolder=''", "parser=ellipse", "inversions.naive.steps=[2,4]", "inversions.exact.steps=[4]",
         "name=tiny", *more,
     ]  # fmt: skip
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("gaussianity", overrides=overrides)
     run(cfg, {"dataset": "folder", "backbone": "ldm_ffhq", "parser": "ellipse"})
-    return pd.read_csv("results/tables/tiny.csv")
+    return pd.read_csv("results/runs/tiny/tables/tiny.csv")
 
 
 def test_from_pictures_to_a_table(in_folder, tiny_ldm):
@@ -287,20 +288,20 @@ def test_from_pictures_to_a_table(in_folder, tiny_ldm):
     assert not ours["round_trip", WHOLE].isna().any()
     assert ours["variance", WHOLE, CONTROL] == pytest.approx(1, abs=0.2)
 
-    markdown = (in_folder / "results" / "tables" / "tiny.md").read_text()
+    markdown = (in_folder / "results" / "runs" / "tiny" / "tables" / "tiny.md").read_text()
     assert "Not declared" not in markdown
     assert "## folder: random weights; backbone ldm_ffhq; mask from ellipse; mmd2 of 2 x 2" in markdown
     assert "### Inverted noise: measures of the noise, mean" in markdown
     assert "bundled model" not in markdown
-    (in_folder / "results" / "tables" / "tiny.md").unlink()
-    results.build("tiny")
-    assert (in_folder / "results" / "tables" / "tiny.md").read_text() == markdown
+    (in_folder / "results" / "runs" / "tiny" / "tables" / "tiny.md").unlink()
+    results.build("tiny", results=Path("results/runs/tiny"))
+    assert (in_folder / "results" / "runs" / "tiny" / "tables" / "tiny.md").read_text() == markdown
 
 
 def test_numbers_do_not_depend_on_the_other_pictures(in_folder, tiny_ldm):
     def scores(*overrides: str) -> pd.DataFrame:
         in_process(in_folder, tiny_ldm, "inversions.exact.steps=[]", *overrides)
-        frame = pd.read_parquet("results/scores/tiny.scores.parquet")
+        frame = pd.read_parquet("results/runs/tiny/scores/tiny.scores.parquet")
         assert list(frame.columns) == results.SCORES
         return frame.set_index(["anonymizer", "view", "scorer", "id"]).value.sort_index()
 

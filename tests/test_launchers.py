@@ -4,9 +4,11 @@ import json
 import shlex
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
@@ -34,7 +36,8 @@ def faces(tmp_path_factory) -> Path:
 
 def overrides(faces: Path, tiny_ldm: Path, *more: str) -> list[str]:
     return [
-        "dataset=folder", f"dataset.root={faces}", "dataset.size=32", "backbone=ldm_ffhq", f"backbone.source={tiny_ldm}",
+        "dataset=folder", f"dataset.root={faces}", "dataset.rename=null",
+        "dataset.size=32", "backbone=ldm_ffhq", f"backbone.source={tiny_ldm}",
         "backbone.subfolder=''", "parser=ellipse", "solver.steps=1", "recognizers=[]", "scorers=[mae]", "attacks=[]",
         "batch_size=2", "name=tiny", *more,
     ]  # fmt: skip
@@ -51,7 +54,7 @@ def whole(faces, tiny_ldm, tmp_path_factory) -> Path:
 
 
 def same_tables(folder: Path, other: Path) -> bool:
-    tables = [Path("results/tables", f"tiny.{suffix}") for suffix in ("csv", "md", "tex")]
+    tables = [Path("results/runs/tiny/tables", f"tiny.{suffix}") for suffix in ("csv", "md", "tex")]
     return all((folder / table).read_bytes() == (other / table).read_bytes() for table in tables)
 
 
@@ -93,7 +96,7 @@ def test_a_failed_shard_is_named_at_the_end_and_its_command_mends_the_table(comm
     [again] = [line for line in named if line.startswith("- shard 1/2 failed (ValueError: too white); again: ")]
     assert "Traceback" not in failed.stderr
     # The others have run, and the table has them and says what it lacks.
-    assert "2 pictures; without the shards 1/2 (failed)" in (tmp_path / "results/tables/tiny.md").read_text()
+    assert "2 pictures; without the shards 1/2 (failed)" in (tmp_path / "results/runs/tiny/tables/tiny.md").read_text()
 
     (tmp_path / "mended").touch()
     program, _, _, *rest = shlex.split(again.partition("again: ")[2])
@@ -101,9 +104,9 @@ def test_a_failed_shard_is_named_at_the_end_and_its_command_mends_the_table(comm
     mended = command_in_process(*rest)
     assert mended.returncode == 0, mended.stderr
     assert sorted(path.name for path in tmp_path.glob("results/runs/tiny/*/run.json")) == ["run.json"] * 2
-    table = (tmp_path / "results/tables/tiny.csv").read_text()
+    table = (tmp_path / "results/runs/tiny/tables/tiny.csv").read_text()
     assert ",4,0," in table
-    assert table.count("signflip,backbone=ldm_ffhq,parser=ellipse,solver.steps=1") > 0
+    assert table.count("signflip,solver.steps=1") > 0
 
 
 def status(folder: Path, shard: str) -> dict[str, object]:
@@ -112,7 +115,7 @@ def status(folder: Path, shard: str) -> dict[str, object]:
 
 def test_a_table_has_the_shards_that_are_done_and_says_so(whole, faces, tiny_ldm, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
-    table = Path("results/tables/tiny.md")
+    table = Path("results/runs/tiny/tables/tiny.md")
     folder = in_process(overrides(faces, tiny_ldm, "shard=1/3"))
     assert "2 pictures; without the shards 2/3 (missing), 3/3 (missing)" in table.read_text()
     assert "shard 2/3 is missing: python -m experiments.run shard=2/3" in caplog.text
@@ -155,17 +158,20 @@ def test_more_pictures_or_scorers_ask_all_shards_again(faces, tiny_ldm, tmp_path
     folder = in_process(overrides(faces, tiny_ldm, "shard=1/2"))
     asked = str(status(folder, "1of2")["asked"])
     assert Shards(folder, 2, asked).closed() == ["1/2"]
-    assert "3 pictures; without the shards 2/2 (missing)" in Path("results/tables/tiny.md").read_text()
+    assert "3 pictures; without the shards 2/2 (missing)" in Path("results/runs/tiny/tables/tiny.md").read_text()
 
 
 def test_a_run_of_fewer_pictures_counts_no_others(whole, faces, tiny_ldm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     in_process(overrides(faces, tiny_ldm, "limit=3"))
-    of_three = Path("results/tables/tiny.csv").read_bytes()
+    of_three = Path("results/runs/tiny/tables/tiny.csv").read_bytes()
     in_process(overrides(faces, tiny_ldm))
-    assert Path("results/tables/tiny.csv").read_bytes() == (whole / "results/tables/tiny.csv").read_bytes()
+    assert (
+        Path("results/runs/tiny/tables/tiny.csv").read_bytes()
+        == (whole / "results/runs/tiny/tables/tiny.csv").read_bytes()
+    )
     in_process(overrides(faces, tiny_ldm, "limit=3"))
-    assert Path("results/tables/tiny.csv").read_bytes() == of_three
+    assert Path("results/runs/tiny/tables/tiny.csv").read_bytes() == of_three
 
 
 def test_of_those_that_act_at_once_the_last_has_seen_all():
@@ -206,6 +212,13 @@ def test_each_job_of_a_sweep_gets_the_next_card(device, job, cards, expected):
     assert card_of_job(device, job, cards) == expected
 
 
+def job_of(folder: Path, given: list[str], params: dict[str, str], of_this: list[str]):
+    record = {"hydra": {"sweeper": {"params": params}, "overrides": {"task": given}}}
+    OmegaConf.save(OmegaConf.create(record), folder / "multirun.yaml")
+    place = {"runtime": {"cwd": str(folder)}, "sweep": {"dir": "."}, "job": {"name": "run"}}
+    return OmegaConf.create({"mode": RunMode.MULTIRUN, **place, "overrides": {"task": of_this}})
+
+
 @pytest.mark.parametrize(
     ("asked", "params", "task", "tells", "again"),
     [
@@ -228,14 +241,21 @@ def test_each_job_of_a_sweep_gets_the_next_card(device, job, cards, expected):
     ],
 )
 def test_a_cell_alone_has_the_name_it_has_in_its_sweep(tmp_path, asked, params, task, tells, again):
-    def job(given: list[str], params: dict[str, str], of_this: list[str]):
-        record = {"hydra": {"sweeper": {"params": params}, "overrides": {"task": given}}}
-        OmegaConf.save(OmegaConf.create(record), tmp_path / "multirun.yaml")
-        place = {"runtime": {"cwd": str(tmp_path)}, "sweep": {"dir": "."}, "job": {"name": "run"}}
-        return OmegaConf.create({"mode": RunMode.MULTIRUN, **place, "overrides": {"task": of_this}})
-
+    job = partial(job_of, tmp_path)
     assert swept_names(job(asked, params, task)) == tells
     assert command_of_cell(job(asked, params, task)) == ["python", "-m", "experiments.run", *again]
     # Started again, it is a sweep in which the same tells.
     given = [override for override in again if override != "-m"]
     assert swept_names(job(given, {}, task)) == tells
+
+
+def test_a_cell_alone_may_have_null_for_what_its_sweep_varies(tmp_path):
+    """Hydra makes no choice of one null."""
+    cell = ["+anonymizer.refinement.jpeg=null", "name='a b'", "solver.steps=2"]
+    job = job_of(tmp_path, ["+anonymizer.refinement.jpeg=null,100", "name='a b'", "solver.steps=1,2"], {}, cell)
+    [_, _, _, multirun, *again] = command_of_cell(job)
+    assert multirun == "-m"
+    [params] = [each for each in OverridesParser.create().parse_overrides(again) if each.is_hydra_override()]
+    swept = {name: str(value) for name, value in OmegaConf.create(dict(params.value())).items()}
+    assert swept == {"+anonymizer.refinement.jpeg": "null", "solver.steps": "2"}
+    assert swept_names(job_of(tmp_path, ["name='a b'"], swept, cell)) == swept_names(job)

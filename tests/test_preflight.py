@@ -1,5 +1,7 @@
 """What the cells of a sweep lack is told at once, before the first of them starts."""
 
+import sys
+
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -50,3 +52,46 @@ def test_shards_are_not_looked_at_one_by_one(monkeypatch):
     swept = {"anonymizer": "identity,signflip", "shard": ",".join(f"{i}/32" for i in range(1, 33))}
     begin(swept, "parser=ellipse", "recognizers=[]", "scorers=[psnr]")
     assert len(composed) == 2
+
+
+@pytest.mark.parametrize(
+    ("swept", "told"),
+    [
+        ({"solver.steps": "2,2"}, "signflip,solver.steps=2 of bundled in the table default: a value is given twice"),
+        ({"experiment": "smoke,quickstart"}, "signflip of bundled in the table t: "),
+        ({"solver.steps": "2,3", "name": "a,a/b"}, "name=a/b: it names files and a folder"),
+    ],
+)
+def test_cells_that_would_be_one_row_and_tables_that_are_no_file_are_refused(swept, told, capsys):
+    with pytest.raises(SystemExit) as ended:
+        begin(
+            swept, "parser=ellipse", "recognizers=[]", "scorers=[psnr]", *(["name=t"] if "experiment" in swept else [])
+        )
+    assert ended.value.code == NOT_READY
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given", ["key.seed=0,1", "dataset.size=64,128", "scorers=[psnr],[mae]", "limit=1,2", "batch_size=1,2"]
+)
+def test_whatever_a_sweep_varies_tells_its_rows_apart(given):
+    name, _, values = given.partition("=")
+    swept = {"anonymizer": "glob(*_blur)", "far": "0.1,0.01", name: values}
+    begin(swept, "parser=ellipse", "recognizers=[]", "scorers=[psnr]")
+
+
+def test_the_last_word_on_a_setting_counts(monkeypatch):
+    composed = []
+    monkeypatch.setattr(
+        preflight, "compose", lambda *given, **named: composed.append(given[1]) or compose(*given, **named)
+    )
+    begin({"anonymizer": "identity,signflip"}, "parser=ellipse", "anonymizer=identity")
+    assert composed == [["anonymizer=identity", "parser=ellipse"]]
+
+
+def test_a_package_that_the_tracker_needs_is_told_before_the_work(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(SystemExit):
+        begin({"limit": "1,2"}, "parser=ellipse", "recognizers=[]", "scorers=[psnr]", "wandb=offline")
+    assert "wandb=offline: the package wandb is not installed; pip install" in capsys.readouterr().err

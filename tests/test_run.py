@@ -4,6 +4,7 @@ import base64
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from experiments.harness import results
-from experiments.harness.command import row_overrides
+from experiments.harness.command import row_overrides, tell_of_other_place
 from experiments.harness.shards import sharded
 from experiments.run import main, run
 from keyanon.channel.keys import Recipe, write_key, write_new_key
@@ -46,7 +47,7 @@ def faces(tmp_path_factory) -> Path:
 def overrides(faces: Path, tiny_ldm: Path, *more: str) -> list[str]:
     """A whole small run: LDM-FFHQ's layout with random weights, which the table's title says."""
     return [
-        "dataset=folder", f"dataset.root={faces}", "dataset.size=64", "backbone=ldm_ffhq",
+        "dataset=folder", f"dataset.root={faces}", "dataset.rename=null", "dataset.size=64", "backbone=ldm_ffhq",
         f"backbone.source={tiny_ldm}", "backbone.subfolder=''", "parser=ellipse", "solver.steps=2", "recognizers=[]",
         "scorers=[mae,psnr_face]", "attacks=[wrong_key]", "batch_size=2", "notes=[random weights stand in for LDM-FFHQ]",
         "name=tiny", *more,
@@ -69,11 +70,11 @@ def in_process(arguments: list[str], **choices: str) -> Path:
 def test_from_pictures_to_a_table(faces, tiny_ldm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = in_process(overrides(faces, tiny_ldm))
-    table = pd.read_csv("results/tables/tiny.csv")
+    table = pd.read_csv("results/runs/tiny/tables/tiny.csv")
     assert list(table.columns) == results.TIDY
     assert set(table["view"]) == {"original", "reconstructed", "anonymized", "recovered", "wrong_key"}
     assert (table["n"] == 5).all()
-    markdown = Path("results/tables/tiny.md").read_text()
+    markdown = Path("results/runs/tiny/tables/tiny.md").read_text()
     assert "random weights stand in for LDM-FFHQ" in markdown
     assert (
         "psnr_face ↑" in markdown.split("### Recovered with the right key: picture measures, mean")[1].splitlines()[2]
@@ -86,18 +87,18 @@ def test_from_pictures_to_a_table(faces, tiny_ldm, tmp_path, monkeypatch):
     assert str(faces) not in (folder / "run.json").read_text() or "root" in record["question"]["dataset"]
     assert (folder / "contact_sheet.png").exists()
 
-    before = Path("results/tables/tiny.csv").read_bytes()
+    before = Path("results/runs/tiny/tables/tiny.csv").read_bytes()
     assert in_process(overrides(faces, tiny_ldm)) == folder  # the same question: the same folder, nothing to do
-    assert Path("results/tables/tiny.csv").read_bytes() == before
+    assert Path("results/runs/tiny/tables/tiny.csv").read_bytes() == before
 
 
 def test_shards_give_the_table_of_the_whole(faces, tiny_ldm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     in_process(overrides(faces, tiny_ldm))
-    whole = Path("results/tables/tiny.csv").read_bytes()
+    whole = Path("results/runs/tiny/tables/tiny.csv").read_bytes()
     for i in (3, 1, 2):
         in_process(overrides(faces, tiny_ldm, "runs=sharded", f"shard={i}/3"))
-    assert Path("results/tables/tiny.csv").read_bytes() == whole
+    assert Path("sharded/tiny/tables/tiny.csv").read_bytes() == whole
 
 
 def test_preflight_lists_everything_missing_at_once(command_in_process):
@@ -230,15 +231,17 @@ def test_a_sweep_makes_one_table_with_a_row_for_each_cell(command_in_process, fa
     small = [o for o in overrides(faces, tiny_ldm, "limit=3") if not o.startswith("solver.steps")]
     done = command_in_process("--multirun", *small, "solver.steps=1,2")
     assert done.returncode == 0, done.stderr
-    names = set(pd.read_csv(tmp_path / "results/tables/tiny.csv")["anonymizer"])
+    names = set(pd.read_csv(tmp_path / "results/runs/tiny/tables/tiny.csv")["anonymizer"])
     assert "ran on: 1 pictures of folder by signflip" in done.stdout
-    told = "signflip,backbone=ldm_ffhq,parser=ellipse,solver.steps="
-    assert names == {told + "1", told + "2"}
+    assert names == {"signflip,solver.steps=1", "signflip,solver.steps=2"}
 
 
 def test_a_sweeps_cells_are_told_apart_by_what_they_vary():
     overrides = ["anonymizer=exact", "dataset.root=/faces", "anonymizer.floor=30", "+parser.forehead=0.5", "limit=3"]
-    assert row_overrides(overrides) == ["anonymizer.floor=30", "parser.forehead=0.5"]
+    assert row_overrides(overrides, ["dataset.root", "parser.forehead"]) == [
+        "dataset.root=/faces",
+        "parser.forehead=0.5",
+    ]
 
 
 def test_pictures_that_all_had_to_be_skipped_are_said_in_one_line(command_in_process, faces, tiny_ldm):
@@ -246,3 +249,62 @@ def test_pictures_that_all_had_to_be_skipped_are_said_in_one_line(command_in_pro
     assert done.returncode == 1
     assert "none of the 2 pictures could be used; the first, broken" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+SMALL = ["parser=ellipse", "anonymizer=pixelate", "recognizers=[]", "scorers=[mae]", "attacks=[]", "limit=2"]
+
+
+@pytest.mark.parametrize("experiment", ["quickstart", "smoke", "default"])
+def test_a_run_leaves_the_checkout_clean(command_in_process, tmp_path, experiment):
+    """Started in a checkout, and in another folder: nothing but what git ignores is new or changed."""
+
+    def status(folder: Path) -> str:
+        return subprocess.run(["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True).stdout
+
+    for folder in ("results/tables", "results/scores"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / f"{experiment}.md").write_text("committed")
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a", "-c", "init.defaultBranch=main"]
+    for step in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *step], cwd=tmp_path, check=True)
+    before = status(ROOT)
+    done = command_in_process(*([f"experiment={experiment}"] if experiment != "default" else []), *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert status(tmp_path) == ""
+    assert status(ROOT) == before
+    assert f"table: results/runs/{experiment}/tables/{experiment}.md" in done.stdout
+
+
+def test_in_another_folder_the_papers_rows_are_there(command_in_process, tmp_path):
+    done = command_in_process("name=table2", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "Of 16 published numbers 0 within tolerance, 0 outside, 16 not run." in done.stdout
+    verdicts = pd.read_csv(tmp_path / "results/runs/table2/tables/table2.csv")["verdict"]
+    assert set(verdicts) == {"not-run", "no-reference"}
+
+
+def test_runs_that_lie_in_the_checkout_are_told_in_another_folder(tmp_path, monkeypatch, caplog):
+    (tmp_path / "checkout" / "results" / "runs" / "tiny").mkdir(parents=True)
+    monkeypatch.setattr("experiments.harness.command.CHECKOUT", tmp_path / "checkout")
+    monkeypatch.chdir(tmp_path)
+    for runs, name in (("results/runs", "other"), (tmp_path / "elsewhere", "tiny")):
+        tell_of_other_place(Path(runs), name)
+    assert not caplog.records
+    tell_of_other_place(Path("results/runs"), "tiny")
+    assert f"for the other place: runs={tmp_path / 'checkout' / 'results' / 'runs'}" in caplog.text
+
+
+def test_a_row_of_other_settings_is_not_replaced_without_a_word(command_in_process, tmp_path):
+    told: list[list[str]] = []
+    for block in (10, 20, 20):
+        done = command_in_process("name=tiny", *SMALL, f"anonymizer.filter.block={block}")
+        assert done.returncode == 0, done.stderr
+        told.append([line for line in done.stdout.splitlines() if "the row pixelate" in line])
+    first, second, third = told
+    assert not first
+    assert not third
+    [line] = second
+    assert "the row pixelate of bundled in the table tiny was results/runs/tiny/bundled-pixelate-" in line
+    assert "anonymizer.filter.block 10 -> 20. To keep both rows, name this run (name=...)" in line
+    assert len(list(tmp_path.glob("results/runs/tiny/*/run.json"))) == 2

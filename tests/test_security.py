@@ -30,7 +30,7 @@ def in_process(model: Path, *more: str) -> pd.DataFrame:
     with initialize_config_dir(CONF, version_base="1.3"):
         cfg = compose("security", overrides=overrides)
     run(cfg, {"dataset": "bundled", "backbone": "faces128", "parser": "ellipse"})
-    return pd.read_csv("results/tables/tiny.csv")
+    return pd.read_csv("results/runs/tiny/tables/tiny.csv")
 
 
 @pytest.fixture(scope="module")
@@ -89,16 +89,16 @@ def test_the_flip_falls_and_the_rotation_does_not(made):
 def test_the_table_is_made_from_committed_files(made, monkeypatch):
     _, folder = made
     monkeypatch.chdir(folder)
-    path = folder / "results" / "tables" / "tiny.md"
+    path = folder / "results" / "runs" / "tiny" / "tables" / "tiny.md"
     markdown = path.read_text()
     assert "Not declared" not in markdown
     assert "## bundled: a tiny run; backbone faces128" in markdown
     assert "3 pictures; 2 files each; thresholds at FAR 0.001: pixel 0.9000" in markdown
     assert "suspects are the photographs themselves" in markdown
     path.unlink()
-    results.build("tiny")
+    results.build("tiny", results=Path("results/runs/tiny"))
     assert path.read_text() == markdown
-    scores = pd.read_parquet("results/scores/tiny.scores.parquet")
+    scores = pd.read_parquet("results/runs/tiny/scores/tiny.scores.parquet")
     assert list(scores.columns) == results.SCORES
     assert scores.groupby(["anonymizer", "view", "scorer"]).id.nunique().max() == 3
 
@@ -115,7 +115,7 @@ def test_wrong_keys_are_set_beside_people_and_fresh_faces(made):
 
 def test_methods_stand_side_by_side(made):
     table, folder = made
-    lines = (folder / "results" / "tables" / "tiny.beside.md").read_text().splitlines()
+    lines = (folder / "results" / "runs" / "tiny" / "tables" / "tiny.beside.md").read_text().splitlines()
     assert lines[4].replace("|", "").split() == ["attack", "by", "statistic", "signflip", "exact", "Argon2id"]
     (line,) = [
         one for one in lines if one.startswith("| linkage of two files ") and "layout of" in one and "| auc " in one

@@ -55,7 +55,7 @@ def run(experiment: str, model: Path, *more: str) -> None:
 
 
 def table() -> pd.DataFrame:
-    rows = pd.read_csv("results/tables/tiny.csv")
+    rows = pd.read_csv("results/runs/tiny/tables/tiny.csv")
     return rows[~rows["scorer"].isin(TIMES)].reset_index(drop=True)
 
 
@@ -96,7 +96,7 @@ def test_in_shards_and_killed_it_makes_the_table_of_one_piece(experiment, tiny_b
     for shard in ("2/2", "1/2"):
         run(experiment, tiny_block_dct, f"shard={shard}")
     pd.testing.assert_frame_equal(table(), whole, rtol=1e-5)
-    assert "without the shards" not in Path("results/tables/tiny.md").read_text()
+    assert "without the shards" not in Path("results/runs/tiny/tables/tiny.md").read_text()
 
     inside("killed")
     process = multiprocessing.get_context("fork").Process(  # forked: no imports to wait for
@@ -105,6 +105,6 @@ def test_in_shards_and_killed_it_makes_the_table_of_one_piece(experiment, tiny_b
     process.start()
     process.join(300)
     assert process.exitcode == -signal.SIGKILL
-    assert not Path("results/tables/tiny.csv").exists()
+    assert not Path("results/runs/tiny/tables/tiny.csv").exists()
     run(experiment, tiny_block_dct)
     pd.testing.assert_frame_equal(table(), whole, rtol=1e-5)

@@ -68,7 +68,7 @@ def test_table1_runs_through_to_its_table(everything):
     ]  # fmt: skip
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         folder = run(compose("config", overrides=overrides), CHOICES)
-    table = pd.read_csv("results/tables/table1.csv")
+    table = pd.read_csv("results/runs/table1/tables/table1.csv")
     views = {"original", "reconstructed", "anonymized", "recovered", "recovered_float", "wrong_key", "near_key"}
     assert set(table["view"]) == views
     assert {"facenet_vggface2", "facenet_casia", "arcface_r50", "psnr", "detected"} <= set(table["scorer"])
@@ -76,5 +76,5 @@ def test_table1_runs_through_to_its_table(everything):
     assert clean["facenet_vggface2"] == pytest.approx(1)
     assert clean["arcface_r50"] == pytest.approx(1)
     assert (table["n"] + table["undefined"])[table["statistic"] == "mean"].eq(3).all()
-    assert "tiny components with random weights" in Path("results/tables/table1.md").read_text()
+    assert "tiny components with random weights" in Path("results/runs/table1/tables/table1.md").read_text()
     assert pd.read_csv(folder / "skipped.csv").empty

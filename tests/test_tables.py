@@ -355,13 +355,18 @@ def test_committed_tables_are_up_to_date(experiment, tmp_path):
 def test_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run_folder(tmp_path / "results" / "runs" / "abc")
-    main(["quick", "--runs", "results/runs/abc"])
-    assert "results/tables/quick.md: The paper has no number for any of the 1 cells." in capsys.readouterr().out
-    (tmp_path / "results" / "tables" / "quick.md").unlink()
-    main([])
+    for runs in ("results/runs/abc", "results/runs"):  # a run folder, and a folder of them
+        main(["quick", "--runs", runs, "--results", "results"])
+        assert "results/tables/quick.md: The paper has no number for any of the 1 cells." in capsys.readouterr().out
+        (tmp_path / "results" / "tables" / "quick.md").unlink()
+    main(["--results", "results"])
     assert (tmp_path / "results" / "tables" / "quick.md").is_file()
     with pytest.raises(SystemExit, match=r"tables: nothing: .*python -m experiments\.run experiment=nothing"):
         main(["nothing"])
+    with pytest.raises(
+        SystemExit, match=r"quick is no committed experiment: conf/experiment/quick\.yaml does not exist"
+    ):
+        main(["quick", "--runs", "results/runs/abc"])
     with pytest.raises(SystemExit):
         main(["--runs", "results/runs/abc"])
     assert "--runs needs the one experiment" in capsys.readouterr().err

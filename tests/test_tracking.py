@@ -1,15 +1,19 @@
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.utils import instantiate
 
 from experiments.harness.plots import contact_sheet
-from experiments.harness.tracking import Off, Wandb, public_config
+from experiments.harness.tracking import Off, Pictures, Wandb, public_config, wandb_id
+from keyanon.errors import BadSetting
+from tests.conftest import smooth_picture
 
 ROOT = Path(__file__).parents[1]
 STATISTICS = pd.DataFrame(
@@ -64,7 +68,7 @@ def test_public_config_leaves_its_argument_alone():
 def test_every_choice_on_the_command_line_makes_its_tracker(name):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         tracker = instantiate(compose(overrides=[f"+wandb={name}"]).wandb)
-    assert tracker == (Off() if name == "off" else Wandb(mode=name, project="keyanon"))
+    assert tracker == (Off() if name == "off" else Wandb(mode=name, project="keyanon", pictures=None))
 
 
 def test_off_imports_nothing_and_writes_nothing(tmp_path):
@@ -99,7 +103,7 @@ def test_offline_writes_the_numbers_and_no_secret(tmp_path, monkeypatch):
 
     runs = [path for path in (tmp_path / "wandb").rglob("*.wandb") if "latest-run" not in path.parts]
     names = [path.name for path in runs]
-    assert names == ["run-5ignature.wandb"] * 2  # one id, so that `wandb sync` makes one run of them
+    assert names == [f"run-{wandb_id('5ignature')}.wandb"] * 2  # one id, so that `wandb sync` makes one run of them
     written = everything_below(tmp_path / "wandb")
     for public in (b"recovered/psnr/mean", b"a public remark", b"contact_sheet", b"5ignature"):
         assert public in written
@@ -107,3 +111,80 @@ def test_offline_writes_the_numbers_and_no_secret(tmp_path, monkeypatch):
     assert b"recovered/arcface_r50/mean" not in written  # undefined: no scalar, only a row of the table
     assert list((tmp_path / "wandb").rglob("*.png"))
     assert list((tmp_path / "wandb").rglob("*.table.json"))
+
+
+# From end to end
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tracker that keeps what it is given below `folder`; it fails if there is no such folder."""
+
+    folder: str
+    pictures: Pictures | None = None
+
+    def __call__(self, signature, config, statistics, sheet) -> None:
+        (Path(self.folder) / "signature").write_text(signature)
+        (Path(self.folder) / "sheet").write_text(sheet.name if sheet else "none")
+
+
+CHEAP = [
+    "name=tiny", "anonymizer=pixelate", "parser=ellipse", "recognizers=[]", "scorers=[mae]", "attacks=[]", "limit=1",
+]  # fmt: skip
+KEPT = ["wandb._target_=tests.test_tracking.Kept", "+wandb.folder=kept"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "bundled", "real"),
+    [
+        ([], "contact_sheet.png", "none"),
+        (["+wandb.pictures=none"], "none", "none"),
+        (["+wandb.pictures=anonymized"], "anonymized_sheet.png", "anonymized_sheet.png"),
+        (["+wandb.pictures=all"], "contact_sheet.png", "contact_sheet.png"),
+    ],
+)
+def test_no_real_face_leaves_the_machine_unless_asked(command_in_process, tmp_path, asked, bundled, real):
+    (tmp_path / "kept").mkdir()
+    faces = f"dataset.root={ROOT / 'keyanon' / 'assets' / 'faces'}"  # for all that a folder says, they may be anybody's
+    for dataset, expected in ((["dataset=bundled"], bundled), (["dataset=folder", faces, "dataset.size=128"], real)):
+        done = command_in_process(*CHEAP, *KEPT, *dataset, *asked)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "kept" / "sheet").read_text() == expected
+
+
+def test_a_tracker_that_fails_costs_no_table(command_in_process, tmp_path):
+    done = command_in_process("-m", *CHEAP, *KEPT, "anonymizer.filter.block=10,20")
+    assert done.returncode == 0, done.stderr
+    rows = pd.read_csv(tmp_path / "results/runs/tiny/tables/tiny.csv")["anonymizer"]
+    assert set(rows) == {"pixelate,anonymizer.filter.block=10", "pixelate,anonymizer.filter.block=20"}
+    [first, _] = [line for line in done.stdout.splitlines() if "not mirrored" in line]
+    assert "FileNotFoundError" in first
+    assert "start the same command again, or take wandb=off" in first
+
+
+def test_a_row_of_any_characters_gets_to_wandb(command_in_process, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    wandb.teardown()  # it reads its settings once a process
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
+    roots = []
+    for name in ("Anna, b:c#d", "e'f"):
+        (tmp_path / name / "x").mkdir(parents=True)
+        smooth_picture(len(roots)).save(tmp_path / name / "x" / "secret-name.png")
+        roots.append(QuotedString(str(tmp_path / name / "x"), Quote.single).with_quotes())
+    own = ["dataset=folder", "dataset.size=64", f"dataset.root={','.join(roots)}", "wandb=offline"]
+    done = command_in_process("-m", *CHEAP, *own)
+    assert done.returncode == 0, done.stderr
+    assert "not mirrored" not in done.stdout + done.stderr
+    assert pd.read_csv(tmp_path / "results/runs/tiny/tables/tiny.csv")["anonymizer"].nunique() == 2
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+    sent = b"".join(path.read_bytes() for path in (tmp_path / "wandb").rglob("run-*.wandb"))
+    assert b"pixelate" in sent
+    for private in (b"Anna", b"secret-name", b"contact_sheet"):
+        assert private not in sent
+
+
+def test_another_choice_of_pictures_is_refused():
+    with pytest.raises(BadSetting, match=r"wandb\.pictures=faces: expected one of none, anonymized, all"):
+        Wandb("offline", "keyanon", "faces")

@@ -4,29 +4,28 @@ Imports nothing heavy: a command's help and its complaints about arguments come 
 """
 
 import logging
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.harness.errors import is_full_disk, user_error
+from experiments.harness.names import check_table_name
 from experiments.harness.shards import FailedShard
 
 log = logging.getLogger(__name__)
 
 FAILED = 1  # exit code
-# What tells no rows of a table apart: it has a column, or a title, or no influence on results.
-NOT_IN_ROW_NAMES = {
-    "experiment", "dataset", "name", "notes", "runs", "limit", "shard", "batch_size", "device", "threads",
-    "key", "wandb", "hydra", "recognizers", "scorers", "attacks", "backbone.source", "backbone.subfolder",
-}  # fmt: skip
+CHECKOUT = Path(__file__).resolve().parents[2]
+# Of what a sweep can vary, that which no row's name has: it is a column, a table, or a part of one cell.
+NOT_IN_ROW_NAMES = {"anonymizer", "dataset", "experiment", "name", "runs", "shard"}
 
 Run = Callable[[DictConfig, dict[str, str], Sequence[str], Sequence[str]], object]
 
@@ -44,7 +43,9 @@ def start(cfg: DictConfig, run: Run) -> None:
     cards = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     cfg.device = card_of_job(cfg.device, job.job.num, cards) if sweep else cfg.device
     try:
-        swept = row_overrides(job.overrides.task) if sweep and swept_names(job) else []
+        check_table_name(cfg.name)
+        tell_of_other_place(Path(cfg.runs), str(cfg.name))
+        swept = row_overrides(job.overrides.task, swept_names(job)) if sweep else []
         mended(lambda: run(cfg, dict(job.runtime.choices), swept, command_of_cell(job)))
     except Exception as error:
         message = one_line_for_user(error, cfg.runs)
@@ -71,9 +72,19 @@ def mended(work: Callable[[], object]) -> None:
         except Damaged as damage:
             if damage.path in removed:
                 raise
-            log.warning("%s is damaged or lost; it was removed and is made again", damage.path)
+            log.warning("%s; it was removed", damage)
             damage.path.unlink(missing_ok=True)
             removed.add(damage.path)
+
+
+def tell_of_other_place(runs: Path, name: str) -> None:
+    """Say so where runs of this name lie in the checkout, and this one, started in another folder, does not go on with them."""
+    there = CHECKOUT / runs / name
+    if there.is_dir() and there.resolve() != (runs / name).resolve():
+        here = (runs / name).absolute()
+        log.warning(
+            "%s is not gone on with: this run goes below %s; for the other place: runs=%s", there, here, there.parent
+        )
 
 
 def one_line_for_user(error: Exception, runs: str) -> str | None:
@@ -93,30 +104,43 @@ def card_of_job(device: str, job: int, cards: int) -> str:
 def swept_names(job: HydraConf) -> list[str]:
     """Of what a job's sweep varies that which tells rows apart, as solver.steps does and shards do not."""
     asked = OmegaConf.load(Path(job.runtime.cwd, job.sweep.dir, "multirun.yaml")).hydra
-    given = [*(f"{name}={value}" for name, value in (asked.sweeper.params or {}).items()), *asked.overrides.task]
-    parsed = OverridesParser.create().parse_overrides(given)
-    return row_overrides([each.get_key_element() for each in parsed if each.is_sweep_override()])
+    parsed = OverridesParser.create().parse_overrides(given(asked))
+    # The last word on a key counts, as for Hydra's sweeper.
+    return row_names({each.get_key_element(): each for each in parsed}, asked)
+
+
+def row_names(overrides: Mapping[str, Override], hydra: DictConfig) -> list[str]:
+    """Of a sweep's overrides those that tell rows apart: which have several values, or are of hydra.sweeper.params."""
+    varied = [key for key, each in overrides.items() if each.is_sweep_override() or key in (hydra.sweeper.params or {})]
+    return [name for name in map(name_of, varied) if name not in NOT_IN_ROW_NAMES]
+
+
+def given(hydra: HydraConf | DictConfig) -> list[str]:
+    """All overrides of a sweep, those of an experiment's file first."""
+    return [*(f"{name}={value}" for name, value in (hydra.sweeper.params or {}).items()), *hydra.overrides.task]
 
 
 def command_of_cell(job: HydraConf) -> list[str]:
     """The command that runs a job's cell by itself, but for the shard: under the name that it has in its sweep."""
     program = ["python", "-m", f"experiments.{job.job.name}"]
-    overrides = [override for override in job.overrides.task if override.partition("=")[0] != "shard"]
+    overrides = [override for override in job.overrides.task if name_of(override) != "shard"]
     if job.mode != RunMode.MULTIRUN or not (names := swept_names(job)):
         return [*program, *overrides]
+    swept = {each: each.partition("=")[::2] for each in overrides if name_of(each) in names}
+    if any(value == "null" for _, value in swept.values()):  # of which Hydra makes no choice
+        params = [f"{key}:{QuotedString(value, Quote.single).with_quotes()}" for key, value in swept.values()]
+        rest = [each for each in overrides if each not in swept]
+        return [*program, "-m", *rest, f"hydra.sweeper.params={{{','.join(params)}}}"]
     # A sweep over one value is still a sweep.
-    one = [
-        re.sub("=(.*)", r"=choice(\1)", each) if each.partition("=")[0].lstrip("+") in names else each
-        for each in overrides
-    ]
-    return [*program, "-m", *one]
+    one = {each: f"{key}=choice({value})" for each, (key, value) in swept.items()}
+    return [*program, "-m", *(one.get(each, each) for each in overrides)]
 
 
-def row_overrides(overrides: Sequence[str]) -> list[str]:
-    """Of the overrides of a sweep's cell those that tell its row from others, where dataset and anonymizer do not."""
+def row_overrides(overrides: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Of the overrides of a sweep's cell those that tell its row from others: those of `names`."""
+    return [override.lstrip("+") for override in overrides if name_of(override) in names]
 
-    def counts(override: str) -> bool:
-        key = override.lstrip("+~").partition("=")[0]
-        return key != "anonymizer" and not any(f"{key}.".startswith(f"{name}.") for name in NOT_IN_ROW_NAMES)
 
-    return [override.lstrip("+") for override in overrides if counts(override)]
+def name_of(override: str) -> str:
+    """What an override sets, as solver.steps of +solver.steps=2."""
+    return override.partition("=")[0].lstrip("+~")

@@ -310,9 +310,16 @@ def markdown(
 
 
 def piped(grid: Grid) -> str:
-    """A grid in Markdown, where a bar within a cell would begin another one."""
-    header, *rows = ([text.replace("|", "\\|") for text in line] for line in (grid.header, *grid.rows))
+    """A grid in Markdown."""
+    header, *rows = (list(map(celled, line)) for line in (grid.header, *grid.rows))
     return tabulate(rows, header, tablefmt="pipe", disable_numparse=True)
+
+
+def celled(text: str) -> str:
+    """A text as Markdown shows it within a cell, where a bar would begin another one and `<` a tag."""
+    for special in "\\|<":
+        text = text.replace(special, f"\\{special}")
+    return text
 
 
 def origins(paper: Sequence[Reference]) -> str:

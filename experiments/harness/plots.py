@@ -72,10 +72,11 @@ def share_curve(statistics: pd.DataFrame, prefix: str, path: Path) -> bool:
     }
     if rows.empty:
         return False
+    told_apart = [column for column in ("dataset", "anonymizer") if column in rows and rows[column].nunique() > 1]
     figure = Figure(figsize=(9, 3.5), dpi=100, layout="constrained")
     for axes, (title, chosen) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        for scorer, line in rows[chosen].groupby("scorer"):
-            axes.plot(line["share"], line["value"], marker="o", markersize=3, label=scorer)
+        for names_of_line, line in rows[chosen].groupby([*told_apart, "scorer"]):
+            axes.plot(line["share"], line["value"], marker="o", markersize=3, label=" ".join(map(str, names_of_line)))
             axes.fill_between(line["share"], line["low"], line["high"], alpha=0.2)
         names = rows.loc[chosen, "statistic"].unique()
         axes.set(

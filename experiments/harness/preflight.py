@@ -10,36 +10,55 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from experiments.harness.command import given, row_names, row_overrides
 from experiments.harness.errors import user_error
+from experiments.harness.names import check_table_name, row_label
 from keyanon import weights
+from keyanon.errors import BadSetting
 
 if TYPE_CHECKING:
     # with torch: seconds, before Hydra has read a command's arguments
     from keyanon.types import Anonymizer, Dataset, Model
 
 NOT_READY = 2  # exit code
+GROUPS = ("anonymizer", "methods", "parser", "recognizers", "scorers", "wandb")  # whose parts may be missing
 BYTES_PER_VALUE = 1.2  # a PNG of a photograph, against its 3 h w raw bytes, with some air
 
 
 class WholeSweep(Callback):
-    """All that any cell of a sweep lacks, told before its first cell starts (hydra.callbacks)."""
+    """All that any cell of a sweep lacks, and cells that would be one row, told before its first cell starts (hydra.callbacks)."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-        overrides = OverridesParser.create().parse_overrides([*swept, *config.hydra.overrides.task])
+        loader = GlobalHydra.instance().config_loader()
+        parsed = OverridesParser.create(loader).parse_overrides(given(config.hydra))
+        # The last word on a key counts, as for Hydra's sweeper. Shards all lack the same.
+        asked = {each.get_key_element(): each for each in parsed if each.get_key_element() != "shard"}
+        swept = row_names(asked, config.hydra)
         problems: list[str] = []
-        asked = [override for override in overrides if override.get_key_element() != "shard"]  # all lack the same
-        for cell in product(*map(choices, asked)):
-            cfg = compose(config.hydra.job.config_name, list(cell), return_hydra_config=True)
-            groups = (cfg.anonymizer, cfg.parser, cfg.recognizers, cfg.scorers)
-            problems += missing_parts(*(instantiate(group, _convert_="all") for group in groups))
-            open_dataset(cfg.dataset, cfg.hydra.runtime.choices["dataset"], problems)
+        rows: dict[tuple[str, ...], list[str]] = {}
+        for cell in map(list, product(*map(choices, asked.values()))):
+            cfg = compose(config.hydra.job.config_name, cell, return_hydra_config=True)
+            problems += bad_name(cfg)
+            problems += missing_parts(*(instantiate(cfg[group], _convert_="all") for group in GROUPS if group in cfg))
+            chosen = cfg.hydra.runtime.choices
+            open_dataset(cfg.dataset, chosen["dataset"], problems)
+            label = row_label(chosen.get("anonymizer", "every method"), row_overrides(cell, swept))
+            row = (str(cfg.runs), str(cfg.name), chosen["dataset"], label)
+            if row in rows:
+                differ = [set(one) - set(other) for one, other in ((rows[row], cell), (cell, rows[row]))]
+                told = " and ".join(" ".join(sorted(one)) for one in differ if one) or "a value is given twice"
+                problems.append(
+                    f"two cells of this sweep would be one row, {label} of {chosen['dataset']} in the table {cfg.name}: "
+                    f"{told}; leave one out, or give each a table of its own (name=...)"
+                )
+            rows[row] = cell
         stop_if(list(dict.fromkeys(problems)))
 
 
@@ -48,6 +67,15 @@ def choices(override: Override) -> list[str]:
     if not override.is_sweep_override():
         return [str(override.input_line)]
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+
+
+def bad_name(cfg: DictConfig) -> list[str]:
+    """A message if the table's name cannot be one."""
+    try:
+        check_table_name(cfg.name)
+    except BadSetting as error:
+        return [str(error)]
+    return []
 
 
 def missing_parts(*parts: Any) -> list[str]:
@@ -100,7 +128,7 @@ def open_dataset(config: Any, name: str, problems: list[str]) -> "Dataset | None
 def stop_if(problems: Sequence[str]) -> None:
     """Print the problems and exit, if there are any."""
     if problems:
-        print("keyanon: this run cannot start; missing here:", *(f"- {p}" for p in problems), sep="\n", file=sys.stderr)
+        print("keyanon: this run cannot start:", *(f"- {p}" for p in problems), sep="\n", file=sys.stderr)
         sys.exit(NOT_READY)
 
 

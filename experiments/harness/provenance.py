@@ -22,7 +22,7 @@ from keyanon.types import Model, NeedsWeights, Source, TakesWeights
 from keyanon.weights import resolve
 
 # What decides where and how fast a picture is made, or where a thing lies, but not how it looks.
-PRESENTATION = {"device", "root", "source", "subfolder", "revision", "licence", "weights"}
+PRESENTATION = {"device", "root", "source", "subfolder", "revision", "licence", "weights", "names"}
 RUNNER = "keyanon.runner"  # hands everything its pictures; of its own imports a part needs what it imports itself
 OURS = {"keyanon", "experiments"}
 PACKAGES = (

@@ -1,12 +1,15 @@
-"""What is committed of results, and the tables made of it.
+"""What is kept of results, and the tables made of it.
 
-    run folders --collect--> results/scores/<experiment>.parquet             (committed)
-    scores + results/paper/<experiment>.yaml --table--> results/tables/<experiment>.{md,tex,csv}
-    run folders --> results/scores/<experiment>.meanings.csv                 (what its names mean, as declared)
-    run folders --> results/scores/<experiment>.costs.csv --> results/tables/<experiment>.costs.md    (of one machine)
+    run folders --collect--> scores/<experiment>.parquet
+    scores + results/paper/<experiment>.yaml --table--> tables/<experiment>.{md,tex,csv}
+    run folders --> scores/<experiment>.meanings.csv                 (what its names mean, as declared)
+    run folders --> scores/<experiment>.costs.csv --> tables/<experiment>.costs.md    (of one machine)
 
-A table is a pure function of committed files. The CSV has every cell, one a row; Markdown and LaTeX show the same cells
-as a paper would: anonymizers and views down, scorers across, our number with its interval, the paper's with its verdict
+A run writes them below its own results/runs/<experiment>. Those of results/ itself are committed: only
+`python -m experiments.tables <experiment> --runs ...` writes these.
+
+A table is a pure function of its scores and the paper's numbers. The CSV has every cell, one a row; Markdown and LaTeX show the
+same cells as a paper would: anonymizers and views down, scorers across, our number with its interval, the paper's with its verdict
 below.
 """
 
@@ -23,6 +26,7 @@ from typing import Any
 import pandas as pd
 from tabulate import tabulate
 
+from experiments.harness.command import CHECKOUT
 from experiments.harness.layout import BITS, METHODS, latex, markdown, sections, titles
 from experiments.harness.meaning import Meanings, read_meanings
 from experiments.harness.paper import CELL, Reference, read_paper
@@ -30,13 +34,10 @@ from keyanon.channel.whole import write_whole
 from keyanon.errors import BadData, MissingData
 from keyanon.parts import Damaged
 
-RESULTS = Path("results")
-KEPT = (
-    "statistics.parquet",
-    "scores.parquet",
-    "meanings.csv",
-)  # of a finished run, besides run.json, which has their digests
-REMEDY = "start its experiment again: it is made anew"
+RESULTS = CHECKOUT / "results"  # wherever a command is started
+PAPER = RESULTS / "paper"
+# Of a finished run, besides run.json, which has their digests.
+KEPT = ("statistics.parquet", "scores.parquet", "meanings.csv")
 PATIENCE = 20  # tenths of a second
 STATISTICS = ["experiment", "dataset", "anonymizer", "notes", *CELL[2:], "n", "undefined", "value", "low", "high"]
 COSTS = ["dataset", "anonymizer", "view", "pictures", "seconds", "evaluations", "device", "processor", "threads"]
@@ -44,9 +45,15 @@ SCORES = ["dataset", "anonymizer", "id", "view", "scorer", "value"]
 TIDY = ["experiment", *CELL, "n", "undefined", "ours", "ci_low", "ci_high", "paper", "tolerance", "verdict"]
 
 
-def build(experiment: str, runs: Sequence[Path] = (), results: Path = RESULTS) -> pd.DataFrame:
-    """Commit the scores of `runs`, if any are given, then write the experiment's tables from what is committed."""
-    scores, references = results / "scores" / f"{experiment}.parquet", results / "paper" / f"{experiment}.yaml"
+def build(
+    experiment: str, runs: Sequence[Path] = (), results: Path = RESULTS, paper_numbers: Path | None = None
+) -> pd.DataFrame:
+    """Keep the scores of `runs` below `results`, if any are given, then write the experiment's tables from what is kept.
+
+    `paper_numbers` is the folder of the paper's, results/paper if None.
+    """
+    numbers = results / "paper" if paper_numbers is None else paper_numbers
+    scores, references = results / "scores" / f"{experiment}.parquet", numbers / f"{experiment}.yaml"
     if runs:
         commit(experiment, collect(runs, experiment), collect_scores(runs), collect_meanings(runs), results)
     if not scores.is_file() and not references.is_file():
@@ -66,7 +73,7 @@ def build(experiment: str, runs: Sequence[Path] = (), results: Path = RESULTS) -
     costs = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=COSTS)
     if not costs.empty:
         write_costs(experiment, costs, results)
-    meanings = read_meanings(results / "paper" / "meanings.csv") if paper else Meanings()
+    meanings = read_meanings(numbers / "meanings.csv") if paper else Meanings()
     meanings |= read_meanings(results / "scores" / f"{experiment}.meanings.csv")
     rows = table(statistics, paper, experiment)
     write(rows, titles(rows, statistics), paper, methods, costs, meanings, results / "tables")
@@ -113,7 +120,7 @@ def write_costs(experiment: str, costs: pd.DataFrame, results: Path = RESULTS) -
 
 
 def known_experiments(results: Path = RESULTS) -> list[str]:
-    """Every experiment with committed scores or with numbers of the paper."""
+    """Every experiment with scores or with numbers of the paper."""
     scores = {path.stem for path in (results / "scores").glob("*.parquet") if not path.stem.endswith(".scores")}
     return sorted(scores | {path.stem for path in (results / "paper").glob("*.yaml")})
 
@@ -153,6 +160,15 @@ def verdict(ours: float | None, theirs: Reference | None) -> str:
 
 
 # From run folders
+
+
+def latest_cells(folder: Path) -> dict[Path, int]:
+    """The finished cells of an experiment, the latest of each dataset and row, and when they were finished."""
+    cells: dict[tuple[str, str], tuple[int, Path]] = {}
+    for when, path in sorted((path.stat().st_mtime_ns, path) for path in folder.glob("*/run.json")):
+        about = read_about(path.parent)
+        cells[about["dataset"], about["anonymizer"]] = when, path.parent
+    return {path: when for when, path in cells.values()}
 
 
 def collect(runs: Sequence[Path], experiment: str) -> pd.DataFrame:
@@ -238,9 +254,9 @@ def read_about(run: Path) -> dict[str, Any]:
         about: dict[str, Any] = json.loads(path.read_text("utf-8"))
         written = about.pop("sha256")
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise Damaged(path, REMEDY) from None
+        raise Damaged(path) from None
     if digest(json.dumps(about)) != written:
-        raise Damaged(path, REMEDY)
+        raise Damaged(path)
     return about
 
 
@@ -258,7 +274,7 @@ def checked(run: Path, name: str) -> Path:
         if read_about(run)["files"].get(name) == sha256(path):
             return path
         time.sleep(0.1)
-    raise Damaged(path, REMEDY)
+    raise Damaged(path)
 
 
 def read_parquet(run: Path, name: str) -> pd.DataFrame:

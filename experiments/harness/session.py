@@ -6,7 +6,6 @@ Cell      one row of a table: what was asked, the folder that holds what came ou
 fill      this shard's share of a cell; the last shard to end writes the result
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,12 +21,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.harness import preflight, provenance, results
 from experiments.harness.meaning import Meanings
+from experiments.harness.names import file_name
 from experiments.harness.shards import FailedShard, Shards, numbers, one_line, sharded, until_unchanged
 from experiments.harness.statistics import write_parquets
-from experiments.harness.tracking import Tracker
+from experiments.harness.tracking import Tracker, shown_outside
 from keyanon import runner
 from keyanon.channel.whole import write_whole
 from keyanon.errors import BadData
+from keyanon.faces.renaming import Renamed
 from keyanon.measures.biometrics import Statistic
 from keyanon.measures.scorers import Against
 from keyanon.parts import Damaged
@@ -38,6 +39,7 @@ from keyanon.types import About, Anonymizer, Dataset, FaceParser, Model, ReadsFi
 log = logging.getLogger(__name__)
 
 SHOWN_SKIPPED = 10
+SHOWN_DIFFERENCES = 5
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Result:
     statistics: Sequence[tuple[str, str, Statistic]]
     scores: pd.DataFrame
     meanings: Meanings
-    sheet: Path | None = None
+    sheets: Mapping[str, Path] = field(default_factory=dict)  # pictures side by side: "all" views, or "anonymized" ones
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ class Session:
         if kind == "embeddings":
             settings = {"dataset": plain(self.cfg.dataset), group: plain(self.cfg[group][name])}
         asked = provenance.signature(provenance.made_of(settings, self.dataset, part))
-        return Path(self.cfg.runs) / kind / f"{self.choices['dataset']}-{name}-{asked}"
+        plain_name = file_name(f"{self.choices['dataset']}-{name}")
+        return Path(self.cfg.runs) / kind / f"{plain_name}-{asked}"
 
     def identify(self, ids: Sequence[str]) -> dict[str, str]:
         """Look at what the pictures' files hold today; returns why some cannot be told."""
@@ -171,7 +174,8 @@ class Session:
             "originals": self._originals.name,
             **provenance.made_of(settings, method),
         }
-        name = f"{self.choices['dataset']}-{row.replace(' ', '_')}-{provenance.signature(asked)}"
+        plain_name = file_name(f"{self.choices['dataset']}-{row}")
+        name = f"{plain_name}-{provenance.signature(asked)}"
         folder = Path(self.cfg.runs) / self.cfg.name / name
         folder.mkdir(parents=True, exist_ok=True)
         ids = list(self.ids if ids is None else ids)
@@ -247,7 +251,7 @@ def begin(cfg: DictConfig, choices: Mapping[str, Any], command: Sequence[str], *
         instantiate(cfg.get(group, {}), _convert_="all") for group in ("parser", "recognizers", "scorers")
     )
     tracker: Tracker = instantiate(cfg.wandb)
-    problems = preflight.missing_parts(*parts, parser, recognizers, scorers)
+    problems = preflight.missing_parts(*parts, parser, recognizers, scorers, tracker)
     dataset = preflight.open_dataset(cfg.dataset, choices["dataset"], problems)
     preflight.stop_if(problems)
     assert dataset is not None
@@ -269,6 +273,8 @@ def fill(
     have room.
     """
     log.info("%s: %d pictures", cell.folder, len(cell.ids))
+    for line in rows_replaced(session, cell):
+        log.warning(line)
     mine = sharded(cell.ids, session.cfg.shard)
     preflight.stop_if(missing_disk(session, cell, mine, views))
     written: list[bool] = []
@@ -377,19 +383,52 @@ def publish(
     }
     write_whole(folder / "meanings.csv", result.meanings.csv())
     results.write_about(folder, record)
-    session.tracker(f"{cfg.name}-{folder.name}", record, statistics, result.sheet)
+    place = folder.parent
     # Cells of a sweep may end at once as well.
-    until_unchanged(lambda: latest_cells(folder.parent), lambda cells: results.build(cfg.name, sorted(cells)))
+    until_unchanged(
+        lambda: results.latest_cells(place),
+        lambda cells: results.build(str(cfg.name), sorted(cells), place, results.PAPER),
+    )
+    track(session, cell, record, statistics, result)
     return True
 
 
-def latest_cells(folder: Path) -> dict[Path, int]:
-    """The finished cells of an experiment, the latest of each dataset and row, and when they were finished."""
-    cells: dict[tuple[str, str], tuple[int, Path]] = {}
-    for when, path in sorted((path.stat().st_mtime_ns, path) for path in folder.glob("*/run.json")):
-        about = results.read_about(path.parent)
-        cells[about["dataset"], about["anonymizer"]] = when, path.parent
-    return {path: when for when, path in cells.values()}
+def track(session: Session, cell: Cell, record: Mapping[str, Any], statistics: pd.DataFrame, result: Result) -> None:
+    """Mirror a finished cell. The tracker's failure is told and costs nothing else: the table is written by now."""
+    sheet = result.sheets.get(shown_outside(session.tracker.pictures, session.dataset))
+    try:
+        session.tracker(f"{session.cfg.name}-{cell.folder.name}", record, statistics, sheet)
+    except Exception as error:
+        log.warning(
+            "%s: not mirrored by %s: %s; the table is written. To mirror it, start the same command again, or take wandb=off",
+            cell.folder, type(session.tracker).__name__, one_line(error),
+        )  # fmt: skip
+        log.debug("", exc_info=True)
+
+
+def rows_replaced(session: Session, cell: Cell) -> list[str]:
+    """A line if the table has this row from another folder, of other settings, whose place this cell takes."""
+    taken = []
+    for folder in results.latest_cells(cell.folder.parent):
+        about = results.read_about(folder)
+        if folder != cell.folder and (about["dataset"], about["anonymizer"]) == (session.choices["dataset"], cell.row):
+            now, then = flat(cell.question), flat(about["question"])
+            names = [name for name in {**now, **then} if now.get(name) != then.get(name)]
+            told = ", ".join(f"{name} {then.get(name)} -> {now.get(name)}" for name in names[:SHOWN_DIFFERENCES])
+            taken.append(
+                f"the row {cell.row} of {session.choices['dataset']} in the table {session.cfg.name} was {folder}, and will be "
+                f"{cell.folder}: {told}. To keep both rows, name this run (name=...) or sweep over the setting (-m)"
+            )
+    return taken
+
+
+def flat(node: Any, name: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings, by their paths, as solver.steps."""
+    if not isinstance(node, Mapping):
+        return {name: node}
+    return {
+        path: leaf for key, value in node.items() for path, leaf in flat(value, f"{name}.{key}".lstrip(".")).items()
+    }
 
 
 def pictures_notes(cfg: DictConfig, pictures: int, lacking: Sequence[str]) -> list[str]:
@@ -419,12 +458,16 @@ def plain(node: Any) -> Any:
 
 def show(session: Session, cells: Sequence[Cell]) -> None:
     """Print the table, and what each of its new rows ran on."""
-    print(Path("results/tables", f"{session.cfg.name}.md").read_text("utf-8"))
+    table = Path(session.cfg.runs, str(session.cfg.name), "tables", f"{session.cfg.name}.md")
+    print(table.read_text("utf-8"))
+    print(f"table: {table}")
+    if isinstance(session.dataset, Renamed):
+        print(f"names: {session.dataset.table} says which picture is whose; keep it to yourself")
     for cell in cells:
         sheet = cell.folder / "contact_sheet.png"
         if sheet.exists():
             print(f"pictures side by side: {sheet}")
-        about = json.loads((cell.folder / "run.json").read_text("utf-8"))
+        about = results.read_about(cell.folder)
         where = f"{session.cfg.device} ({about['processor']}, {about['threads']} threads), torch {about['packages']['torch']}"
         what = f"{about['pictures']} pictures of {about['dataset']} by {about['anonymizer']}"
         model = next((note for note in cell.notes if note.startswith("backbone ")), "")

@@ -1,27 +1,39 @@
 """Mirror a finished cell to Weights & Biases: `wandb=online`, `wandb=offline` or `wandb=off`.
 
-A copy for looking at: tables are made of the files below results/ alone. What gets here is numbers, a contact sheet and
-a configuration without secrets; wandb's own collection of the command line, the host, the code and the console is
-switched off, because a password given on the command line would travel with it.
+A copy for looking at: tables are made of the files of a run alone. What gets here is numbers, a configuration without secrets and
+places, and the pictures that `wandb.pictures` names: unless asked, only those of nobody real. wandb's own collection of the command
+line, the host, the code and the console is switched off, because a password given on the command line would travel with it.
 """
 
+import importlib.util
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import pandas as pd
 
-from keyanon.errors import MissingPackage
+from keyanon.errors import BadSetting, MissingPackage
+from keyanon.types import Dataset, Synthetic
 
 SECRET = re.compile(r"key|pass|secret|token|credential|auth|seed|salt|nonce", re.IGNORECASE)
 PLACE = re.compile(r"(^|_)(path|root|dir|folder|file|home|cache)s?($|_)", re.IGNORECASE)
 PATH_LIKE = re.compile(r"~|\.{0,2}[/\\]|[A-Za-z]:[/\\]|file:")
+VALUE_IN_ROW = re.compile(r"""=('.*'|".*"|\[.*\]|\{.*\}|[^,]*)""")  # rather too much of a row's name than too little
+REMEDY = "pip install 'keyanon[wandb]', or run with wandb=off"
+LONGEST_NAME = 128  # characters that wandb shows
+
+Pictures = Literal["none", "anonymized", "all"]
 
 
 class Tracker(Protocol):
+    @property
+    def pictures(self) -> Pictures | None: ...
+
     def __call__(
         self, signature: str, config: Mapping[str, Any], statistics: pd.DataFrame, sheet: Path | None
     ) -> None: ...
@@ -31,16 +43,36 @@ class Tracker(Protocol):
 class Off:
     """Tracks nothing and imports nothing."""
 
+    pictures: Pictures | None = "none"
+
     def __call__(self, signature: str, config: Mapping[str, Any], statistics: pd.DataFrame, sheet: Path | None) -> None:
         return
 
 
 @dataclass(frozen=True)
 class Wandb:
-    """One wandb run for each run folder, named by its signature, so that a resumed run continues it."""
+    """One wandb run for each run folder, with an id of its signature, so that a resumed run continues it.
+
+    Args:
+        mode: whether it is sent at once.
+        project: wandb's.
+        pictures: the contact sheet's: none, the anonymized ones alone, or all; None: all of a dataset that says nobody on it is
+            real, and none of others.
+    """
 
     mode: Literal["online", "offline"]
     project: str
+    pictures: Pictures | None = None
+
+    def __post_init__(self) -> None:
+        if self.pictures not in (None, *get_args(Pictures)):
+            raise BadSetting(f"wandb.pictures={self.pictures}: expected one of {', '.join(get_args(Pictures))}")
+
+    def missing(self) -> str | None:
+        """The package, if it is not installed."""
+        if sys.modules.get("wandb") or importlib.util.find_spec("wandb"):
+            return None
+        return f"wandb={self.mode}: the package wandb is not installed; {REMEDY}"
 
     def __call__(self, signature: str, config: Mapping[str, Any], statistics: pd.DataFrame, sheet: Path | None) -> None:
         """Log `statistics` (columns view, scorer, statistic, value ...) as scalars and as a table, and the sheet.
@@ -51,8 +83,7 @@ class Wandb:
         try:
             import wandb
         except ModuleNotFoundError as error:
-            remedy = "pip install 'keyanon[wandb]', or run with wandb=off"
-            raise MissingPackage(f"wandb={self.mode}: the package wandb is not installed; {remedy}") from error
+            raise MissingPackage(f"wandb={self.mode}: the package wandb is not installed; {REMEDY}") from error
 
         names = statistics["view"] + "/" + statistics["scorer"] + "/" + statistics["statistic"]
         defined = {name: value for name, value in zip(names, statistics["value"], strict=True) if not math.isnan(value)}
@@ -63,14 +94,31 @@ class Wandb:
         with wandb.init(
             project=self.project,
             mode=self.mode,
-            id=signature,
-            name=signature,
+            id=wandb_id(signature),
+            name=without_places(signature)[:LONGEST_NAME],
             resume="allow",
             config=public_config(config),
             settings=private,
         ) as run:
             pictures = {"contact_sheet": wandb.Image(str(sheet))} if sheet else {}
             run.log({**defined, **pictures, "statistics": wandb.Table(dataframe=statistics)})
+
+
+def wandb_id(signature: str) -> str:
+    """An id that wandb takes, which allows not every character and not every length: the same for the same signature."""
+    return sha256(signature.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def without_places(text: str) -> str:
+    """A row's name without the places on a disk that it may tell of."""
+    return VALUE_IN_ROW.sub(lambda value: "=..." if set(value[1]) & set("/\\~") else value[0], text)
+
+
+def shown_outside(pictures: Pictures | None, dataset: Dataset) -> Pictures:
+    """Which pictures leave the machine: those that were asked for; else all of a dataset of nobody real, none of others."""
+    if pictures is not None:
+        return pictures
+    return "all" if isinstance(dataset, Synthetic) and dataset.synthetic else "none"
 
 
 def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,7 +135,7 @@ def public_value(value: Any) -> Any:
         return public_config(value)
     if isinstance(value, list | tuple):
         return [public_value(item) for item in value if is_plain(item)]
-    return value
+    return without_places(value) if isinstance(value, str) else value
 
 
 def is_public(name: str, value: object) -> bool:

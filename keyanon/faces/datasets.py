@@ -212,6 +212,7 @@ class Folder:
     size: int = 256
     list: str | None = None
     crop: Crop | None = None
+    synthetic: bool = False  # nobody on the pictures is real
 
     @cached_property
     def ids(self) -> Sequence[str]:
@@ -238,7 +239,7 @@ class Folder:
 
 def bundled_faces(size: int = 128) -> Folder:
     """256 synthetic faces that the bundled model drew and this package ships (experiments/faces.py); nobody's pictures."""
-    return Folder(str(Path(__file__).parents[1] / "assets" / "faces"), size)
+    return Folder(str(Path(__file__).parents[1] / "assets" / "faces"), size, synthetic=True)
 
 
 @dataclass(frozen=True)

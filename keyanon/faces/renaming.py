@@ -1,0 +1,127 @@
+"""Pictures under other names than their files have, which are often their owners': `dataset.rename=hash`.
+
+    id   = K.stream(SHA-256(name), "name", 10 bytes), in hex
+    K    = FOLDER/key, drawn at first need and readable by its owner alone: who guesses a name cannot check it without
+
+FOLDER/HASH.csv says which id is which name, so that the owner finds a picture again. It belongs to no published folder.
+"""
+
+import csv
+import io
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from keyanon.channel.keys import MasterKey, read_key, write_new_key
+from keyanon.channel.whole import write_whole
+from keyanon.errors import BadPicture, BadSetting
+from keyanon.types import Dataset, Picture, Synthetic
+
+ID_BYTES = 10  # among a million pictures two share an id with probability 4e-13
+
+
+def opened(dataset: Callable[..., Dataset], rename: str | None, names: str, **settings: Any) -> Dataset:
+    """A dataset made with `settings`, under its own names or renamed; `names` is the private folder of key and names.
+
+    Raises:
+        BadSetting: `rename` is neither None nor "hash".
+    """
+    if rename not in (None, "hash"):
+        raise BadSetting(f"dataset.rename={rename}: expected hash, or null for the pictures' own names")
+    made = dataset(**settings)
+    return made if rename is None else Renamed(made, Path(names))
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """A dataset whose ids tell nothing of its pictures' names. Order, people and pictures stay."""
+
+    dataset: Dataset
+    names: Path
+
+    @cached_property
+    def ids(self) -> Sequence[str]:
+        return [self._ids[name] for name in self.dataset.ids]
+
+    @cached_property
+    def gallery(self) -> Sequence[str]:
+        return [self._ids[name] for name in self.dataset.gallery]
+
+    def identity(self, id: str) -> str | None:
+        return self.dataset.identity(self._names.get(id, id))
+
+    def load(self, id: str) -> Picture:
+        """Raises BadPicture, whose message tells the id in the place of the file."""
+        picture: Picture = self._read(id, self.dataset.load)
+        return picture
+
+    def source(self, id: str) -> Any:
+        """What the dataset says that a picture is read from; raises BadPicture as `load`."""
+        dataset: Any = self.dataset
+        return self._read(id, dataset.source)
+
+    def _read(self, id: str, read: Callable[[str], Any]) -> Any:
+        if id not in self._names:
+            raise BadPicture(f"{id}: no picture has this id")
+        try:
+            return read(self._names[id])
+        except BadPicture as error:
+            reason = without_file(str(error), self._names[id])
+            raise BadPicture(f"{id}: {reason}; {self.table} says which file it is") from None
+
+    @property
+    def synthetic(self) -> bool:
+        return isinstance(self.dataset, Synthetic) and self.dataset.synthetic
+
+    @cached_property
+    def table(self) -> Path:
+        """The file that says which id is which name: id,name."""
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(["id", "name"])
+        writer.writerows((id, name) for name, id in sorted(self._ids.items()))
+        data = buffer.getvalue().encode("utf-8", "surrogateescape")
+        path = self.names / f"{sha256(data).hexdigest()[:12]}.csv"
+        if not path.exists():
+            write_whole(path, data)
+        return path
+
+    @cached_property
+    def _ids(self) -> dict[str, str]:
+        key = key_of(self.names)
+        every = dict.fromkeys([*self.dataset.ids, *self.dataset.gallery])
+        digests = {name: sha256(name.encode("utf-8", "surrogateescape")).digest() for name in every}
+        return {name: key.stream(digest, "name", ID_BYTES).hex() for name, digest in digests.items()}
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        return {id: name for name, id in self._ids.items()}
+
+
+def without_file(message: str, name: str) -> str:
+    """What is said of a file, less the places where its path stands."""
+    left = re.sub(rf"[^'\"(:]*{re.escape(name)}\.\w+", "...", message).removeprefix("...: ")
+    return "cannot be used" if name in left and len(name) > 2 else left
+
+
+def key_of(folder: Path) -> MasterKey:
+    """The folder's key, drawn if there is none; of several that draw one at once, one's is everybody's."""
+    path = folder / "key"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        drawn = folder / f"key.{uuid4().hex[:8]}.partial"
+        write_new_key(drawn)
+        try:
+            os.link(drawn, path)
+        except FileExistsError:
+            pass
+        finally:
+            drawn.unlink()
+    return read_key(path)
