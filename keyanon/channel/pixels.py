@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from keyanon.channel.whole import write_whole
+from keyanon.finite import finite
 from keyanon.types import BadPicture, Picture, PictureBytes
 
 HEADER_CHUNK = b"kaNO"  # the capital O is the bit "not safe to copy"
@@ -33,7 +34,8 @@ UNREADABLE = (  # what Pillow raises on bad files
 
 
 def to_bytes(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
-    """Clip floats to [-1, 1] and round them to the nearest of 256 levels."""
+    """Clip floats to [-1, 1] and round them to the nearest of 256 levels; raises NotFinite, for NaN is no level."""
+    finite(images if images.dim() > 3 else images[None], "pixels")
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 

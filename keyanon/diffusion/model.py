@@ -29,6 +29,7 @@ from keyanon.batching import CHUNK, in_chunks
 from keyanon.diffusion.block_dct import BLOCK, BlockDCT
 from keyanon.diffusion.solvers import NoiseSchedule
 from keyanon.errors import UserError
+from keyanon.finite import finite
 from keyanon.types import Image, Latent
 from keyanon.weights import MissingWeights, offline
 
@@ -83,7 +84,8 @@ class LatentDiffusion:
 
         Gradients reach pictures that ask for them; the weights ask for none.
         """
-        return in_chunks(self._encode, images.to(self.device), chunk=self.chunk, fits=self.fits)
+        z0 = in_chunks(self._encode, images.to(self.device), chunk=self.chunk, fits=self.fits)
+        return finite(z0, "the encoder")
 
     def _encode(self, images: Image) -> Latent:
         autoencoder = self.autoencoder
@@ -100,7 +102,8 @@ class LatentDiffusion:
     def decode(self, latents: Latent, quantize: bool = True) -> Image:
         """x = D(z0), unclipped; `quantize` snaps to the codebook first, where there is one, as diffusers does by default."""
         with torch.no_grad(), arithmetic("fp32"):
-            return in_chunks(lambda part: self._decode(part, quantize), latents, chunk=self.chunk, fits=self.fits)
+            images = in_chunks(lambda part: self._decode(part, quantize), latents, chunk=self.chunk, fits=self.fits)
+        return finite(images, "the decoder")
 
     def _decode(self, latents: Latent, quantize: bool) -> Image:
         autoencoder = self.autoencoder
@@ -128,11 +131,14 @@ class LatentDiffusion:
         return self.as_noise(out, z, t)
 
     def as_noise(self, out: Latent, z: Float[Tensor, "b _ u v"], t: int) -> Latent:
-        """The noise in z, of what a network that predicts what this one does says of it; an inpainting one sees more channels."""
+        """The noise in z, of what a network that predicts what this one does says of it; an inpainting one sees more channels.
+
+        Raises NotFinite.
+        """
         if self._predicts_v:
             abar = self.schedule.abar[t]
             out = abar**0.5 * out + (1 - abar) ** 0.5 * z
-        return out
+        return finite(out, f"the denoising network at timestep {t}")
 
     def _network(self, z: Latent, t: int) -> Float[Tensor, "b _ u v"]:
         with torch.no_grad(), arithmetic(self.precision):

@@ -35,6 +35,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from keyanon.errors import BadSetting
+from keyanon.finite import within
 from keyanon.types import Denoiser, Latent, Mask
 
 log = logging.getLogger(__name__)
@@ -188,8 +189,11 @@ class DDIM:
                 out = move(below[rows], e, levels[i - 1], levels[i])
                 return out if known is None else known.write_back(out, i, rows)
 
-            def up(z: Latent, rows: Rows = ALL, t: int = t, along: Callable[[Latent, Rows], Latent] = along) -> Latent:
-                return along(eps(z, t), rows)
+            def up(
+                z: Latent, rows: Rows = ALL, t: int = t, i: int = i, along: Callable[[Latent, Rows], Latent] = along
+            ) -> Latent:
+                with within(f"inversion, step {i} of {self.steps}", rows=rows):
+                    return along(eps(z, t), rows)
 
             if self.tolerance is None:
                 z = up(below)
@@ -204,7 +208,8 @@ class DDIM:
         levels, timesteps = self.levels(schedule), self.timesteps(schedule)
         z = zT if known is None else known.write_back(zT, self.steps)
         for i in range(self.steps, 0, -1):
-            z = move(z, eps(z, timesteps[i - 1]), levels[i], levels[i - 1])
+            with within(f"sampling, step {self.steps - i + 1} of {self.steps}"):
+                z = move(z, eps(z, timesteps[i - 1]), levels[i], levels[i - 1])
             if known is not None:
                 z = known.write_back(z, i - 1)
         return z

@@ -34,6 +34,7 @@ from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.channel.streams import normals
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import Known, Solver
+from keyanon.finite import finite
 from keyanon.measures.scorers import psnr_face
 from keyanon.methods import residuals
 from keyanon.methods.refinement import Refinement
@@ -256,13 +257,14 @@ class Exact:
         """z'_0, and what the transform sends along."""
         zT = self.solver.invert(self.backbone.eps, self.backbone.schedule, z0, known)[-1]
         turned, sent = self.transform.apply(zT, known.mask, keys, nonces)
+        finite(turned, "the keyed transform")
         return self.solver.sample(self.backbone.eps, self.backbone.schedule, turned, known), sent
 
     def turn_back(self, z0: Latent, known: Known, headers: Sequence[Header], keys: Sequence[Key]) -> Latent:
         """z_0."""
         turned = self.solver.invert(self.backbone.eps, self.backbone.schedule, z0, known)[-1]
         nonces, sent = [header.nonce for header in headers], [header.sent for header in headers]
-        zT = self.transform.undo(turned, known.mask, keys, nonces, sent)
+        zT = finite(self.transform.undo(turned, known.mask, keys, nonces, sent), "the keyed transform, undone")
         return self.solver.sample(self.backbone.eps, self.backbone.schedule, zT, known)
 
     def known(self, images: Image, mask: Mask, nonces: Sequence[bytes]) -> Known:

@@ -23,6 +23,7 @@ from keyanon.diffusion.controlnet import MaskControl
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import Known, Solver
 from keyanon.errors import BadSetting
+from keyanon.finite import finite
 from keyanon.methods.transforms import Involution, SignFlipping, Unchanged
 from keyanon.types import About, Denoiser, FaceParser, Image, Key, Latent, Mask, Published, Transform
 
@@ -114,6 +115,7 @@ class SignFlip:
         mask = mask.to(z0.device)
         flipped, _ = self.transform.apply(trajectory[-1], mask, keys, nonces)
         known = Known(mask, trajectory) if self.reinject else None
+        finite(flipped, "the keyed transform")
         return self.backbone.decode(self.solver.sample(down, self.backbone.schedule, flipped, known), self.quantize)
 
     def denoisers(self, images: Image) -> tuple[Denoiser, Denoiser]:
