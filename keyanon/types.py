@@ -289,6 +289,15 @@ class NeedsFiles(Protocol):
 
 
 @runtime_checkable
+class TakesSizes(Protocol):
+    """A method or a model that takes pictures of some sizes alone."""
+
+    def wrong_size(self, size: int) -> str | None:
+        """Which sizes it can take, where it cannot take square pictures of `size` pixels a side; None where it can."""
+        ...
+
+
+@runtime_checkable
 class NeedsWeights(Protocol):
     """A part that runs on weights with cards; its own comes first, then those of its parts."""
 

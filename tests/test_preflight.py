@@ -50,3 +50,18 @@ def test_shards_are_not_looked_at_one_by_one(monkeypatch):
     swept = {"anonymizer": "identity,signflip", "shard": ",".join(f"{i}/32" for i in range(1, 33))}
     begin(swept, "parser=ellipse", "recognizers=[]", "scorers=[psnr]")
     assert len(composed) == 2
+
+
+def test_a_size_that_a_method_cannot_take_is_told_with_those_it_can(capsys):
+    with pytest.raises(SystemExit) as ended:
+        begin(
+            {"anonymizer": "signflip,exact,identity"},
+            "dataset.size=100",
+            "parser=ellipse",
+            "recognizers=[]",
+            "scorers=[psnr]",
+        )
+    assert ended.value.code == NOT_READY
+    told = capsys.readouterr().err
+    assert told.count("\n- ") == 1
+    assert "pictures of 100 pixels a side: bundled:faces128 takes multiples of 32, such as 96 or 128" in told

@@ -38,7 +38,8 @@ class WholeSweep(Callback):
         for cell in product(*map(choices, asked)):
             cfg = compose(config.hydra.job.config_name, list(cell), return_hydra_config=True)
             groups = (cfg.anonymizer, cfg.parser, cfg.recognizers, cfg.scorers)
-            problems += missing_parts(*(instantiate(group, _convert_="all") for group in groups))
+            parts = [instantiate(group, _convert_="all") for group in groups]
+            problems += missing_parts(*parts) + wrong_sizes(cfg.dataset.size, parts[0])
             open_dataset(cfg.dataset, cfg.hydra.runtime.choices["dataset"], problems)
         stop_if(list(dict.fromkeys(problems)))
 
@@ -65,6 +66,15 @@ def missing_parts(*parts: Any) -> list[str]:
                 message = weights.missing(card, path)
                 found |= {message: None} if message else {}
     return list(found)
+
+
+def wrong_sizes(size: int, *parts: Any) -> list[str]:
+    """Messages of methods and models, alone or by name, that cannot take the dataset's pictures; each says what it can."""
+    from keyanon.types import TakesSizes
+
+    each = [one for part in parts for one in (part.values() if isinstance(part, Mapping) else [part])]
+    found = [one.wrong_size(size) for one in each if isinstance(one, TakesSizes)]
+    return list(dict.fromkeys(message for message in found if message is not None))
 
 
 def models(method: "Anonymizer | None") -> "list[Model]":

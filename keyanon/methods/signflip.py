@@ -71,6 +71,10 @@ class SignFlip:
         """What a preflight says if the control network is not here."""
         return self.control.lacking(self.backbone) if self.control is not None else None
 
+    def wrong_size(self, size: int) -> str | None:
+        """What a preflight says of a size that the model cannot take."""
+        return self.backbone.wrong_size(size)
+
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Published pictures of `images` under one key each."""
         nonces = [self.nonces(key, id, picture) for key, id, picture in zip(keys, ids, images, strict=True)]

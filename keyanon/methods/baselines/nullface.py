@@ -164,6 +164,10 @@ class NullFace:
             source="Kung et al., FG 2026, arXiv 2503.08478; hanweikung/nullface",
         )
 
+    def wrong_size(self, size: int) -> str | None:
+        """What a preflight says of a size that the model cannot take."""
+        return self.backbone.wrong_size(self.size)
+
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Published pictures; one without a face to embed goes through with its identity neither pulled nor pushed."""
         images = images.to(self.backbone.device)
@@ -248,6 +252,10 @@ class NullFaceCore:
             weights_licence=self.backbone.licence,
             source="inversion and masking of arXiv 2503.08478; fresh noise for its identity guidance",
         )
+
+    def wrong_size(self, size: int) -> str | None:
+        """What a preflight says of a size that the model cannot take."""
+        return self.backbone.wrong_size(size)
 
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         images = images.to(self.backbone.device)

@@ -103,6 +103,10 @@ class ProFaceS:
         }
         return Published(published, headers, floats, measured)
 
+    def wrong_size(self, size: int) -> str | None:
+        """What a preflight says of a size that the network cannot take."""
+        return odd(f"{size}x{size}") if size % 2 else None
+
     def recover(self, published: Published, keys: Sequence[Key]) -> Image:
         """Original pictures from published files and their keys; raises BadHeader."""
         return self.receive(to_floats(published.images), published, keys)
@@ -271,4 +275,8 @@ def _load(path: Path, device: str) -> HidingNetwork:
 def _check_even(images: Image) -> None:
     height, width = images.shape[-2:]
     if height % 2 or width % 2:
-        raise BadSetting(f"PRO-Face S halves pictures: {width}x{height} pixels is odd; set an even dataset.size")
+        raise BadSetting(odd(f"{width}x{height}"))
+
+
+def odd(size: str) -> str:
+    return f"PRO-Face S halves pictures: {size} pixels is odd; set an even dataset.size"

@@ -123,6 +123,10 @@ class Salar:
             source="Salar et al., ICASSP 2026, arXiv 2509.14866; parham1998/Face-Anonymization",
         )
 
+    def wrong_size(self, size: int) -> str | None:
+        """What a preflight says of a size that the model cannot take."""
+        return self.backbone.wrong_size(self.size)
+
     def missing(self) -> str | None:
         """What a preflight says if there is no target picture, None if there is one."""
         if self.target is not None and Path(self.target).is_file():
