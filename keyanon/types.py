@@ -143,6 +143,14 @@ class Dataset(Protocol):
 
 
 @runtime_checkable
+class ListsFolder(Protocol):
+    """A dataset of what it finds in a folder, which tells what it passes over there."""
+
+    @property
+    def passed_over(self) -> Mapping[str, int]: ...
+
+
+@runtime_checkable
 class FaceParser(Protocol):
     def mask(self, images: Image, size: tuple[int, int]) -> Mask:
         """True on the face at `size` (rows, columns), which may be the latent's; all False where there is no face."""

@@ -15,8 +15,9 @@ from keyanon.faces.datasets import Folder
 from keyanon.faces.parsing import EllipseParser
 from keyanon.finite import NotFinite, bounded, finite, within
 from keyanon.methods.signflip import SignFlip
-from keyanon.run_folder import RunFiles, score_rows
+from keyanon.run_folder import RunFiles
 from keyanon.runner import generate, observe, prepare
+from keyanon.sources import Digests
 from keyanon.types import Observed
 from tests.conftest import smooth_picture
 from tests.test_contract import IDS, KEY, composed, made, names
@@ -43,11 +44,12 @@ def test_the_entry_is_named_and_whoever_knows_more_says_so(bad):
     assert found.value.rows == [1, 4]
 
 
-def test_undefined_is_no_error_and_infinite_is():
+def test_undefined_is_no_error_and_infinite_is(tmp_path):
     bounded(torch.tensor([1.0, torch.nan]), "a score")
-    assert score_rows(["a", "b"], {("recovered", "psnr"): torch.tensor([1.0, torch.nan])}).num_rows == 2
+    files = RunFiles(tmp_path, {"a": "1", "b": "2"})
+    files.write_scores(["a", "b"], {("recovered", "psnr"): torch.tensor([1.0, torch.nan])})
     with pytest.raises(NotFinite, match="score psnr of the view recovered.*picture b"):
-        score_rows(["a", "b"], {("recovered", "psnr"): torch.tensor([1.0, torch.inf])})
+        files.write_scores(["a", "b"], {("recovered", "psnr"): torch.tensor([1.0, torch.inf])})
 
 
 @BAD
@@ -109,20 +111,20 @@ def test_every_method_that_runs_the_backbone_stops(name, broken):
 def test_the_runner_names_ids_and_method_and_publishes_nothing(tmp_path, broken, tiny_block_dct):
     for i in range(3):
         smooth_picture(i).save(tmp_path / f"face{i}.png")
-    dataset, originals = Folder(str(tmp_path), 64), RunFiles(tmp_path / "originals")
-    prepare(originals, dataset, dataset.ids, EllipseParser(), 2)
+    dataset, contents = Folder(str(tmp_path), 64), {id: id for id in ("face0", "face1", "face2")}
+    originals, run = RunFiles(tmp_path / "originals", contents), RunFiles(tmp_path / "run", contents)
+    prepare(originals, contents, Digests(tmp_path / "contents"), dataset, dataset.ids, EllipseParser(), 2)
     method = SignFlip(LatentDiffusion(str(broken), chunk=1), DDIM(2), EllipseParser())
-    run = tmp_path / "run"
     with pytest.raises(NotFinite, match=r"^SignFlip, anonymize, inversion, step 1 of 2, .* picture face0, face1\."):
         generate(run, originals, dataset.ids, method, KEY, {}, 2)
-    assert RunFiles(run).ids("anonymized") == []
+    assert run.ids("anonymized") == []
     whole = SignFlip(LatentDiffusion(str(tiny_block_dct), chunk=1), DDIM(2), EllipseParser())
     generate(run, originals, dataset.ids, whole, KEY, {}, 2)
-    for path in (run / "recovered").glob("*.png"):
+    for path in (tmp_path / "run" / "recovered").glob("*.png"):
         path.unlink()
     with pytest.raises(NotFinite, match=r"^SignFlip, recover, inversion, .* picture face0, face1\."):
         generate(run, originals, dataset.ids, method, KEY, {"wrong_key": WrongKey()}, 2)
-    assert RunFiles(run).ids("recovered") == []
+    assert run.ids("recovered") == []
 
     def observer(ids, images, _):
         images = images.clone()
@@ -130,4 +132,4 @@ def test_the_runner_names_ids_and_method_and_publishes_nothing(tmp_path, broken,
         return Observed({("view", "scorer"): finite(images, "the decoder")})
 
     with pytest.raises(NotFinite, match=r"^reading, the decoder: .*picture face1\."):
-        observe(tmp_path / "observed", originals, dataset.ids, observer, 2, "reading")
+        observe(RunFiles(tmp_path / "observed", contents), originals, dataset.ids, observer, 2, "reading")

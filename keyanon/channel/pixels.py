@@ -87,7 +87,8 @@ def open_rgb(path: Path, data: bytes | None = None) -> PIL.Image.Image:
     except PIL.UnidentifiedImageError as error:
         head = path.read_bytes()[:HEAD] if data is None else data[:HEAD]
         what = "it is a HEIC picture; save it as PNG or JPEG, for instance with the package pillow-heif"
-        raise BadPicture(f"{path}: not a readable picture ({what if is_heic(head) else error})") from error
+        what = what if is_heic(head) else "of no format that is read here, or damaged at its beginning"
+        raise BadPicture(f"{path}: not a readable picture ({what})") from error
     except UNREADABLE as error:
         raise BadPicture(f"{path}: not a readable picture ({error})") from error
 
