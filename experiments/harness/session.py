@@ -262,7 +262,7 @@ def begin(cfg: DictConfig, choices: Mapping[str, Any], command: Sequence[str], *
 
 def tell_passed_over(dataset: Dataset | None) -> None:
     """Say what a dataset's folder holds besides its pictures; pictures that nobody left out on purpose count as skipped."""
-    counts = dataset.passed_over if isinstance(dataset, ListsFolder) else {}
+    counts: Mapping[str, int] = dataset.passed_over if isinstance(dataset, ListsFolder) else {}
     for kind, count in counts.items():
         log.warning("not read: %d %s", count, kind, extra={"skipped": count if kind == IN_SUBFOLDERS else 0})
 

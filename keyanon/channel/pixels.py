@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import ImageCms
 from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from keyanon.channel.whole import write_whole
@@ -80,7 +81,7 @@ def open_rgb(path: Path, data: bytes | None = None) -> PIL.Image.Image:
             frames = getattr(picture, "n_frames", 1)
             if frames > 1 and picture.format != "MPO":
                 raise ValueError(f"it has {frames} frames or pages; save the one that is meant as a file of its own")
-            if picture.format == "TIFF":
+            if isinstance(picture, TiffImageFile):
                 refuse_odd_numbers(picture.tag_v2)
             profile = picture.info.get("icc_profile")
             return on_white(PIL.ImageOps.exif_transpose(picture), profile)
@@ -137,7 +138,7 @@ def in_srgb(picture: PIL.Image.Image, profile: bytes | None) -> PIL.Image.Image:
     picture = picture.convert(PLAIN_MODES.get(picture.mode, picture.mode))
     try:
         if picture.mode == "LAB":
-            own, space = ImageCms.createProfile("LAB"), "LAB"
+            own, space = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")), "LAB"
         else:
             own = ImageCms.getOpenProfile(io.BytesIO(profile or b""))
             space = own.profile.xcolor_space.strip()
@@ -149,7 +150,9 @@ def in_srgb(picture: PIL.Image.Image, profile: bytes | None) -> PIL.Image.Image:
             return picture
         # as the profile has it: tables made in advance are some levels off in the dark
         flags = ImageCms.Flags.NOOPTIMIZE
-        return ImageCms.profileToProfile(picture, own, ImageCms.createProfile("sRGB"), outputMode="RGB", flags=flags)
+        seen = ImageCms.profileToProfile(picture, own, ImageCms.createProfile("sRGB"), outputMode="RGB", flags=flags)
+        assert seen is not None
+        return seen
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
         raise ValueError(
             f"its colour profile cannot be used: {error}; save it in sRGB, or without a profile"

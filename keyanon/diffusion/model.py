@@ -247,7 +247,9 @@ class LatentDiffusion:
     def multiple(self) -> int:
         """Sides of pictures, in pixels, are multiples of it: the autoencoder divides them, and an unconditional network again."""
         found = (self.folder / name / "config.json" for name in ("latent", "vqvae", "vae"))
-        autoencoder = next((json.loads(path.read_text("utf-8")) for path in found if path.is_file()), {})
+        autoencoder: dict[str, Any] = next(
+            (json.loads(path.read_text("utf-8")) for path in found if path.is_file()), {}
+        )
         network = json.loads((self.folder / "unet" / "config.json").read_text("utf-8"))
         halvings = len(autoencoder.get("block_out_channels", ())) - 1
         factor = 2**halvings if halvings >= 0 else BLOCK
