@@ -16,14 +16,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from experiments.harness.command import start
+from experiments.harness.command import experiment, start
 from experiments.harness.meaning import Meanings
 from experiments.harness.names import row_label
 from experiments.harness.session import (
@@ -101,7 +100,7 @@ def statistics_of(versions: Vectors, clean: Floats, people: Sequence[str]) -> li
     ]
 
 
-@hydra.main(config_path="../conf", config_name="diversity", version_base="1.3")
+@experiment("diversity", "recognizers")
 def main(cfg: DictConfig) -> None:
     start(cfg, run)
 
@@ -139,7 +138,7 @@ def fill_row(session: Session, cell: Cell, method: Anonymizer) -> bool:
 
     def conclude(ids: Sequence[str]) -> Result:
         statistics: list[tuple[str, str, Statistic]] = []
-        scores = []
+        scores = [pd.DataFrame(columns=["id", "view", "scorer", "value"])] if not session.recognizers else []
         if lost := set(ids) - cell.files.measured():
             raise Incomplete(sorted(lost))
         for name, enrolled in session.enrol(ids).items():

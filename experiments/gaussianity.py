@@ -14,13 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from experiments.harness.command import start
+from experiments.harness.command import experiment, start
 from experiments.harness.meaning import Meanings
 from experiments.harness.names import row_label
 from experiments.harness.session import (
@@ -76,7 +75,7 @@ def noise_statistics(
     return observe
 
 
-@hydra.main(config_path="../conf", config_name="gaussianity", version_base="1.3")
+@experiment("gaussianity")
 def main(cfg: DictConfig) -> None:
     start(cfg, run)
 

@@ -9,17 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
-from experiments.harness.command import start
+from experiments.harness.command import experiment, start
 
 MEASURES = ("attacks", "recognizers", "scorers")
 SHEET_ROWS = 8
 SHEET_VIEWS = ("original", "mask", "anonymized", "recovered", "wrong_key")
 
 
-@hydra.main(config_path="../conf", config_name="config", version_base="1.3")
+@experiment("config", "attacks", "recognizers", "scorers")
 def main(cfg: DictConfig) -> None:
     start(cfg, run)
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 import pandas as pd
 import torch
@@ -22,7 +21,7 @@ from safetensors.torch import load, load_file, save
 from tabulate import tabulate
 
 from experiments.harness import layout, provenance, results
-from experiments.harness.command import start
+from experiments.harness.command import experiment, start
 from experiments.harness.meaning import Meanings
 from experiments.harness.names import row_label
 from experiments.harness.plots import share_curve
@@ -57,7 +56,7 @@ TENSORS = ".safetensors"
 DICTIONARY = "Argon2id"  # the row of what a password costs, which is no method's
 
 
-@hydra.main(config_path="../conf", config_name="security", version_base="1.3")
+@experiment("security", "recognizers")
 def main(cfg: DictConfig) -> None:
     start(cfg, run)
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from keyanon.channel.pixels import png_bytes, read_png, to_floats
 from keyanon.channel.whole import write_whole
+from keyanon.finite import bounded, within
 from keyanon.parts import Damaged, read_parts, write_part
 from keyanon.types import Bytes, Image, Picture, PictureBytes, Place, Published, Scores
 
@@ -197,7 +198,13 @@ class RunFiles:
         only: Mapping[Place, Sequence[str]] | None = None,
         folder: str = "scores",
     ) -> None:
-        """Keep numbers by view and scorer, those of all the ids or of `only` some; columns may be filled up beyond the ids."""
+        """Keep numbers by view and scorer, those of all the ids or of `only` some; columns may be filled up beyond the ids.
+
+        Raises NotFinite for one that is infinite.
+        """
+        for (view, scorer), column in values.items():
+            with within(f"score {scorer} of the view {view}", ids):
+                bounded(column, "a number that is to be stored")
         rows = [
             {**self._key(id), "view": view, "scorer": scorer, "by": self._by(view, scorer), "value": value}
             for (view, scorer), column in values.items()

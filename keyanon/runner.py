@@ -28,6 +28,7 @@ import torch
 from keyanon.attacks.views import FloatChannel
 from keyanon.batching import begun_ahead, filled, padded
 from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.finite import within
 from keyanon.measures.scorers import Against
 from keyanon.run_folder import (
     ANONYMIZED,
@@ -169,7 +170,8 @@ def prepare(
             good, loaded = readable(batch, pictures, bad)
             if good:
                 images = padded(torch.stack(loaded), batch_size)
-                faces = parser.mask(images.to(device), (images.shape[-2], images.shape[-1])).cpu()
+                with within("finding faces", good):
+                    faces = parser.mask(images.to(device), (images.shape[-2], images.shape[-1])).cpu()
                 bad |= {id: "no face found" for id, face in zip(good, faces, strict=False) if not face.any()}
                 keep = [i for i, id in enumerate(good) if id not in bad]
                 names = [good[i] for i in keep]
@@ -215,9 +217,13 @@ def generate(
             if ANONYMIZED in todo:
                 todo = views  # all are made from the file that is about to be made
             elif any(isinstance(attacks.get(view), FloatChannel) for view in todo):
-                published = method.anonymize(images, keys, names)  # for its floats, which no file holds
+                with within(f"{type(method).__name__}, anonymize", names):
+                    published = method.anonymize(images, keys, names)  # for its floats, which no file holds
             if ANONYMIZED in todo:
-                with costs_kept(files, batch, ANONYMIZED, batch_size, evaluations):
+                with (
+                    within(f"{type(method).__name__}, anonymize", names),
+                    costs_kept(files, batch, ANONYMIZED, batch_size, evaluations),
+                ):
                     published = method.anonymize(images, keys, names)
                 # Before the pictures: a run killed in between makes them, and measures, again.
                 files.write_scores(batch, {(ANONYMIZED, name): values for name, values in published.measured.items()})
@@ -225,18 +231,24 @@ def generate(
                 writes.under_way += files.write_all(pool, ANONYMIZED, batch, published.images, published.headers)
                 writes.wait_for()
             if RECONSTRUCTED in todo and isinstance(method, Reconstructs):
-                writes.under_way += files.write_all(pool, RECONSTRUCTED, batch, to_bytes(method.reconstruct(images)))
+                with within(f"{type(method).__name__}, reconstruct", names):
+                    out = to_bytes(method.reconstruct(images))
+                writes.under_way += files.write_all(pool, RECONSTRUCTED, batch, out)
             if not isinstance(method, Reversible):
                 continue
             on_file = stacked(files.reading(pool, ANONYMIZED, names), published.floats if published else None)
             if RECOVERED in todo:
-                with costs_kept(files, batch, RECOVERED, batch_size, evaluations):
-                    out = method.recover(on_file, keys)
-                writes.under_way += files.write_all(pool, RECOVERED, batch, to_bytes(out))
+                with (
+                    within(f"{type(method).__name__}, recover", names),
+                    costs_kept(files, batch, RECOVERED, batch_size, evaluations),
+                ):
+                    out = to_bytes(method.recover(on_file, keys))
+                writes.under_way += files.write_all(pool, RECOVERED, batch, out)
             for view, attack in attacks.items():
                 if view in todo:
-                    out = attack(on_file, keys, method)
-                    writes.under_way += files.write_all(pool, view, batch, to_bytes(out))
+                    with within(f"{type(method).__name__}, attack {view}", names):
+                        out = to_bytes(attack(on_file, keys, method))
+                    writes.under_way += files.write_all(pool, view, batch, out)
 
 
 def enrol(
@@ -263,7 +275,9 @@ def enrol(
             skipped |= bad
             if good:
                 images = to_floats(to_bytes(padded(torch.stack(loaded), batch_size))).to(device)
-                files.write_embeddings(good, {(CLEAN, name): recognizer.embed(images)})
+                with within(f"recognizer {name}", good):
+                    embeddings = recognizer.embed(images)
+                files.write_embeddings(good, {(CLEAN, name): embeddings})
     return {id: skipped[id] for id in ids if id in skipped}
 
 
@@ -319,7 +333,8 @@ def score(
                 images = to_floats(read[view].images).to(device)
                 for name in lacks:
                     if recognizer := recognizers.get(name):
-                        vectors[view, name] = embedding = recognizer.embed(images)
+                        with within(f"recognizer {name} of the view {view}", batch):
+                            vectors[view, name] = embedding = recognizer.embed(images)
                         own = torch.stack([clean[name][id] for id in filled(batch, batch_size)]).to(embedding)
                         values[view, name] = (embedding * own).sum(1)
                         continue
@@ -377,7 +392,8 @@ def observe(
     with ThreadPoolExecutor(IO_WORKERS) as pool:
         for batch, (pictures, masks) in begun_ahead(pending, batch_size, title, begin):
             face = stacked(masks).images[:, :1] > 127
-            found = observer(batch, to_floats(stacked(pictures).images), face)
+            with within(title, batch):
+                found = observer(batch, to_floats(stacked(pictures).images), face)
             files.write_embeddings(batch, found.vectors)
             files.write_scores(batch, found.values)
             # Last: of a batch that was killed in between everything is looked at again.

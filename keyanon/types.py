@@ -151,6 +151,14 @@ class Synthetic(Protocol):
 
 
 @runtime_checkable
+class ListsFolder(Protocol):
+    """A dataset of what it finds in a folder, which tells what it passes over there."""
+
+    @property
+    def passed_over(self) -> Mapping[str, int]: ...
+
+
+@runtime_checkable
 class FaceParser(Protocol):
     def mask(self, images: Image, size: tuple[int, int]) -> Mask:
         """True on the face at `size` (rows, columns), which may be the latent's; all False where there is no face."""
@@ -293,6 +301,15 @@ class NeedsFiles(Protocol):
 
     def missing(self) -> str | None:
         """What is not on this machine and how to get it, None where all is here; downloads nothing."""
+        ...
+
+
+@runtime_checkable
+class TakesSizes(Protocol):
+    """A method or a model that takes pictures of some sizes alone."""
+
+    def wrong_size(self, size: int) -> str | None:
+        """Which sizes it can take, where it cannot take square pictures of `size` pixels a side; None where it can."""
         ...
 
 

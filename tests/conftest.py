@@ -138,9 +138,9 @@ def save_tiny_stable_diffusion(folder: Path) -> Path:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         norm_num_groups=4,
     ).save_pretrained(folder / "unet")  # fmt: skip
-    DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1).save_pretrained(
-        folder / "scheduler"
-    )
+    DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False
+    ).save_pretrained(folder / "scheduler")
     vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}
     tokens = folder / "tokenizer"
     tokens.mkdir()

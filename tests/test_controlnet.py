@@ -112,7 +112,7 @@ def test_a_network_that_predicts_v_is_turned_to_noise(controlled, pictures):
 
 
 def test_the_method_shows_the_mask_where_it_is_told_to(controlled, pictures):
-    method = SignFlip(controlled, DDIM(3), CentreFace(), control=MaskControl())
+    method = SignFlip(controlled, DDIM(4), CentreFace(), control=MaskControl())
     assert isinstance(method, Reversible)
     up, down = method.denoisers(pictures)
     torch.testing.assert_close(up(Z, 300), down(Z, 300))
@@ -125,10 +125,10 @@ def test_the_method_shows_the_mask_where_it_is_told_to(controlled, pictures):
 
 
 def test_the_contract_of_the_method(controlled, pictures):
-    method = SignFlip(controlled, DDIM(3), CentreFace(), control=MaskControl())
+    method = SignFlip(controlled, DDIM(4), CentreFace(), control=MaskControl())
     before = controlled.evaluations.total()
     published = method.anonymize(pictures, KEYS, IDS)
-    assert controlled.evaluations.total() - before == 2 * 2 * 3
+    assert controlled.evaluations.total() - before == 2 * 2 * 4
     recovered = method.recover(published, KEYS)
     assert recovered.shape == pictures.shape
     assert torch.equal(method.anonymize(pictures[1:], KEYS[1:], IDS[1:]).images, published.images[1:])
@@ -143,7 +143,7 @@ def test_a_solver_that_splits_its_batch_is_refused(controlled, pictures):
 
 
 def test_missing_weights_are_told_at_once(model, pictures):
-    method = SignFlip(model, DDIM(3), CentreFace(), control=MaskControl())
+    method = SignFlip(model, DDIM(4), CentreFace(), control=MaskControl())
     (message,) = missing_parts(method)
     assert f"no file {model.folder / FILE}" in message
     assert missing_parts(replace(method, control=None)) == []

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from keyanon.channel.pixels import from_pil
+from keyanon.errors import BadData
 from keyanon.faces import datasets
 from keyanon.faces.alignment import FACES128_TEMPLATE
 from keyanon.faces.datasets import (
@@ -28,7 +29,7 @@ from keyanon.faces.datasets import (
     read_pairs,
 )
 from keyanon.faces.detection import MtcnnDetector
-from keyanon.types import BadPicture, Dataset, Source
+from keyanon.types import BadPicture, Dataset, ListsFolder, Source
 from keyanon.weights import Package
 
 DATA = Path(os.environ.get("KEYANON_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -361,6 +362,74 @@ def test_two_pictures_of_one_id_are_refused(tmp_path):
     draw(tmp_path / "a.jpg")
     with pytest.raises(ValueError, match=r"two pictures have the id a: .*a\.jpg and .*a\.png"):
         _ = Folder(str(tmp_path)).ids
+
+
+NAMES = [
+    "a" * 251, "é" * 125, "un nom avec des espaces", "a.b", "a.b.c", "-rf", "--limit=2", "日本", "Ünïcode", "Unicode", "UNICODE",
+    "e\u0301", "\u00e9", "#1", "a,b", "100%", "x=1",
+]  # fmt: skip
+
+
+def test_any_name_that_a_disk_can_hold_is_an_id(tmp_path):
+    for number, name in enumerate(NAMES):
+        draw(tmp_path / f"{name}.png", seed=number)
+    faces = Folder(str(tmp_path), size=32)
+    assert faces.ids == tuple(sorted(NAMES))
+    assert len({faces.source(id).read() for id in faces.ids}) == len(NAMES)
+    for number, name in enumerate(NAMES):
+        pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        assert torch.equal(faces.load(name), from_pil(PIL.Image.fromarray(pixels)))
+    archive = Folder(packed(tmp_path, tmp_path.parent / "named.tar"), size=32)
+    assert archive.ids == faces.ids
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.png", b"a\nb.png"])
+def test_a_name_that_no_file_of_ours_can_hold_is_refused(tmp_path, name):
+    (tmp_path / os.fsdecode(name)).write_bytes(draw(tmp_path / "a.png").read_bytes())
+    with pytest.raises(BadData, match="rename it"):
+        _ = Folder(str(tmp_path)).ids
+
+
+def test_what_a_folder_holds_besides_is_counted(tmp_path):
+    for name in ("a.png", "b.JPG", "sub/c.png", "sub/deep/d.webp", ".hidden/e.png", "f.heic"):
+        draw(tmp_path / name) if name != "f.heic" else (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic")
+    for name in ("notes.md", "raw.CR2", "raw2.CR2", "none", ".DS_Store", "sub/readme.md"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "folder.png").mkdir()
+    faces = Folder(str(tmp_path), size=32)
+    assert isinstance(faces, ListsFolder)
+    assert faces.ids == ("a", "b", "f")
+    assert faces.passed_over == {
+        "files with the suffix .CR2": 2, "files with the suffix .md": 1, "files with the suffix none": 1,
+        "pictures in subfolders": 2,
+    }  # fmt: skip
+    with pytest.raises(BadPicture, match=r"f\.heic.*HEIC"):
+        faces.load("f")
+    listed = Folder(str(tmp_path), list=note(tmp_path.parent / "two.txt", "a", "b"))
+    assert listed.passed_over["pictures that the list leaves out"] == 1
+    (tmp_path / "in").mkdir()
+    for name in ("x.png", "y.txt"):
+        draw(tmp_path / "in" / name) if name == "x.png" else (tmp_path / "in" / name).write_bytes(b"")
+    assert Folder(packed(tmp_path / "in", tmp_path / "x.tar")).passed_over == {"files with the suffix .txt": 1}
+    assert Folder(str(Path(LISTS).parents[1] / "assets" / "faces")).passed_over.keys() <= {"files with the suffix .md"}
+
+
+@pytest.mark.parametrize("encoded", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lists_and_pairs_as_other_systems_write_them(tmp_path, encoded, end):
+    path = tmp_path / "x.txt"
+    path.write_bytes(end.join(["Zoé_0001.JPG  ", "b.Png\t", "", "# end", "3..4"]).encode(encoded))
+    assert read_list(str(path)) == ("Zoé_0001", "b", "3", "4")
+    path.write_bytes(end.join(["2", "Zoé\t1\t2 ", "Bob,1,Zoé,3", ""]).encode(encoded))
+    assert list(read_pairs(path)) == [("Zoé_0001", "Zoé_0002"), ("Bob_0001", "Zoé_0003")]
+
+
+@pytest.mark.parametrize("encoded", ["latin-1", "utf-16"])
+def test_lists_and_pairs_in_another_encoding_are_named(tmp_path, encoded):
+    (tmp_path / "x.txt").write_bytes("a\nZoé\t1\t2\n".encode(encoded))
+    for read in (lambda: read_list(str(tmp_path / "x.txt")), lambda: list(read_pairs(tmp_path / "x.txt"))):
+        with pytest.raises(BadData, match=r"x\.txt, line \d: not in UTF-8"):
+            read()
 
 
 def test_folder_without_pictures(tmp_path):

@@ -37,7 +37,8 @@ CHOICES = {
 }  # fmt: skip
 SIZE = 32
 ASKED = [
-    "dataset=folder", "dataset.rename=null", f"dataset.size={SIZE}", "parser=ellipse", "anonymizer=scrambling", "attacks=[wrong_key,jpeg]",
+    "dataset=folder", "dataset.rename=null", f"dataset.size={SIZE}", "parser=ellipse", "anonymizer=scrambling",
+    "attacks=[wrong_key,jpeg]",
     "attacks.jpeg.quality=[50]", "recognizers=[]",
     "+recognizers.pixel={_target_: tests.test_identity.Grid, grid: 8}",
     "scorers=[]", "+scorers.mae={_target_: tests.test_identity.Power, power: 1}", "batch_size=2", "name=tiny",

@@ -1,12 +1,14 @@
 """The backbone on tiny components saved in the real layouts."""
 
+import inspect
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
 from keyanon.batching import in_chunks
 from keyanon.diffusion.block_dct import BlockDCT
-from keyanon.diffusion.model import BadModel, LatentDiffusion, arithmetic
+from keyanon.diffusion.model import HONOURED, BadModel, LatentDiffusion, arithmetic, scheduler
 from keyanon.weights import MissingWeights
 from tests.conftest import LDM_NOISE, save_tiny_stable_diffusion
 
@@ -108,9 +110,91 @@ def test_incomplete_folders_are_refused(tiny_ldm, tmp_path):
         _ = model.autoencoder
     with pytest.raises(BadModel, match=r"backbone\.noise"):
         _ = model.schedule
-    odd = LatentDiffusion(str(tmp_path), noise={**LDM_NOISE, "prediction_type": "sample"})
-    with pytest.raises(BadModel, match="prediction_type sample"):
-        odd.eps(torch.randn(1, 3, 16, 16), 0)
+
+
+UNHONOURED = {
+    "prediction_type": "sample", "timestep_spacing": "trailing", "clip_sample": True, "thresholding": True,
+    "rescale_betas_zero_snr": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), UNHONOURED.items())
+def test_what_the_solvers_do_not_honour_of_a_scheduler_is_named(tiny_ldm, tmp_path, name, value):
+    given = LatentDiffusion(str(tiny_ldm), noise={**LDM_NOISE, name: value})
+    (tmp_path / "unet").symlink_to(tiny_ldm / "unet")
+    DDIMScheduler(**{**LDM_NOISE, name: value}).save_pretrained(tmp_path / "scheduler")
+    for model, where in ((given, "backbone.noise"), (LatentDiffusion(str(tmp_path)), "scheduler_config.json")):
+        with pytest.raises(BadModel, match=f"{where}: {name}={value} is not honoured"):
+            _ = model.schedule
+        assert f"{name}={value}" in str(model.missing())  # so the preflight says it
+
+
+def test_every_argument_of_ddim_is_honoured_or_refused():
+    """Those that make the noise, those that are honoured in one value, and those that only say more about a refused one."""
+    noise = {
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "set_alpha_to_one",
+        "steps_offset",
+    }
+    beside = {"dynamic_thresholding_ratio", "clip_sample_range", "sample_max_value"}
+    assert set(inspect.signature(DDIMScheduler).parameters) == noise | beside | UNHONOURED.keys()
+    assert UNHONOURED.keys() <= HONOURED.keys()
+
+
+def test_what_a_scheduler_leaves_out_is_as_its_class_has_it():
+    with pytest.raises(BadModel, match=r"x: clip_sample=True \(by default of DDIMScheduler\)"):
+        scheduler({"beta_schedule": "scaled_linear"}, "x")
+    with pytest.raises(BadModel, match=r"timestep_spacing=linspace \(by default of EulerDiscreteScheduler\)"):
+        scheduler({"_class_name": "EulerDiscreteScheduler"}, "x")
+    with pytest.raises(BadModel, match="FlowMatchEulerDiscreteScheduler has no noise schedule"):
+        scheduler({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "x")
+    with pytest.raises(BadModel, match="NoSuchScheduler has no noise schedule"):
+        scheduler({"_class_name": "NoSuchScheduler"}, "x")
+    with pytest.raises(BadModel, match="x: no noise schedule can be made"):
+        scheduler({"clip_sample": False, "beta_schedule": "cubic"}, "x")
+
+
+# As the repositories of the published models have it: of CompVis/ldm-celebahq-256 and stable-diffusion-v1-5.
+LDM_CELEBAHQ = {
+    "_class_name": "DDIMScheduler", "_diffusers_version": "0.0.4", "beta_end": 0.0195, "beta_schedule": "scaled_linear",
+    "beta_start": 0.0015, "clip_sample": False, "num_train_timesteps": 1000, "timestep_values": None, "trained_betas": None,
+}  # fmt: skip
+STABLE_DIFFUSION = {
+    "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085, "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
+    "trained_betas": None, "clip_sample": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [LDM_CELEBAHQ, STABLE_DIFFUSION])
+def test_schedulers_of_the_published_models_go_on_working(config):
+    ours, theirs = scheduler(config, "x"), DDIMScheduler.from_config(config)
+    assert torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
+    assert ours.config.steps_offset == theirs.config.steps_offset
+    assert ours.config.set_alpha_to_one == theirs.config.set_alpha_to_one
+
+
+def test_sizes_are_multiples_of_what_autoencoder_and_network_halve(tiny_ldm, tiny_block_dct, tiny_sd):
+    ldm, dct, sd = (LatentDiffusion(str(folder), noise=LDM_NOISE) for folder in (tiny_ldm, tiny_block_dct, tiny_sd))
+    assert [model.multiple for model in (ldm, dct, sd)] == [8, 8, 2]  # 4 x 2, 8 x 1, 2 and any number of cells
+    assert LatentDiffusion("bundled:faces128").multiple == 32
+    for model in (ldm, dct, sd):
+        for size in range(2 * model.multiple, 4 * model.multiple + 1):
+            pictures = torch.zeros(1, 3, size, size)
+            if message := model.wrong_size(size):
+                lower = size // model.multiple * model.multiple
+                assert f"{size} pixels" in message
+                assert f"{lower} or {lower + model.multiple}" in message
+                continue
+            z = model.encode(pictures)
+            assert model.eps(z, 10).shape == z.shape
+            assert model.decode(z).shape == pictures.shape
+    with pytest.raises((RuntimeError, AssertionError)):  # what the message spares the user
+        ldm.eps(ldm.encode(torch.zeros(1, 3, 20, 20)), 10)
 
 
 def test_noise_of_a_picture_does_not_depend_on_the_batch(tiny_ldm):

@@ -95,3 +95,18 @@ def test_a_package_that_the_tracker_needs_is_told_before_the_work(monkeypatch, c
     with pytest.raises(SystemExit):
         begin({"limit": "1,2"}, "parser=ellipse", "recognizers=[]", "scorers=[psnr]", "wandb=offline")
     assert "wandb=offline: the package wandb is not installed; pip install" in capsys.readouterr().err
+
+
+def test_a_size_that_a_method_cannot_take_is_told_with_those_it_can(capsys):
+    with pytest.raises(SystemExit) as ended:
+        begin(
+            {"anonymizer": "signflip,exact,identity"},
+            "dataset.size=100",
+            "parser=ellipse",
+            "recognizers=[]",
+            "scorers=[psnr]",
+        )
+    assert ended.value.code == NOT_READY
+    told = capsys.readouterr().err
+    assert told.count("\n- ") == 1
+    assert "pictures of 100 pixels a side: bundled:faces128 takes multiples of 32, such as 96 or 128" in told

@@ -255,6 +255,18 @@ def test_a_missing_provider_is_told_once_and_the_session_is_kept(tmp_path):
     assert sessions[0] is sessions[1] is sessions[2]
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_onnxruntime_has_as_many_threads_as_pytorch(tmp_path, threads):
+    tiny_arcface(tmp_path / "tiny.onnx")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        session = open_onnx(tmp_path / "tiny.onnx", torch.device("cpu"))
+    finally:
+        torch.set_num_threads(before)
+    assert session.get_session_options().intra_op_num_threads == threads
+
+
 def test_the_arcface_crop_is_the_face_on_the_112_template():
     from insightface.utils.face_align import arcface_dst
 

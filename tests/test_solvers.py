@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from keyanon.diffusion.solvers import DDIM, Known, NoiseSchedule, StoredTrajectory, anderson
+from keyanon.errors import BadSetting
 from tests.conftest import LDM_NOISE
 
 SCHEDULE = NoiseSchedule.of(DDIMScheduler(**LDM_NOISE))
@@ -83,12 +84,17 @@ def test_known_region_ends_on_its_own_trajectory():
     torch.testing.assert_close(out[..., :2], -solver.sample(eps, SCHEDULE, trajectory[-1])[..., :2])
 
 
-@given(st.integers(1, 1000), st.integers(0, 1))
+DIVISORS = [n for n in range(1, 1001) if 1000 % n == 0]
+
+
+@given(st.sampled_from(DIVISORS) | st.integers(1, 1000), st.integers(0, 1))
 @settings(max_examples=40, deadline=None)
 def test_timesteps_equal_diffusers_leading_spacing(steps, offset):
     scheduler = DDIMScheduler(**LDM_NOISE, steps_offset=offset)
-    if offset and steps == 1000:
-        return  # diffusers asks for timestep 1000 of 0 .. 999 here
+    if 1000 % steps or (offset and steps == 1000):  # here diffusers stops early, or asks for timestep 1000 of 0 .. 999
+        with pytest.raises(BadSetting, match=rf"solver\.steps={steps}"):
+            DDIM(steps).timesteps(NoiseSchedule.of(scheduler))
+        return
     scheduler.set_timesteps(steps)
     assert DDIM(steps).timesteps(NoiseSchedule.of(scheduler)) == scheduler.timesteps.tolist()[::-1]
 
@@ -123,6 +129,33 @@ def test_a_stored_trajectory_holds_no_latent_in_memory():
     a, b = trajectory[1], trajectory[1]
     a += 1
     assert torch.equal(b, torch.ones(1, 3, 4, 4))  # what is read belongs to the reader
+
+
+def test_a_step_count_that_does_not_divide_is_told_those_that_do():
+    with pytest.raises(BadSetting, match=r"solver\.steps=30 does not divide .* 1000 .* take 25 or 40, or .*karras"):
+        DDIM(30).levels(SCHEDULE)
+    assert len(DDIM(30, "karras").levels(SCHEDULE)) == 31
+
+
+def test_a_schedule_that_leaves_no_signal_is_refused():
+    with pytest.raises(BadSetting, match="signal variance"):
+        NoiseSchedule.of(DDIMScheduler(**LDM_NOISE, rescale_betas_zero_snr=True))
+
+
+@pytest.mark.parametrize("name", ["steps", "max_evaluations", "memory"])
+@pytest.mark.parametrize("value", [0, -3, 2.5, 10.0, "10", True, None, math.nan])
+def test_counts_of_a_solver_are_whole_numbers(name, value):
+    with pytest.raises(BadSetting, match=rf"solver\.{name}={value!r}"):
+        DDIM(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "settings", [{"spacing": "linspace"}, {"tolerance": 0}, {"tolerance": math.nan}, {"tolerance": "1e-5"}]
+)
+def test_other_nonsense_of_a_solver_is_named(settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(BadSetting, match=rf"solver\.{name}={value!r}"):
+        DDIM(**settings)
 
 
 def test_more_steps_than_timesteps_is_refused():

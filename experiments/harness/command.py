@@ -3,11 +3,14 @@
 Imports nothing heavy: a command's help and its complaints about arguments come at once.
 """
 
+import functools
 import logging
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import hydra
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,8 +19,9 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.harness.errors import is_full_disk, user_error
+from experiments.harness.errors import SKIPPED, is_full_disk, user_error
 from experiments.harness.names import check_table_name
+from experiments.harness.settings import check
 from experiments.harness.shards import FailedShard
 
 log = logging.getLogger(__name__)
@@ -27,7 +31,46 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 # Of what a sweep can vary, that which no row's name has: it is a column, a table, or a part of one cell.
 NOT_IN_ROW_NAMES = {"anonymizer", "dataset", "experiment", "name", "runs", "shard"}
 
+EMPTY = re.compile(r"\+*(attacks|recognizers|scorers)=(\[\]|\{\})")  # what somebody types who only wants files
 Run = Callable[[DictConfig, dict[str, str], Sequence[str], Sequence[str]], object]
+
+
+class Tally(logging.Handler):
+    """Counts pictures that a log line says were skipped (`extra={"skipped": n}`): what is said is what the exit code shows."""
+
+    skipped = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.skipped += getattr(record, "skipped", 0)
+
+
+TALLY = Tally()  # of this process
+
+
+def experiment(config_name: str, *groups: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """hydra.main for a command on pictures that has the `groups` of which any number can be chosen.
+
+    An empty group may be written as a list or a mapping, and may be one that the command does not have. The exit code is SKIPPED
+    where all is done but for pictures that were skipped; jobs that a launcher starts elsewhere count for themselves.
+    """
+
+    def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
+        main = hydra.main(config_path="../conf", config_name=config_name, version_base="1.3")(task)
+
+        @functools.wraps(task)
+        def run_and_exit() -> None:
+            empty = {argument: found[1] for argument in sys.argv[1:] if (found := EMPTY.fullmatch(argument))}
+            asked = [argument for argument in sys.argv[1:] if argument not in empty or empty[argument] in groups]
+            sys.argv[1:] = [f"{empty[argument]}=[]" if argument in empty else argument for argument in asked]
+            TALLY.skipped = 0
+            main()
+            if TALLY.skipped:
+                print(f"exit code {SKIPPED}: some pictures were skipped, see above", file=sys.stderr)
+                sys.exit(SKIPPED)
+
+        return run_and_exit
+
+    return decorate
 
 
 def start(cfg: DictConfig, run: Run) -> None:
@@ -42,7 +85,9 @@ def start(cfg: DictConfig, run: Run) -> None:
     sweep = job.mode == RunMode.MULTIRUN
     cards = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     cfg.device = card_of_job(cfg.device, job.job.num, cards) if sweep else cfg.device
+    logging.getLogger().addHandler(TALLY)  # here: Hydra has just replaced the handlers
     try:
+        check(cfg)
         check_table_name(cfg.name)
         tell_of_other_place(Path(cfg.runs), str(cfg.name))
         swept = row_overrides(job.overrides.task, swept_names(job)) if sweep else []

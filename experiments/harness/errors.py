@@ -4,6 +4,8 @@ import errno
 
 from keyanon.errors import UserError
 
+SKIPPED = 3  # exit code: the work is done, but some pictures were skipped; what follows on a table may go on
+
 
 def user_error(error: BaseException) -> str | None:
     """What a user can put right, in the words of this error or of one that caused it; None for a bug.

@@ -46,7 +46,8 @@ class WholeSweep(Callback):
         for cell in map(list, product(*map(choices, asked.values()))):
             cfg = compose(config.hydra.job.config_name, cell, return_hydra_config=True)
             problems += bad_name(cfg)
-            problems += missing_parts(*(instantiate(cfg[group], _convert_="all") for group in GROUPS if group in cfg))
+            parts = {group: instantiate(cfg[group], _convert_="all") for group in GROUPS if group in cfg}
+            problems += missing_parts(*parts.values()) + wrong_sizes(cfg.dataset.size, *parts.values())
             chosen = cfg.hydra.runtime.choices
             open_dataset(cfg.dataset, chosen["dataset"], problems)
             label = row_label(chosen.get("anonymizer", "every method"), row_overrides(cell, swept))
@@ -93,6 +94,15 @@ def missing_parts(*parts: Any) -> list[str]:
                 message = weights.missing(card, path)
                 found |= {message: None} if message else {}
     return list(found)
+
+
+def wrong_sizes(size: int, *parts: Any) -> list[str]:
+    """Messages of methods and models, alone or by name, that cannot take the dataset's pictures; each says what it can."""
+    from keyanon.types import TakesSizes
+
+    each = [one for part in parts for one in (part.values() if isinstance(part, Mapping) else [part])]
+    found = [one.wrong_size(size) for one in each if isinstance(one, TakesSizes)]
+    return list(dict.fromkeys(message for message in found if message is not None))
 
 
 def models(method: "Anonymizer | None") -> "list[Model]":

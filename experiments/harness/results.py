@@ -76,6 +76,9 @@ def build(
     meanings = read_meanings(numbers / "meanings.csv") if paper else Meanings()
     meanings |= read_meanings(results / "scores" / f"{experiment}.meanings.csv")
     rows = table(statistics, paper, experiment)
+    if rows.empty:
+        write_nothing(experiment, rows, results / "tables")
+        return rows
     write(rows, titles(rows, statistics), paper, methods, costs, meanings, results / "tables")
     return rows
 
@@ -109,6 +112,14 @@ def write(
     }
     for suffix, text in texts.items():
         write_whole(folder / f"{experiment}.{suffix}", text.encode())
+
+
+def write_nothing(experiment: str, rows: pd.DataFrame, folder: Path) -> None:
+    """The table of a run that only made files: it says so."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = f"# {experiment}\n\nNothing was measured: no recognizers, scorers or attackers were asked for.\n"
+    write_whole(folder / f"{experiment}.md", text.encode())
+    write_whole(folder / f"{experiment}.csv", rows.to_csv(index=False, lineterminator="\n").encode())
 
 
 def write_costs(experiment: str, costs: pd.DataFrame, results: Path = RESULTS) -> None:

@@ -28,13 +28,14 @@ from experiments.harness.tracking import Tracker, shown_outside
 from keyanon import runner
 from keyanon.channel.whole import write_whole
 from keyanon.errors import BadData
+from keyanon.faces.layouts import IN_SUBFOLDERS
 from keyanon.faces.renaming import Renamed
 from keyanon.measures.biometrics import Statistic
 from keyanon.measures.scorers import Against
 from keyanon.parts import Damaged
 from keyanon.run_folder import MASK, ORIGINAL, RunFiles
 from keyanon.sources import Digests, combined
-from keyanon.types import About, Anonymizer, Dataset, FaceParser, Model, ReadsFiles, Recognizer, Scorer
+from keyanon.types import About, Anonymizer, Dataset, FaceParser, ListsFolder, Model, ReadsFiles, Recognizer, Scorer
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +127,8 @@ class Session:
         )
         for id, reason in list(skipped.items())[:SHOWN_SKIPPED]:
             log.warning("skipped %s: %s", id, reason)
+        if skipped:
+            log.warning("%d of %d pictures skipped", len(skipped), len(ids), extra={"skipped": len(skipped)})
         return skipped
 
     def enrol(self, ids: Sequence[str], gallery: Sequence[str] = ()) -> dict[str, RunFiles]:
@@ -139,7 +142,7 @@ class Session:
             runner.enrol(files, self.originals.load, ids, name, recognizer, size, device)
             lost |= runner.enrol(files, self.dataset.load, gallery, name, recognizer, size, device)
         for id, reason in list(lost.items())[:SHOWN_SKIPPED]:
-            log.warning("not in the gallery: %s: %s", id, reason)
+            log.warning("not in the gallery: %s: %s", id, reason, extra={"skipped": 1})
         return enrolled
 
     def score_originals(self, ids: Sequence[str]) -> None:
@@ -252,11 +255,20 @@ def begin(cfg: DictConfig, choices: Mapping[str, Any], command: Sequence[str], *
     )
     tracker: Tracker = instantiate(cfg.wandb)
     problems = preflight.missing_parts(*parts, parser, recognizers, scorers, tracker)
+    problems += preflight.wrong_sizes(cfg.dataset.size, *parts)
     dataset = preflight.open_dataset(cfg.dataset, choices["dataset"], problems)
     preflight.stop_if(problems)
     assert dataset is not None
+    tell_passed_over(dataset)
     ids = list(dataset.ids[: cfg.limit])
     return Session(cfg, choices, command, dataset, parser, recognizers, scorers, tracker, ids)
+
+
+def tell_passed_over(dataset: Dataset | None) -> None:
+    """Say what a dataset's folder holds besides its pictures; pictures that nobody left out on purpose count as skipped."""
+    counts: Mapping[str, int] = dataset.passed_over if isinstance(dataset, ListsFolder) else {}
+    for kind, count in counts.items():
+        log.warning("not read: %d %s", count, kind, extra={"skipped": count if kind == IN_SUBFOLDERS else 0})
 
 
 def fill(

@@ -16,9 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2DModel, VQModel
 from huggingface_hub import snapshot_download
@@ -29,12 +31,28 @@ from keyanon.batching import CHUNK, in_chunks
 from keyanon.diffusion.block_dct import BLOCK, BlockDCT
 from keyanon.diffusion.solvers import NoiseSchedule
 from keyanon.errors import UserError
+from keyanon.finite import finite
 from keyanon.types import Image, Latent
 from keyanon.weights import MissingWeights, offline
 
 log = logging.getLogger(__name__)
 Precision = Literal["fp32", "tf32", "bf16"]
 WEIGHT_FILES = ("*.safetensors", "*.bin")
+DDIM_ARGUMENTS = signature(DDIMScheduler).parameters.keys()
+# Of what schedulers can be asked for besides their noise: what the solvers do. They do not clip z_0, they choose timesteps
+# themselves, and they divide by the signal at the last one.
+HONOURED: Mapping[str, tuple[Any, ...]] = {
+    "prediction_type": ("epsilon", "v_prediction"),
+    "timestep_spacing": ("leading",),
+    "clip_sample": (False,),
+    "thresholding": (False,),
+    "rescale_betas_zero_snr": (False,),
+    **dict.fromkeys(
+        [f"use_{kind}" for kind in ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas")], (False,)
+    ),
+    "use_flow_sigmas": (False,),
+    "timestep_scaling": (),  # of consistency models
+}
 
 
 class BadModel(UserError):
@@ -49,7 +67,7 @@ class LatentDiffusion:
         source: a folder, a hub id, or `bundled:NAME` for a model that this package ships.
         subfolder: where in the repository the model is, "" for its top.
         noise: noise schedule for repositories that ship none (the authors take LDM-CelebAHQ's for LDM-FFHQ); arguments of
-            diffusers' DDIMScheduler.
+            diffusers' DDIMScheduler. What the solvers do not honour, of this or of the model's own, is refused (`HONOURED`).
         precision: of the denoising network's arithmetic. Latents, the solver and the autoencoder stay in fp32.
         licence: of the weights, for the message when they are missing.
         compile: the denoising network by torch.compile, at its first use: minutes, and a C++ compiler on a CPU. Results differ
@@ -83,7 +101,8 @@ class LatentDiffusion:
 
         Gradients reach pictures that ask for them; the weights ask for none.
         """
-        return in_chunks(self._encode, images.to(self.device), chunk=self.chunk, fits=self.fits)
+        z0 = in_chunks(self._encode, images.to(self.device), chunk=self.chunk, fits=self.fits)
+        return finite(z0, "the encoder")
 
     def _encode(self, images: Image) -> Latent:
         autoencoder = self.autoencoder
@@ -100,7 +119,8 @@ class LatentDiffusion:
     def decode(self, latents: Latent, quantize: bool = True) -> Image:
         """x = D(z0), unclipped; `quantize` snaps to the codebook first, where there is one, as diffusers does by default."""
         with torch.no_grad(), arithmetic("fp32"):
-            return in_chunks(lambda part: self._decode(part, quantize), latents, chunk=self.chunk, fits=self.fits)
+            images = in_chunks(lambda part: self._decode(part, quantize), latents, chunk=self.chunk, fits=self.fits)
+        return finite(images, "the decoder")
 
     def _decode(self, latents: Latent, quantize: bool) -> Image:
         autoencoder = self.autoencoder
@@ -128,11 +148,14 @@ class LatentDiffusion:
         return self.as_noise(out, z, t)
 
     def as_noise(self, out: Latent, z: Float[Tensor, "b _ u v"], t: int) -> Latent:
-        """The noise in z, of what a network that predicts what this one does says of it; an inpainting one sees more channels."""
+        """The noise in z, of what a network that predicts what this one does says of it; an inpainting one sees more channels.
+
+        Raises NotFinite.
+        """
         if self._predicts_v:
             abar = self.schedule.abar[t]
             out = abar**0.5 * out + (1 - abar) ** 0.5 * z
-        return out
+        return finite(out, f"the denoising network at timestep {t}")
 
     def _network(self, z: Latent, t: int) -> Float[Tensor, "b _ u v"]:
         with torch.no_grad(), arithmetic(self.precision):
@@ -211,8 +234,39 @@ class LatentDiffusion:
         raise MissingWeights(self._message())
 
     def missing(self) -> str | None:
-        """What a preflight says if the model is not on this machine, None if it is; downloads nothing."""
-        return None if self._local() is not None else self._message()
+        """What a preflight says if the model is not on this machine, or its scheduler not to be honoured; downloads nothing."""
+        if self._local() is None:
+            return self._message()
+        try:
+            _ = self.schedule
+        except UserError as error:
+            return str(error)
+        return None
+
+    @property
+    def multiple(self) -> int:
+        """Sides of pictures, in pixels, are multiples of it: the autoencoder divides them, and an unconditional network again."""
+        found = (self.folder / name / "config.json" for name in ("latent", "vqvae", "vae"))
+        autoencoder: dict[str, Any] = next(
+            (json.loads(path.read_text("utf-8")) for path in found if path.is_file()), {}
+        )
+        network = json.loads((self.folder / "unet" / "config.json").read_text("utf-8"))
+        halvings = len(autoencoder.get("block_out_channels", ())) - 1
+        factor = 2**halvings if halvings >= 0 else BLOCK
+        # a conditional network rounds up as it halves, and cuts as it doubles
+        conditional = network["_class_name"] == "UNet2DConditionModel"
+        return factor if conditional else factor * 2 ** (len(network["block_out_channels"]) - 1)
+
+    def wrong_size(self, size: int) -> str | None:
+        """What a preflight says of pictures of `size` pixels a side that the model cannot take, None if it can."""
+        if self._local() is None or size % self.multiple == 0:
+            return None
+        lower, upper = size // self.multiple * self.multiple, (size // self.multiple + 1) * self.multiple
+        can = f"{lower} or {upper}" if lower else str(upper)
+        return (
+            f"pictures of {size} pixels a side: {self.source} takes multiples of {self.multiple}, such as {can}. "
+            "Set dataset.size, or the method's own size"
+        )
 
     def _local(self) -> Path | None:
         if self.source.startswith("bundled:"):
@@ -256,20 +310,41 @@ class LatentDiffusion:
 
     @cached_property
     def _scheduler(self) -> Any:
-        if (self.folder / "scheduler" / "scheduler_config.json").is_file():
-            return DDIMScheduler.from_config(DDIMScheduler.load_config(self.folder / "scheduler"))
+        path = self.folder / "scheduler" / "scheduler_config.json"
+        if path.is_file():
+            return scheduler(json.loads(path.read_text("utf-8")), str(path))
         if self.noise is None:
             raise BadModel(
                 f"{self.folder}: no folder scheduler, and backbone.noise does not say which noise schedule to use"
             )
-        return DDIMScheduler(**self.noise)
+        return scheduler(self.noise, "backbone.noise")
 
     @property
     def _predicts_v(self) -> bool:
-        kind: str = self._scheduler.config.prediction_type
-        if kind not in {"epsilon", "v_prediction"}:
-            raise BadModel(f"{self.folder}: prediction_type {kind}; this project runs epsilon and v_prediction")
-        return kind == "v_prediction"
+        return bool(self._scheduler.config.prediction_type == "v_prediction")
+
+
+def scheduler(config: Mapping[str, Any], where: str) -> Any:
+    """The DDIM scheduler with the noise schedule of a config; BadModel where it asks for what the solvers do not do.
+
+    What the config leaves out is as the scheduler that it names has it.
+    """
+    name = config.get("_class_name", "DDIMScheduler")
+    named = getattr(diffusers, name, None)
+    defaults = {} if named is None else {key: value.default for key, value in signature(named).parameters.items()}
+    if not {"beta_schedule", "prediction_type"} <= defaults.keys():
+        raise BadModel(f"{where}: {name} has no noise schedule that this project runs; it runs that of DDIMScheduler")
+    asked = {key: config.get(key, default) for key, default in defaults.items()}
+    for key, can in HONOURED.items():
+        if key in asked and asked[key] not in can:
+            raise BadModel(
+                f"{where}: {key}={asked[key]}{'' if key in config else f' (by default of {name})'} is not honoured by the solvers "
+                f"here, which have {key}={' or '.join(map(str, can))}. Another value in a copy of the model makes it another one"
+            )
+    try:
+        return DDIMScheduler(**{key: value for key, value in asked.items() if key in DDIM_ARGUMENTS})
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise BadModel(f"{where}: no noise schedule can be made of it ({error})") from error
 
 
 def assets() -> Path:

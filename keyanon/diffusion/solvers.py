@@ -35,6 +35,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from keyanon.errors import BadSetting
+from keyanon.finite import within
 from keyanon.types import Denoiser, Latent, Mask
 
 log = logging.getLogger(__name__)
@@ -54,8 +55,15 @@ class NoiseSchedule:
 
     @classmethod
     def of(cls, scheduler: Any) -> "NoiseSchedule":
-        """From a diffusers scheduler; `set_alpha_to_one` and `steps_offset` are the choices that matter here."""
+        """From a diffusers scheduler; `set_alpha_to_one` and `steps_offset` are the choices that matter here.
+
+        BadSetting where no signal is left at some timestep: each step divides by it.
+        """
         abar = tuple(scheduler.alphas_cumprod.double().tolist())
+        if not all(0 < value <= 1 for value in abar):
+            raise BadSetting(
+                f"noise schedule: the signal variance has to be in (0, 1]; it is {min(abar)} to {max(abar)}"
+            )
         clean = 1.0 if scheduler.config.set_alpha_to_one else abar[0]
         return cls(abar, clean, scheduler.config.steps_offset)
 
@@ -154,14 +162,37 @@ class DDIM:
     max_evaluations: int = 60
     memory: int = 8
 
+    def __post_init__(self) -> None:
+        for name, value in (("steps", self.steps), ("max_evaluations", self.max_evaluations), ("memory", self.memory)):
+            if type(value) is not int or value < 1:
+                raise BadSetting(f"solver.{name}={value!r}: a whole number from 1 on")
+        if self.spacing not in ("leading", "karras"):
+            raise BadSetting(f"solver.spacing={self.spacing!r} is none of leading, karras")
+        if self.tolerance is not None and not (isinstance(self.tolerance, int | float) and 0 < self.tolerance < 1):
+            raise BadSetting(
+                f"solver.tolerance={self.tolerance!r}: a number between 0 and 1, or null for naive inversion"
+            )
+
     def timesteps(self, schedule: NoiseSchedule) -> list[int]:
-        """t_1 .. t_N, ascending."""
+        """t_1 .. t_N, ascending; raises BadSetting where the schedule has no such."""
         total = len(schedule.abar)
         if not 1 <= self.steps <= total:
             raise BadSetting(f"solver.steps={self.steps}: the schedule has {total} timesteps")
         if self.spacing == "leading":
             stride = total // self.steps
-            return [min(i * stride + schedule.offset, total - 1) for i in range(self.steps)]
+            if total % self.steps:
+                can = [n for n in range(1, total + 1) if total % n == 0]
+                fewer, more = max(n for n in can if n < self.steps), min(n for n in can if n > self.steps)
+                raise BadSetting(
+                    f"solver.steps={self.steps} does not divide the schedule's {total} timesteps, and leading spacing would stop "
+                    f"before the noise; take {fewer} or {more}, or solver.spacing=karras"
+                )
+            if not 0 <= schedule.offset < stride:
+                raise BadSetting(
+                    f"solver.steps={self.steps}: steps {stride} timesteps apart and steps_offset={schedule.offset} of the model's "
+                    f"scheduler reach beyond the schedule's {total} timesteps; take fewer steps"
+                )
+            return [i * stride + schedule.offset for i in range(self.steps)]
         sigma = torch.tensor([(1 / abar - 1) ** 0.5 for abar in schedule.abar], dtype=torch.float64)
         low, high = sigma[0] ** (1 / KARRAS_RHO), sigma[-1] ** (1 / KARRAS_RHO)
         wanted = torch.linspace(low.item(), high.item(), self.steps, dtype=torch.float64) ** KARRAS_RHO
@@ -188,8 +219,11 @@ class DDIM:
                 out = move(below[rows], e, levels[i - 1], levels[i])
                 return out if known is None else known.write_back(out, i, rows)
 
-            def up(z: Latent, rows: Rows = ALL, t: int = t, along: Callable[[Latent, Rows], Latent] = along) -> Latent:
-                return along(eps(z, t), rows)
+            def up(
+                z: Latent, rows: Rows = ALL, t: int = t, i: int = i, along: Callable[[Latent, Rows], Latent] = along
+            ) -> Latent:
+                with within(f"inversion, step {i} of {self.steps}", rows=rows):
+                    return along(eps(z, t), rows)
 
             if self.tolerance is None:
                 z = up(below)
@@ -204,7 +238,8 @@ class DDIM:
         levels, timesteps = self.levels(schedule), self.timesteps(schedule)
         z = zT if known is None else known.write_back(zT, self.steps)
         for i in range(self.steps, 0, -1):
-            z = move(z, eps(z, timesteps[i - 1]), levels[i], levels[i - 1])
+            with within(f"sampling, step {self.steps - i + 1} of {self.steps}"):
+                z = move(z, eps(z, timesteps[i - 1]), levels[i], levels[i - 1])
             if known is not None:
                 z = known.write_back(z, i - 1)
         return z

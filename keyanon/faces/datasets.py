@@ -8,7 +8,7 @@ there, and BadPicture for a single one that is missing or broken.
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -21,7 +21,7 @@ from keyanon.channel.pixels import from_pil, open_rgb, resize
 from keyanon.errors import BadData, BadPicture, BadSetting, MissingData
 from keyanon.faces.alignment import align
 from keyanon.faces.detection import MtcnnDetector
-from keyanon.faces.layouts import CELEBAHQ, FFHQ_LAYOUTS, LFW_LAYOUT, SUFFIXES, Member, members, person
+from keyanon.faces.layouts import CELEBAHQ, FFHQ_LAYOUTS, LFW_LAYOUT, SUFFIXES, Member, members, passed_over, person
 from keyanon.types import Picture, Source
 from keyanon.weights import Package
 
@@ -190,6 +190,11 @@ class PairsFolder:
         return prepare(opened(found.source, found.path), found.path, self.size, self.crop)
 
     @cached_property
+    def passed_over(self) -> Mapping[str, int]:
+        """What lies in the folder and is none of its pictures, and how many of each kind."""
+        return passed_over(self.root, [*self.ids, *self.gallery])
+
+    @cached_property
     def _members(self) -> dict[str, "Member"]:
         return members(self.root)
 
@@ -231,6 +236,11 @@ class Folder:
     def load(self, id: str) -> Picture:
         found = member(self._members, id, self.root)
         return prepare(opened(found.source, found.path), found.path, self.size, self.crop)
+
+    @cached_property
+    def passed_over(self) -> Mapping[str, int]:
+        """What lies in the folder and is none of its pictures, and how many of each kind."""
+        return passed_over(self.root, [*self.ids, *self.gallery])
 
     @cached_property
     def _members(self) -> dict[str, "Member"]:
@@ -304,13 +314,14 @@ def read_list(name: str) -> tuple[str, ...]:
         there = ", ".join(sorted(file.stem for file in LISTS.glob("*.txt")))
         raise MissingData(f"no list of ids {name!r}: neither a file nor one of the committed lists {there}")
     ids: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in text_lines(path):
         entry = line.partition("#")[0].strip()
         if span := re.fullmatch(r"(\d+)\.\.(\d+)", entry):
             first, last = span.groups()
             ids += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
         elif entry:
-            ids.append(entry.removesuffix(suffix) if (suffix := PurePosixPath(entry).suffix) in SUFFIXES else entry)
+            suffix = PurePosixPath(entry).suffix
+            ids.append(entry.removesuffix(suffix) if suffix.lower() in SUFFIXES else entry)
     if not ids:
         raise BadData(f"{path}: a list without ids")
     if len(set(ids)) < len(ids):
@@ -318,9 +329,19 @@ def read_list(name: str) -> tuple[str, ...]:
     return tuple(ids)
 
 
+def text_lines(path: Path) -> list[str]:
+    """Of a text file in UTF-8, with or without a byte-order mark, whatever ends its lines; BadData names another encoding."""
+    data = path.read_bytes()
+    try:
+        return re.split(r"\r\n|\r|\n", data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise BadData(f"{path}, line {line}: not in UTF-8 ({error.reason}); save it in UTF-8") from error
+
+
 def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
     """The pairs of ids in a file of LFW's format, or the same as CSV; counts and column names are passed over."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text_lines(path), 1):
         fields = [field for field in re.split(r"[\t, ]+", line.strip()) if field]
         match fields:
             case [name, i, j] if i.isdecimal() and j.isdecimal():

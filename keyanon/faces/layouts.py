@@ -1,6 +1,8 @@
 """Where collections of faces keep their pictures: published folder layouts, flat folders and tar files."""
 
+import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +10,11 @@ from pathlib import Path
 from keyanon.errors import BadData, BadPicture, MissingData
 from keyanon.types import Source
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# HEIC among them, so that such a picture is refused by name and counted, not passed over.
+SUFFIXES = (
+    ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp", ".avif", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".mpo",
+)  # fmt: skip
+IN_SUBFOLDERS = "pictures in subfolders"
 
 
 def person(id: str) -> str:
@@ -106,17 +112,56 @@ def members(root: str | None) -> dict[str, Member]:
     if not place.exists():
         raise MissingData(f"there is no {place}. Set dataset.root=/path, to a folder of pictures or a tar file")
     found: dict[str, Member] = {}
-    for file in sorted(place.iterdir()) if place.is_dir() else [place]:
-        for member in tar_members(file) if file.suffix == ".tar" else [Member(file, Source(file))]:
-            if member.path.suffix.lower() not in SUFFIXES or member.path.name.startswith("."):
-                continue
-            if member.path.stem in found:
-                both = f"{found[member.path.stem].path} and {member.path}"
-                raise BadData(f"two pictures have the id {member.path.stem}: {both}; rename one of them")
-            found[member.path.stem] = member
+    for member in listed_members(place):
+        if not is_picture(member.path.name):
+            continue
+        id = member.path.stem
+        if id in found:
+            raise BadData(f"two pictures have the id {id}: {found[id].path} and {member.path}; rename one of them")
+        if (
+            not id.isprintable()
+        ):  # bytes that are not UTF-8 come as half of a surrogate pair, which no file of ours can hold
+            raise BadData(f"{str(member.path)!a}: a name that is not UTF-8, or has control characters; rename it")
+        found[id] = member
     if not found:
         raise MissingData(f"{place} holds no picture; looked for *{', *'.join(SUFFIXES)} in it or in its tar files")
     return found
+
+
+def passed_over(root: str | None, pictures: Iterable[str]) -> dict[str, int]:
+    """What lies in a folder and is none of its `pictures`, and how many of each kind; what begins with a dot does not count.
+
+    Pictures in subfolders, pictures that a list leaves out, and files of other kinds.
+    """
+    place, wanted, counts = Path(root or ".").expanduser(), set(pictures), Counter[str]()
+    for member in listed_members(place):
+        if member.path.name.startswith("."):
+            continue
+        if not is_picture(member.path.name):
+            counts[f"files with the suffix {member.path.suffix or 'none'}"] += 1
+        elif member.path.stem not in wanted:
+            counts["pictures that the list leaves out"] += 1
+    for folder, folders, names in os.walk(place):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if Path(folder) != place:
+            counts[IN_SUBFOLDERS] += sum(is_picture(name) for name in names)
+    return {kind: count for kind, count in sorted(counts.items()) if count}
+
+
+def is_picture(name: str) -> bool:
+    """By its suffix; what begins with a dot was left by a system."""
+    return Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+
+
+def listed_members(place: Path) -> Iterator[Member]:
+    """The files in a folder and in its tar files, or in a tar file, by name."""
+    for file in sorted(place.iterdir()) if place.is_dir() else [place]:
+        if file.is_dir():
+            continue
+        if file.suffix.lower() == ".tar":
+            yield from tar_members(file)
+        else:
+            yield Member(file, Source(file))
 
 
 def tar_members(archive: Path) -> Iterator[Member]:

@@ -8,9 +8,16 @@ from typing import Any
 import torch
 
 
-@functools.cache
 def open_onnx(path: Path, device: torch.device) -> Any:
-    """An onnxruntime session on a device's execution provider; warns where onnxruntime does not have that provider."""
+    """An onnxruntime session on a device's execution provider, with as many CPU threads as PyTorch has.
+
+    Warns where onnxruntime does not have that provider.
+    """
+    return _open(path, device, torch.get_num_threads())
+
+
+@functools.cache
+def _open(path: Path, device: torch.device, threads: int) -> Any:
     import onnxruntime
 
     fallback = "CPUExecutionProvider"
@@ -18,12 +25,14 @@ def open_onnx(path: Path, device: torch.device) -> Any:
     providers = sorted({wanted, fallback} & set(onnxruntime.get_available_providers()), key=fallback.__eq__)
     card = {} if device.index is None else {"device_id": device.index}
     options = [{} if name == fallback else card for name in providers]
-    session = onnxruntime.InferenceSession(str(path), providers=providers, provider_options=options)
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), settings, providers=providers, provider_options=options)
     if wanted not in session.get_providers():
         warnings.warn(
             f"{path.name} runs on {', '.join(session.get_providers())}: this onnxruntime has no working {wanted} "
             f"for the device {device.type!r}. See 'On a GPU' in docs/tutorial.md.",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return session

@@ -25,6 +25,7 @@ from keyanon.channel.pixels import to_bytes
 from keyanon.errors import BadData, BadSetting
 from keyanon.faces.detection import DlibDetector, Points
 from keyanon.faces.onnx import open_onnx
+from keyanon.finite import finite, within
 from keyanon.types import Image, Mask
 from keyanon.weights import Card, named, resolve
 
@@ -65,11 +66,12 @@ class BiSeNetParser:
         return (named(self.card),)
 
     def mask(self, images: Image, size: tuple[int, int]) -> Mask:
-        return torch.cat([reduce_mask(parse(self, image), size, self.reduce) for image in torch.split(images, 1)])
+        return each_parsed(self, images, size)
 
     def _parse(self, image: Image) -> Mask:
         session = open_onnx(self._path, image.device)
         logits = session.run(None, {session.get_inputs()[0].name: imagenet512(image).cpu().numpy()})[0]
+        finite(torch.from_numpy(logits), "its network")  # or argmax would take NaN for a class
         if logits.shape[1] != len(CLASSES):
             raise BadData(f"{self._path}: a face parser gives {len(CLASSES)} classes, this gives {logits.shape[1]}")
         wanted = [CLASSES.index(name) for name in REGIONS[self.region]]
@@ -99,13 +101,13 @@ class SegFormerParser:
         return (named(self.card),)
 
     def mask(self, images: Image, size: tuple[int, int]) -> Mask:
-        return torch.cat([reduce_mask(parse(self, image), size, self.reduce) for image in torch.split(images, 1)])
+        return each_parsed(self, images, size)
 
     def _parse(self, image: Image) -> Mask:
         model = self._model.to(image.device)
         wanted = class_indices(model.config.id2label, REGIONS[self.region])
         with torch.inference_mode():
-            logits = model(pixel_values=imagenet512(image)).logits
+            logits = finite(model(pixel_values=imagenet512(image)).logits, "its network")
         labels = interpolate(logits, (512, 512), mode="bilinear", align_corners=False).argmax(1, keepdim=True)
         return torch.isin(labels, torch.tensor(wanted, device=image.device))
 
@@ -139,7 +141,7 @@ class LandmarkParser:
         return self.detector.cards()
 
     def mask(self, images: Image, size: tuple[int, int]) -> Mask:
-        return torch.cat([reduce_mask(parse(self, image), size, self.reduce) for image in torch.split(images, 1)])
+        return each_parsed(self, images, size)
 
     def _parse(self, image: Image) -> Mask:
         height, width = image.shape[-2:]
@@ -173,6 +175,15 @@ class EllipseParser:
         (across, down), (right, low) = self.centre, self.axes
         inside = ((x[None, :] - across) / right) ** 2 + ((y[:, None] - down) / low) ** 2 <= 1
         return reduce_mask(inside.expand(len(images), 1, -1, -1), size, self.reduce)
+
+
+def each_parsed(parser: BiSeNetParser | SegFormerParser | LandmarkParser, images: Image, size: tuple[int, int]) -> Mask:
+    """What a parser sees on each picture; raises NotFinite."""
+    masks = []
+    for row, image in enumerate(torch.split(images, 1)):
+        with within("the face parser", rows=torch.tensor([row])):
+            masks.append(reduce_mask(parse(parser, image), size, parser.reduce))
+    return torch.cat(masks)
 
 
 def parse(parser: BiSeNetParser | SegFormerParser | LandmarkParser, image: Image) -> Mask:

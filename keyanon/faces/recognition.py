@@ -31,6 +31,7 @@ from keyanon.faces.detection import (
     to_pixels,
 )
 from keyanon.faces.onnx import open_onnx
+from keyanon.finite import finite, within
 from keyanon.types import Embeddings, Image, Recognizer
 from keyanon.weights import Card, named, resolve
 
@@ -207,5 +208,6 @@ def _rows(
     found = [i for i, crop in enumerate(crops) if crop is not None]
     if found:
         batch = torch.stack([crop for crop in crops if crop is not None])
-        rows[found] = normalize(encode(batch).to(device, torch.float32))
+        with within("the recognizer's network", rows=torch.tensor(found)):
+            rows[found] = normalize(finite(encode(batch).to(device, torch.float32), "an embedding"))
     return rows

@@ -10,7 +10,7 @@ import csv
 import io
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -21,7 +21,7 @@ from uuid import uuid4
 from keyanon.channel.keys import MasterKey, read_key, write_new_key
 from keyanon.channel.whole import write_whole
 from keyanon.errors import BadPicture, BadSetting
-from keyanon.types import Dataset, Picture, Synthetic
+from keyanon.types import Dataset, ListsFolder, Picture, Source, Synthetic
 
 ID_BYTES = 10  # among a million pictures two share an id with probability 4e-13
 
@@ -61,10 +61,10 @@ class Renamed:
         picture: Picture = self._read(id, self.dataset.load)
         return picture
 
-    def source(self, id: str) -> Any:
+    def source(self, id: str) -> Source:
         """What the dataset says that a picture is read from; raises BadPicture as `load`."""
-        dataset: Any = self.dataset
-        return self._read(id, dataset.source)
+        source: Source = self._read(id, self.dataset.source)
+        return source
 
     def _read(self, id: str, read: Callable[[str], Any]) -> Any:
         if id not in self._names:
@@ -74,6 +74,10 @@ class Renamed:
         except BadPicture as error:
             reason = without_file(str(error), self._names[id])
             raise BadPicture(f"{id}: {reason}; {self.table} says which file it is") from None
+
+    @property
+    def passed_over(self) -> Mapping[str, int]:
+        return self.dataset.passed_over if isinstance(self.dataset, ListsFolder) else {}
 
     @property
     def synthetic(self) -> bool:

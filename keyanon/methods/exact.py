@@ -34,6 +34,7 @@ from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.channel.streams import normals
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import Known, Solver
+from keyanon.finite import finite
 from keyanon.measures.scorers import psnr_face
 from keyanon.methods import residuals
 from keyanon.methods.refinement import Refinement
@@ -100,6 +101,10 @@ class Exact:
             "arXiv 2510.01031, and this project",
             MEASURES,
         )
+
+    def wrong_size(self, size: int) -> str | None:
+        """What a preflight says of a size that the model cannot take."""
+        return self.backbone.wrong_size(size)
 
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Published pictures of `images`, which count as their nearest bytes.
@@ -256,13 +261,14 @@ class Exact:
         """z'_0, and what the transform sends along."""
         zT = self.solver.invert(self.backbone.eps, self.backbone.schedule, z0, known)[-1]
         turned, sent = self.transform.apply(zT, known.mask, keys, nonces)
+        finite(turned, "the keyed transform")
         return self.solver.sample(self.backbone.eps, self.backbone.schedule, turned, known), sent
 
     def turn_back(self, z0: Latent, known: Known, headers: Sequence[Header], keys: Sequence[Key]) -> Latent:
         """z_0."""
         turned = self.solver.invert(self.backbone.eps, self.backbone.schedule, z0, known)[-1]
         nonces, sent = [header.nonce for header in headers], [header.sent for header in headers]
-        zT = self.transform.undo(turned, known.mask, keys, nonces, sent)
+        zT = finite(self.transform.undo(turned, known.mask, keys, nonces, sent), "the keyed transform, undone")
         return self.solver.sample(self.backbone.eps, self.backbone.schedule, zT, known)
 
     def known(self, images: Image, mask: Mask, nonces: Sequence[bytes]) -> Known:

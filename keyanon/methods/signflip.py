@@ -23,6 +23,7 @@ from keyanon.diffusion.controlnet import MaskControl
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import Known, Solver
 from keyanon.errors import BadSetting
+from keyanon.finite import finite
 from keyanon.methods.transforms import Involution, SignFlipping, Unchanged
 from keyanon.types import About, Denoiser, FaceParser, Image, Key, Latent, Mask, Published, Transform
 
@@ -70,6 +71,10 @@ class SignFlip:
         """What a preflight says if the control network is not here."""
         return self.control.lacking(self.backbone) if self.control is not None else None
 
+    def wrong_size(self, size: int) -> str | None:
+        """What a preflight says of a size that the model cannot take."""
+        return self.backbone.wrong_size(size)
+
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Published pictures of `images` under one key each."""
         nonces = [self.nonces(key, id, picture) for key, id, picture in zip(keys, ids, images, strict=True)]
@@ -114,6 +119,7 @@ class SignFlip:
         mask = mask.to(z0.device)
         flipped, _ = self.transform.apply(trajectory[-1], mask, keys, nonces)
         known = Known(mask, trajectory) if self.reinject else None
+        finite(flipped, "the keyed transform")
         return self.backbone.decode(self.solver.sample(down, self.backbone.schedule, flipped, known), self.quantize)
 
     def denoisers(self, images: Image) -> tuple[Denoiser, Denoiser]:

@@ -82,6 +82,10 @@ class Ldfa:
             source="Klemp et al. 2023, arXiv 2302.08931; KIT-MRT/latent_diffusion_face_anonymization",
         )
 
+    def wrong_size(self, size: int) -> str | None:
+        """What a preflight says of a size that the model cannot take."""
+        return self.backbone.wrong_size(size if self.size is None else self.size)
+
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Published pictures; one on which there is no face to repaint stays as it is."""
         images = images.to(self.backbone.device)

@@ -29,6 +29,7 @@ from keyanon.channel.pixels import to_bytes
 from keyanon.diffusion.model import BadModel, LatentDiffusion
 from keyanon.diffusion.solvers import DDIM, NoiseSchedule
 from keyanon.errors import BadSetting
+from keyanon.finite import within
 from keyanon.methods.baselines.sampling import Level, keyed_normals, mean, resized, spread, step
 from keyanon.types import About, Denoiser, Embeddings, FaceParser, Image, Key, Latent, Published, Recognizer
 from keyanon.weights import Card, named, resolve
@@ -68,7 +69,9 @@ class NoiseInversion:
         path = [a * z0 + s * noise[:, i - 1] for i, (a, s) in enumerate(levels) if i]
         stored = [torch.zeros_like(z0)]
         for i in range(2, len(levels)):
-            predicted = mean(path[i - 1], eps(path[i - 1], timesteps[i - 1]), levels[i], levels[i - 1], self.eta)
+            with within(f"inversion, step {i} of {len(timesteps)}"):
+                e = eps(path[i - 1], timesteps[i - 1])
+            predicted = mean(path[i - 1], e, levels[i], levels[i - 1], self.eta)
             stored.append((path[i - 2] - predicted) / spread(levels[i], levels[i - 1], self.eta))
         return path[-1], stored
 
@@ -77,7 +80,8 @@ class NoiseInversion:
         timesteps, levels = self.grid(schedule)
         z = start
         for i in range(len(timesteps), 0, -1):
-            z = step(z, eps(z, timesteps[i - 1]), levels[i], levels[i - 1], self.eta, stored[i - 1])
+            with within(f"sampling, step {len(timesteps) - i + 1} of {len(timesteps)}"):
+                z = step(z, eps(z, timesteps[i - 1]), levels[i], levels[i - 1], self.eta, stored[i - 1])
         return z
 
 
@@ -160,6 +164,10 @@ class NullFace:
             source="Kung et al., FG 2026, arXiv 2503.08478; hanweikung/nullface",
         )
 
+    def wrong_size(self, size: int) -> str | None:
+        """What a preflight says of a size that the model cannot take."""
+        return self.backbone.wrong_size(self.size)
+
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Published pictures; one without a face to embed goes through with its identity neither pulled nor pushed."""
         images = images.to(self.backbone.device)
@@ -191,7 +199,8 @@ class NullFace:
         """The network's estimate of the noise in z at the timestep t, for faces of those embeddings."""
         self.backbone.evaluations[t] += len(z)
         rows = torch.arange(len(z), device=z.device)
-        return in_chunks(lambda part: self._network(z[part], t, identity[part]), rows, chunk=self.backbone.chunk)
+        out = in_chunks(lambda part: self._network(z[part], t, identity[part]), rows, chunk=self.backbone.chunk)
+        return self.backbone.as_noise(out, z, t)
 
     def _network(self, z: Latent, t: int, identity: Embeddings) -> Latent:
         prompt, dtype, times = self.prompt, self.unet.dtype, torch.full((len(z),), t, device=z.device)
@@ -243,6 +252,10 @@ class NullFaceCore:
             weights_licence=self.backbone.licence,
             source="inversion and masking of arXiv 2503.08478; fresh noise for its identity guidance",
         )
+
+    def wrong_size(self, size: int) -> str | None:
+        """What a preflight says of a size that the model cannot take."""
+        return self.backbone.wrong_size(size)
 
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         images = images.to(self.backbone.device)

@@ -37,6 +37,7 @@ from keyanon.channel.nonces import Nonces, nonce_for
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.channel.streams import signs
 from keyanon.errors import BadSetting
+from keyanon.finite import finite
 from keyanon.measures.scorers import psnr, ssim
 from keyanon.methods.baselines.classical import Filter
 from keyanon.types import About, Image, Key, Measure, Published
@@ -92,7 +93,7 @@ class ProFaceS:
         everywhere = torch.ones_like(images[:, :1], dtype=torch.bool)
         covers = self.obfuscator(images, everywhere)
         hidden = torch.cat([covers, images, self.signs(keys, nonces, images)], 1).to(self.device)
-        floats = in_chunks(self._hide, hidden, chunk=self.chunk)
+        floats = finite(in_chunks(self._hide, hidden, chunk=self.chunk), "the hiding network")
         floats, published = floats.cpu(), to_bytes(floats).cpu()
         headers = seal([Header(nonce) for nonce in nonces], published, keys, self.authenticate)
         view, covers, everywhere = to_floats(published), covers.cpu(), everywhere.cpu()
@@ -101,6 +102,10 @@ class ProFaceS:
             "obfuscated_ssim": ssim(view, covers, everywhere),
         }
         return Published(published, headers, floats, measured)
+
+    def wrong_size(self, size: int) -> str | None:
+        """What a preflight says of a size that the network cannot take."""
+        return odd(f"{size}x{size}") if size % 2 else None
 
     def recover(self, published: Published, keys: Sequence[Key]) -> Image:
         """Original pictures from published files and their keys; raises BadHeader."""
@@ -123,7 +128,8 @@ class ProFaceS:
         return self.reveal(images, torch.zeros_like(images[:, :1]))
 
     def reveal(self, images: Image, signs: Signs) -> Image:
-        return in_chunks(self._reveal, torch.cat([images, signs], 1).to(self.device), chunk=self.chunk).cpu()
+        out = in_chunks(self._reveal, torch.cat([images, signs], 1).to(self.device), chunk=self.chunk)
+        return finite(out, "the revealing network").cpu()
 
     def signs(self, keys: Sequence[Key], nonces: Sequence[bytes], images: Image) -> Signs:
         """One secret sign for each pixel."""
@@ -269,4 +275,8 @@ def _load(path: Path, device: str) -> HidingNetwork:
 def _check_even(images: Image) -> None:
     height, width = images.shape[-2:]
     if height % 2 or width % 2:
-        raise BadSetting(f"PRO-Face S halves pictures: {width}x{height} pixels is odd; set an even dataset.size")
+        raise BadSetting(odd(f"{width}x{height}"))
+
+
+def odd(size: str) -> str:
+    return f"PRO-Face S halves pictures: {size} pixels is odd; set an even dataset.size"

@@ -26,6 +26,7 @@ from torch.nn.functional import interpolate, max_pool2d
 from keyanon.channel.pixels import from_pil, open_rgb, resize, to_bytes
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import NoiseSchedule
+from keyanon.finite import finite
 from keyanon.methods.baselines.sampling import Level, denoiser, keyed_normals, resized, spread, step
 from keyanon.types import About, FaceParser, Image, Key, Latent, Mask, Picture, Published
 from keyanon.weights import Card, MissingWeights, WrongWeights, named, resolve
@@ -122,6 +123,10 @@ class Salar:
             source="Salar et al., ICASSP 2026, arXiv 2509.14866; parham1998/Face-Anonymization",
         )
 
+    def wrong_size(self, size: int) -> str | None:
+        """What a preflight says of a size that the model cannot take."""
+        return self.backbone.wrong_size(self.size)
+
     def missing(self) -> str | None:
         """What a preflight says if there is no target picture, None if there is one."""
         if self.target is not None and Path(self.target).is_file():
@@ -144,6 +149,7 @@ class Salar:
         for i in range(len(timesteps), 0, -1):
             e, (a, s) = eps(z, timesteps[i - 1]), levels[i]
             gradient = pulled((z - s * e) / a, self.decode, self.farl.tokens, wanted)
+            finite(gradient, f"the gradient at timestep {timesteps[i - 1]}")
             z = step(z, e, levels[i], levels[i - 1], self.eta, noise[:, i])
             z = z - spread(levels[i], levels[i - 1], self.eta) * self.pull * gradient
         out = resized(self.backbone.decode(z), (images.shape[-2], images.shape[-1]))

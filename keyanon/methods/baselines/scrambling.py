@@ -100,14 +100,23 @@ class Scrambling:
             inverted[:, None, None],
         )
 
+    def wrong_size(self, size: int) -> str | None:
+        """What a preflight says of pictures that do not consist of blocks."""
+        return self.misfit(size, size)
+
+    def misfit(self, height: int, width: int) -> str | None:
+        if height % self.block == width % self.block == 0 and max(height, width) <= MAX_CELLS * self.block:
+            return None
+        return (
+            f"anonymizer.block={self.block}: a picture of {height}x{width} pixels does not consist of such blocks, at most "
+            f"{MAX_CELLS} a side; take another dataset.size or anonymizer.block"
+        )
+
     def grid(self, images: Image | Bytes) -> tuple[int, int]:
         """Rows and columns of blocks."""
         height, width = images.shape[-2:]
-        if height % self.block or width % self.block or max(height, width) > MAX_CELLS * self.block:
-            raise BadSetting(
-                f"anonymizer.block={self.block}: a picture of {height}x{width} pixels does not consist of such blocks, at most "
-                f"{MAX_CELLS} a side; take another dataset.size or anonymizer.block"
-            )
+        if message := self.misfit(height, width):
+            raise BadSetting(message)
         return height // self.block, width // self.block
 
 
