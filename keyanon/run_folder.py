@@ -189,6 +189,11 @@ class RunFiles:
     def _lock(self) -> threading.Lock:
         return threading.Lock()
 
+    def reread(self) -> None:
+        """Look again at which files there are: other processes may have written some."""
+        with self._lock:
+            self.__dict__.pop("_files", None)
+
     # Rows
 
     def write_scores(
@@ -329,7 +334,7 @@ def digest(data: bytes) -> str:
 
 def file_name(id: str, suffix: str) -> str:
     """A picture's name as a file's: a long one is cut, and told apart by a digest; what would nest folders is not."""
-    name = id.replace("%", "%25").replace("/", "%2F") if "/" in id else id
+    name = id.replace("%", "%25").replace("/", "%2F")
     if len(f"{name}{suffix}".encode()) <= LONGEST_NAME:
         return f"{name}{suffix}"
     end = f"~{digest(id.encode())[:16]}{suffix}"

@@ -15,7 +15,7 @@ import experiments.gaussianity
 import experiments.run
 import experiments.security
 from keyanon.channel import whole
-from tests.conftest import ROOT
+from tests.conftest import ROOT, smooth_picture
 
 pytestmark = pytest.mark.no_cover  # mostly Hydra's code, which coverage's tracer would make three times as slow
 
@@ -57,6 +57,36 @@ def run(experiment: str, model: Path, *more: str) -> None:
 def table() -> pd.DataFrame:
     rows = pd.read_csv("results/runs/tiny/tables/tiny.csv")
     return rows[~rows["scorer"].isin(TIMES)].reset_index(drop=True)
+
+
+def photographs(folder: Path, first: int) -> Path:
+    """Two pictures each of three people, numbered from `first` on."""
+    folder.mkdir(exist_ok=True)
+    for i in range(6):
+        smooth_picture(first + i, 128).save(folder / f"P{i // 2}_000{i % 2 + 1}.png")
+    return folder
+
+
+@pytest.mark.parametrize("experiment", RUNS)
+def test_other_pictures_of_the_same_names_give_the_table_of_a_new_run(
+    experiment, tiny_block_dct, tmp_path, monkeypatch
+):
+    """Also in a gallery, and for what was taken down of each picture before."""
+
+    def pairs(folder: Path) -> list[str]:
+        return ["dataset=lfw_gray_128", f"dataset.root={folder}", "~dataset.list"]
+
+    tables = {}
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        pictures = photographs(tmp_path / "pictures", first=0 if name == "old" else 10)
+        run(experiment, tiny_block_dct, *pairs(pictures))
+        tables[name] = table()
+    assert not tables["old"].equals(tables["new"])
+    monkeypatch.chdir(tmp_path / "old")
+    run(experiment, tiny_block_dct, *pairs(pictures))
+    pd.testing.assert_frame_equal(table(), tables["new"], rtol=1e-5)
 
 
 def killed_at_write(number: int, experiment: str, model: Path) -> None:

@@ -83,7 +83,7 @@ class Session:
     def digests(self) -> Digests:
         return Digests(Path(self.cfg.runs) / "contents")
 
-    @property
+    @cached_property
     def originals(self) -> RunFiles:
         """The clean pictures and the faces on them, shared by all runs on this dataset with this parser."""
         return RunFiles(self._originals, self.contents, self.made_by)
@@ -367,6 +367,7 @@ def publish(
     asked = {id for shard in done for id in sharded(cell.ids, shard)}
     there = [id for id in cell.ids if id in asked]
     originals = session.originals
+    originals.reread()  # what other shards have prepared since
     skipped = session.identify(there) | originals.skipped()
     ids = [id for id in there if id not in skipped]
     if unprepared := [id for id in ids if not originals.has(ORIGINAL, id)]:
