@@ -5,6 +5,7 @@ folder at once: each makes and scores its own pictures, and the last to end aver
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,15 +15,19 @@ import hydra
 from omegaconf import DictConfig
 
 from experiments.harness.command import start
+from experiments.harness.errors import FacesInClear
+
+log = logging.getLogger(__name__)
 
 MEASURES = ("attacks", "recognizers", "scorers")
 SHEET_ROWS = 8
+SHOWN_IN_CLEAR = 10
 SHEET_VIEWS = ("original", "mask", "anonymized", "recovered", "wrong_key")
 
 
 @hydra.main(config_path="../conf", config_name="config", version_base="1.3")
-def main(cfg: DictConfig) -> None:
-    start(cfg, run)
+def main(cfg: DictConfig) -> int:
+    return start(cfg, run)
 
 
 def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), command: Sequence[str] = ()) -> Path:
@@ -46,15 +51,20 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     key = instantiate(cfg.key)
     method, attacks = (instantiate(part, _convert_="all") for part in (cfg.anonymizer, cfg.attacks))
     attacks = by_view(attacks)
-    session = begin(cfg, choices, command, method, views=4 + len(attacks))
-    question = {"anonymizer": plain(cfg.anonymizer), "key": key.fingerprint}
+    second = instantiate(cfg.second_detector)
+    session = begin(cfg, choices, command, method, second, views=4 + len(attacks))
+    question = {name: plain(cfg[name]) for name in ("anonymizer", "second_detector")} | {"key": key.fingerprint}
     measures = {group: plain(cfg[group]) for group in MEASURES}
     row = ",".join([choices["anonymizer"], *swept])
     cell = session.cell(row, question, notes_of(cfg, choices), method, measures)
     refuse_changed_attacks(cell.folder, attacks)
+    in_clear: dict[str, int] = {}
 
     def work(ids: Sequence[str]) -> None:
         runner.generate(cell.folder, session.originals, ids, method, key, attacks, cfg.batch_size, cell.evaluations)
+        in_clear.update(
+            runner.check_faces(cell.folder, session.originals, ids, session.finder, second, cfg.batch_size, cfg.device)
+        )
         enrolled = session.enrol(ids, sharded(session.dataset.gallery, cfg.shard))
         session.score_originals(ids)
         files = RunFiles(cell.folder)
@@ -70,6 +80,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
             enrolled,
             cfg.batch_size,
             cfg.device,
+            session.finder,
         )
         loops = {name: scorer for name, scorer in session.scorers.items() if isinstance(scorer, Against)}
         runner.score(cell.folder, pictures, [ORIGINAL], ids, loops, {}, {}, cfg.batch_size, cfg.device)
@@ -88,7 +99,23 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
 
     if fill(session, cell, work, conclude):
         show(session, [cell])
+    if in_clear:
+        message = in_clear_message(cell, in_clear)
+        if cell.about.kind != "control" and not cfg.allow_faces_in_clear:
+            raise FacesInClear(message)
+        log.warning(message)
     return cell.folder
+
+
+def in_clear_message(cell: Any, in_clear: Mapping[str, int]) -> str:
+    """Which pictures show faces in clear, and what to do."""
+    shown = ", ".join(f"{id} ({count})" for id, count in list(in_clear.items())[:SHOWN_IN_CLEAR])
+    more = f" and {len(in_clear) - SHOWN_IN_CLEAR} more" if len(in_clear) > SHOWN_IN_CLEAR else ""
+    return (
+        f"{sum(in_clear.values())} faces are in clear on {len(in_clear)} published pictures: {shown}{more}. All are counted as "
+        f"faces_in_clear in {cell.folder / 'scores.parquet'}. Do not publish these pictures; take a parser or method that treats "
+        "every face, or set allow_faces_in_clear=true"
+    )
 
 
 def notes_of(cfg: DictConfig, choices: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.harness.errors import is_full_disk, user_error
+from experiments.harness.errors import FACES_IN_CLEAR, FacesInClear, is_full_disk, user_error
 from experiments.harness.shards import FailedShard
 
 log = logging.getLogger(__name__)
@@ -26,15 +26,17 @@ FAILED = 1  # exit code
 NOT_IN_ROW_NAMES = {
     "experiment", "dataset", "name", "notes", "runs", "limit", "shard", "batch_size", "device", "threads",
     "key", "wandb", "hydra", "recognizers", "scorers", "attacks", "backbone.source", "backbone.subfolder",
+    "allow_faces_in_clear",
 }  # fmt: skip
 
 Run = Callable[[DictConfig, dict[str, str], Sequence[str], Sequence[str]], object]
 
 
-def start(cfg: DictConfig, run: Run) -> None:
+def start(cfg: DictConfig, run: Run) -> int:
     """Run an experiment: run(cfg, choices, what tells its row from others of its sweep, the command that runs it alone).
 
-    What a user can mend is one line on stderr, and exit code 1. A bug shows its traceback.
+    What a user can mend is one line on stderr, and exit code 1. A bug shows its traceback. Faces in clear end a finished run with
+    exit code 4; of a cell of a sweep the code is returned, and the sweep ends with it (`preflight.WholeSweep`).
     """
     import torch
 
@@ -46,6 +48,11 @@ def start(cfg: DictConfig, run: Run) -> None:
     try:
         swept = row_overrides(job.overrides.task) if sweep and swept_names(job) else []
         run(cfg, dict(job.runtime.choices), swept, command_of_cell(job))
+    except FacesInClear as found:
+        print(f"keyanon: {found}", file=sys.stderr)
+        if not sweep:  # an exit would take the other jobs along
+            sys.exit(FACES_IN_CLEAR)
+        return FACES_IN_CLEAR
     except Exception as error:
         message = one_line_for_user(error, cfg.runs)
         if message is None:
@@ -57,6 +64,7 @@ def start(cfg: DictConfig, run: Run) -> None:
             raise CompactHydraException(message) from error
         print(message, file=sys.stderr)
         sys.exit(FAILED)
+    return 0
 
 
 def one_line_for_user(error: Exception, runs: str) -> str | None:

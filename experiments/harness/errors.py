@@ -4,6 +4,12 @@ import errno
 
 from keyanon.errors import UserError
 
+FACES_IN_CLEAR = 4  # exit code of a command that finished: some published pictures show faces in clear
+
+
+class FacesInClear(UserError):
+    """A run that finished, of which some published pictures show faces of the originals in clear."""
+
 
 def user_error(error: BaseException) -> str | None:
     """What a user can put right, in the words of this error or of one that caused it; None for a bug.

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -27,7 +29,21 @@ BYTES_PER_VALUE = 1.2  # a PNG of a photograph, against its 3 h w raw bytes, wit
 
 
 class WholeSweep(Callback):
-    """All that any cell of a sweep lacks, told before its first cell starts (hydra.callbacks)."""
+    """All that any cell of a sweep lacks, told before its first cell starts (hydra.callbacks); and the sweep's exit code.
+
+    That is the highest code that a cell returned, if none failed. Cells that a launcher starts elsewhere only say theirs in their log.
+    """
+
+    def __init__(self) -> None:
+        self.codes: list[int] = []
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        if config.hydra.mode == RunMode.MULTIRUN and job_return.status == JobStatus.COMPLETED and job_return.return_value:
+            self.codes.append(job_return.return_value)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if self.codes:
+            sys.exit(max(self.codes))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
@@ -36,7 +52,7 @@ class WholeSweep(Callback):
         asked = [override for override in overrides if override.get_key_element() != "shard"]  # all lack the same
         for cell in product(*map(choices, asked)):
             cfg = compose(config.hydra.job.config_name, list(cell), return_hydra_config=True)
-            groups = (cfg.anonymizer, cfg.parser, cfg.recognizers, cfg.scorers)
+            groups = (cfg.anonymizer, cfg.parser, cfg.recognizers, cfg.scorers, cfg.second_detector)
             problems += missing_parts(*(instantiate(group, _convert_="all") for group in groups))
             open_dataset(cfg.dataset, cfg.hydra.runtime.choices["dataset"], problems)
         stop_if(list(dict.fromkeys(problems)))

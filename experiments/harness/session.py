@@ -28,6 +28,7 @@ from experiments.harness.tracking import Tracker
 from keyanon import runner
 from keyanon.channel.whole import write_whole
 from keyanon.errors import BadData
+from keyanon.faces.finding import Finder
 from keyanon.measures.biometrics import Statistic
 from keyanon.measures.scorers import Against
 from keyanon.run_folder import MASK, ORIGINAL, RunFiles, read_parts
@@ -70,9 +71,15 @@ class Session:
         return sharded(self.ids, self.cfg.shard)
 
     @cached_property
+    def finder(self) -> Finder:
+        """Which faces are on the pictures, for every part."""
+        finder: Finder = instantiate(self.cfg.finder)
+        return finder
+
+    @cached_property
     def originals(self) -> RunFiles:
-        """The clean pictures and the faces on them, shared by all runs on this dataset with this parser."""
-        question = {"dataset": plain(self.cfg.dataset), "parser": plain(self.cfg.parser)}
+        """The clean pictures and the faces on them, shared by all runs on this dataset with this parser and finder."""
+        question = {name: plain(self.cfg[name]) for name in ("dataset", "parser", "finder")}
         return RunFiles(self.shared("originals", self.choices["parser"], question))
 
     def shared(self, kind: str, name: str, question: Mapping[str, Any]) -> Path:
@@ -83,7 +90,9 @@ class Session:
 
     def prepare(self, ids: Sequence[str]) -> dict[str, str]:
         """Make pictures ready; returns why some of them are skipped."""
-        skipped = runner.prepare(self.originals, self.dataset, ids, self.parser, self.cfg.batch_size, self.cfg.device)
+        skipped = runner.prepare(
+            self.originals, self.dataset, ids, self.parser, self.cfg.batch_size, self.cfg.device, self.finder
+        )
         for id, reason in list(skipped.items())[:SHOWN_SKIPPED]:
             log.warning("skipped %s: %s", id, reason)
         return skipped
@@ -92,11 +101,11 @@ class Session:
         """Folders with the embeddings of prepared pictures and of the gallery, one a recognizer, shared by all runs."""
         folders: dict[str, Path] = {}
         for name, recognizer in self.recognizers.items():
-            question = {"dataset": plain(self.cfg.dataset), "recognizer": plain(self.cfg.recognizers[name])}
+            question = {"dataset": plain(self.cfg.dataset), "recognizer": plain(self.cfg.recognizers[name]), "finder": plain(self.cfg.finder)}
             folders[name] = self.shared("embeddings", name, question)
             size, device = self.cfg.batch_size, self.cfg.device
-            runner.enrol(folders[name], self.originals.load, ids, name, recognizer, size, device)
-            lost = runner.enrol(folders[name], self.dataset.load, gallery, name, recognizer, size, device)
+            runner.enrol(folders[name], self.originals.load, ids, name, recognizer, size, device, self.finder)
+            lost = runner.enrol(folders[name], self.dataset.load, gallery, name, recognizer, size, device, self.finder)
             for id, reason in list(lost.items())[:SHOWN_SKIPPED]:
                 log.warning("not in the gallery: %s: %s", id, reason)
         return folders
