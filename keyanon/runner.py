@@ -43,6 +43,7 @@ from keyanon.run_folder import (
     ORIGINAL,
     RECONSTRUCTED,
     RECOVERED,
+    SCORE_SCHEMA,
     RunFiles,
     embedding_rows,
     measured_ids,
@@ -91,8 +92,8 @@ MEASURES = {
         "detection",
         "",
         "lower",
-        f"faces published in clear: found by these, or on the published picture by the second detector (dlib's network, 0), and "
-        f"alike by {SAME_PICTURE} or more",
+        f"faces published in clear: found on the original, or on the published picture by second_detector (dlib's network, 0), with "
+        f"local contrast correlated by {SAME_PICTURE} or more",
     ),
 }
 
