@@ -92,8 +92,8 @@ MEASURES = {
         "detection",
         "",
         "lower",
-        f"faces published in clear: found on the original, or on the published picture by second_detector (dlib's network, 0), with "
-        f"local contrast correlated by {SAME_PICTURE} or more",
+        f"faces published in clear: found on the original, or on the published picture by second_detector (dlib's network, 0), and "
+        f"alike there by {SAME_PICTURE} or more",
     ),
 }
 

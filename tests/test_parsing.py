@@ -277,6 +277,7 @@ def test_every_parser_config_is_made_without_weights(path, monkeypatch, tmp_path
     from omegaconf import OmegaConf
 
     monkeypatch.setenv("KEYANON_CACHE", str(tmp_path))
-    parser = instantiate(OmegaConf.load(path))
+    finder = {"_target_": "keyanon.faces.finding.Finder"}
+    parser = instantiate(OmegaConf.merge({"finder": finder, "parser": OmegaConf.load(path)}).parser)
     assert isinstance(parser, FaceParser)
     assert all(isinstance(card, Card) for card in parser.cards())

@@ -4,7 +4,12 @@
     contrast    each pixel less the mean of the 5 x 5 around: a change of tone hides nobody, and a blur leaves the rest
     alike       the correlation of both contrasts in 3 x 3 parts of the core, of which the third lowest counts
 
-So a face is in clear if seven of its nine parts are as they were, also where a neighbour's blur reaches into it.
+So a face is in clear if seven of its nine parts are as they were, also where a neighbour's blur reaches into it. From 0.75 on it counts
+as the same. Measured on six bundled faces and six of CelebA-HQ, 128 px:
+
+    treated      the highest of twelve: 0.62 after NullFace's sampler, 0.52 after a median, 0.30 or less after all other methods
+    noise flip   0.69 to 0.95: DiffStega's key hides little, and most of its faces count as in clear
+    untreated    the lowest of twelve: 0.96 through the bundled autoencoder, 0.92 as JPEG of quality 30, 0.85 with noise of 5 %
 """
 
 from collections.abc import Sequence
@@ -17,7 +22,7 @@ from keyanon.faces.detection import Points
 from keyanon.faces.finding import same
 from keyanon.types import Picture
 
-SAME_PICTURE = 0.9
+SAME_PICTURE = 0.75
 SIDE, AROUND, PARTS = 48, 5, 3  # pixels, pixels, parts a side
 LOWER = 2  # of the nine parts this many may be changed
 CORE = np.array([0.2, 0.25, 0.8, 0.85])  # left, top, right, bottom as fractions of a box
