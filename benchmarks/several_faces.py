@@ -1,11 +1,10 @@
-"""Pictures of one to six faces through every shipped method that runs here: how many faces are published in clear, and how many of these
-go unreported.
+"""Pictures of one to six faces through every shipped method that runs here: how many faces are published in clear, how many unreported.
 
-Each picture is composed of bundled synthetic faces, 48 to 110 px a side, on a plain, noisy or graded ground of 128 px (one or two faces)
-or 256 px (up to six). So it is known where faces are. A picture is refused if the parser finds no face on it, or the method says why it
-cannot take it. In clear is a face whose place on the published picture is alike by 0.75 (keyanon/measures/clear.py); unreported are
-those on pictures that a run's own check does not name. That check looks where MTCNN (0.6, 0.7, 0.7; 20 px) and dlib's HOG detector (0; 80 px) find
-faces on the original, and where dlib's network (0) finds them on the published picture.
+Each picture is composed of bundled synthetic faces, 48 to 110 px a side, on a plain, noisy or graded ground of 128 px (one or two
+faces) or 256 px (up to six). So it is known where faces are. A picture is refused if the parser finds no face on it, or the method
+says why it cannot take it. In clear is a face whose place on the published picture is alike by 0.75 (keyanon/measures/clear.py).
+Unreported are those on pictures that a run's own check does not name. That check looks where MTCNN (0.6, 0.7, 0.7; 20 px) and dlib's
+HOG detector (0; 80 px) find faces on the original, and where dlib's network (0) finds them on the published picture.
 """
 
 import argparse
@@ -52,7 +51,11 @@ def compositions(count: int, seed: int = 0) -> Iterator[Composed]:
     rng = np.random.default_rng(seed)
     for i in range(count):
         small = i % 4 == 0
-        sides = rng.integers(48, 64, 1 + i // 4 % 2) if small else rng.integers(48, (110, 110, 90, 80, 76, 76)[i % 6], 1 + i % 6)
+        sides = (
+            rng.integers(48, 64, 1 + i // 4 % 2)
+            if small
+            else rng.integers(48, (110, 110, 90, 80, 76, 76)[i % 6], 1 + i % 6)
+        )
         yield composed(128 if small else 256, sides, GROUNDS[i % 3], rng)
 
 
@@ -84,7 +87,9 @@ def grounds(size: int, ground: str, rng: np.random.Generator) -> NDArray[np.uint
     first, last = rng.integers(40, 216, (2, 3))
     share = np.linspace(0, 1, size)[:, None, None] if ground == "graded" else np.zeros((size, 1, 1))
     noise = rng.normal(0, 8, (size, size, 3)) if ground == "noisy" else 0
-    return np.broadcast_to(np.clip((1 - share) * first + share * last + noise, 0, 255), (size, size, 3)).astype(np.uint8)
+    return np.broadcast_to(np.clip((1 - share) * first + share * last + noise, 0, 255), (size, size, 3)).astype(
+        np.uint8
+    )
 
 
 def row(name: str, pictures: Sequence[Composed], overrides: Sequence[str] = ()) -> dict[str, object]:
@@ -123,7 +128,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.several_faces", description=__doc__)
     parser.add_argument("--pictures", type=int, default=200, help="for methods without a diffusion model")
     parser.add_argument("--slow", type=int, default=6, help="pictures for methods with one")
-    parser.add_argument("--methods", nargs="*", default=sorted(path.stem for path in (CONF / "anonymizer").glob("*.yaml")))
+    parser.add_argument(
+        "--methods", nargs="*", default=sorted(path.stem for path in (CONF / "anonymizer").glob("*.yaml"))
+    )
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks/several_faces"))
     args = parser.parse_args()
     torch.set_num_threads(1)

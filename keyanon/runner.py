@@ -87,7 +87,7 @@ VIEWS = {
 }
 MEASURES = {
     HEADER_BYTES: Measure("cost", "bytes", "lower", "what a file carries besides its pixels"),
-    FACES: Measure("detection", "", "none", "faces found by MTCNN (0.6, 0.7, 0.7) or dlib's HOG (0)"),
+    FACES: Measure("detection", "", "none", "faces found by MTCNN (0.6, 0.7, 0.7) or dlib's HOG detector (0)"),
     IN_CLEAR: Measure(
         "detection",
         "",
@@ -282,8 +282,8 @@ def score(
     """Score `views` of the pictures `ids` against their originals, on `device`; rows and embeddings go to part files in `folder`.
 
     `pictures` says where each view's files are, those of original, mask and what else scorers compare with included. A
-    recognizer's score is the cosine of view and original, which is `enrolled` in its folder. Where `finder` finds several faces on the
-    original, it describes on every view the one that is enrolled.
+    recognizer's score is the cosine of view and original, which is `enrolled` in its folder. Where `finder` finds several faces
+    on the original, it describes on every view the one that is enrolled.
     """
     there = {view: set(files.ids(view)) for view, files in pictures.items()}
     place, done, none = {id: i for i, id in enumerate(ids)}, scored(folder, ids), np.zeros(len(ids), bool)

@@ -43,7 +43,7 @@ class Finds:
 
 
 def at(face: Detection | None) -> Finder:
-    return Finder(mtcnn=Finds(face), dlib=Finds(None))
+    return Finder(mtcnn=Finds(face), unpadded=Finds(None), dlib=Finds(None))
 
 
 FOUND = at(Detection(np.array([20.0, 16.0, 40.0, 46.0]), EYES, 1.0))
@@ -134,7 +134,9 @@ def test_box_blur_takes_nothing_from_outside_the_box():
     images, other = noise(1, 3, 64, 64), noise(1, 3, 64, 64, seed=1)
     face = CentreFace().mask(images, (64, 64))
     mixed = torch.where(face, images, other)
-    assert torch.equal(BoxBlur(finder=FOUND)(images, face)[..., 16:48, 16:48], BoxBlur(finder=FOUND)(mixed, face)[..., 16:48, 16:48])
+    assert torch.equal(
+        BoxBlur(finder=FOUND)(images, face)[..., 16:48, 16:48], BoxBlur(finder=FOUND)(mixed, face)[..., 16:48, 16:48]
+    )
 
 
 def test_pixelate_gives_the_means_of_blocks():

@@ -53,7 +53,7 @@ PICTURES = torch.stack([torch.zeros(3, 64, 64), torch.full((3, 64, 64), -1.0)])
 
 def finder(choice: str = "all") -> Finder:
     shifted = seen(LARGE + 2)
-    return Finder(choice, Sees((seen(SMALL), seen(LARGE))), Sees((shifted, seen(FAR))))
+    return Finder(choice, Sees((seen(LARGE),)), Sees((seen(SMALL), shifted)), Sees((shifted, seen(FAR))))
 
 
 def test_what_two_detectors_find_is_one_list_of_faces_the_largest_first():
@@ -63,7 +63,9 @@ def test_what_two_detectors_find_is_one_list_of_faces_the_largest_first():
     assert [(face.mtcnn is not None, face.dlib is not None) for face in faces] == [(1, 1), (1, 0), (0, 1)]
 
 
-@pytest.mark.parametrize(("choice", "chosen", "refused"), [("all", 3, False), ("largest", 1, False), ("one_or_skip", 1, True)])
+@pytest.mark.parametrize(
+    ("choice", "chosen", "refused"), [("all", 3, False), ("largest", 1, False), ("one_or_skip", 1, True)]
+)
 def test_a_choice_does_what_it_says(choice, chosen, refused):
     asked = finder(choice)
     assert [len(faces) for faces in asked.chosen(PICTURES)] == [chosen, 0]
@@ -117,7 +119,7 @@ def test_every_view_is_described_by_the_face_that_the_original_is_described_by()
 
 
 def test_one_face_leaves_a_recognizer_its_own_choice():
-    one = Finder("all", Sees((seen(LARGE),)), Sees(()))
+    one = Finder("all", Sees((seen(LARGE),)), Sees(()), Sees(()))
     recognizer = BoxRecognizer(Sees((seen(SMALL), seen(LARGE))))
     assert describing(recognizer, one, PICTURES) is recognizer
     assert describing(PixelRecognizer(), finder(), PICTURES) == PixelRecognizer()

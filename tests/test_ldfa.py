@@ -167,7 +167,9 @@ class OneBox:
 
 
 def test_the_box_of_a_detector(images):
-    mask = FaceBox(Finder(mtcnn=OneBox(), dlib=OneBox())).mask(torch.cat([images, torch.full((1, 3, 64, 64), -1.0)]), (64, 64))
+    mask = FaceBox(Finder(mtcnn=OneBox(), unpadded=OneBox(), dlib=OneBox())).mask(
+        torch.cat([images, torch.full((1, 3, 64, 64), -1.0)]), (64, 64)
+    )
     expected = torch.zeros(64, 64, dtype=torch.bool)
     expected[0:25, 10:30] = True
     assert torch.equal(mask[0, 0], expected)

@@ -110,7 +110,9 @@ def test_a_run_counts_faces_and_says_what_is_in_clear(album, tmp_path, command_i
     assert run.returncode == code, run.stderr
     assert ("1 faces are in clear on 1 published pictures: b (1)" in run.stderr) == (code == 4)
     (scores,) = (pd.read_parquet(path) for path in tmp_path.glob("results/runs/album/*/scores.parquet"))
-    values = {(view, name): part.set_index("id").value.to_dict() for (view, name), part in scores.groupby(["view", "scorer"])}
+    values = {
+        (view, name): part.set_index("id").value.to_dict() for (view, name), part in scores.groupby(["view", "scorer"])
+    }
     assert values["anonymized", "faces_in_clear"] == in_clear_of
     assert values["original", "faces"] == {"a": 1, **({"b": 2} if "b" in in_clear_of else {})}
     if "b" not in in_clear_of:

@@ -31,14 +31,19 @@ BYTES_PER_VALUE = 1.2  # a PNG of a photograph, against its 3 h w raw bytes, wit
 class WholeSweep(Callback):
     """All that any cell of a sweep lacks, told before its first cell starts (hydra.callbacks); and the sweep's exit code.
 
-    That is the highest code that a cell returned, if none failed. Cells that a launcher starts elsewhere only say theirs in their log.
+    That is the highest code that a cell returned, if none failed. Cells that a launcher starts elsewhere say theirs in their log
+    alone.
     """
 
     def __init__(self) -> None:
         self.codes: list[int] = []
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if config.hydra.mode == RunMode.MULTIRUN and job_return.status == JobStatus.COMPLETED and job_return.return_value:
+        if (
+            config.hydra.mode == RunMode.MULTIRUN
+            and job_return.status == JobStatus.COMPLETED
+            and job_return.return_value
+        ):
             self.codes.append(job_return.return_value)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:

@@ -101,7 +101,11 @@ class Session:
         """Folders with the embeddings of prepared pictures and of the gallery, one a recognizer, shared by all runs."""
         folders: dict[str, Path] = {}
         for name, recognizer in self.recognizers.items():
-            question = {"dataset": plain(self.cfg.dataset), "recognizer": plain(self.cfg.recognizers[name]), "finder": plain(self.cfg.finder)}
+            question = {
+                "dataset": plain(self.cfg.dataset),
+                "recognizer": plain(self.cfg.recognizers[name]),
+                "finder": plain(self.cfg.finder),
+            }
             folders[name] = self.shared("embeddings", name, question)
             size, device = self.cfg.batch_size, self.cfg.device
             runner.enrol(folders[name], self.originals.load, ids, name, recognizer, size, device, self.finder)

@@ -40,7 +40,9 @@ REGIONS = {"tight": TIGHT, "paper": PAPER_CLASSES, "with_hair": WITH_HAIR, "glas
 Region = Literal["tight", "paper", "with_hair", "glasses"]
 Reduction = Literal["bilinear>0", "nearest", "area>0.5"]
 DLIB_SMALLEST = 80  # pixels: a face whose box is longer should be found by dlib's detector
-FRAME = 2.0  # sides of the square that a network sees of one of several faces, in its box's longer side: about CelebA-HQ's
+FRAME = (
+    2.0  # sides of the square that a network sees of one of several faces, in its box's longer side: about CelebA-HQ's
+)
 REMEMBERED = 1024  # pictures, a bit a pixel: more than two batches of any run
 _remembered: OrderedDict[tuple[object, bytes], tuple[NDArray[np.uint8], tuple[int, ...]]] = OrderedDict()
 

@@ -179,8 +179,8 @@ def at_places(recognizer: Recognizer, places: Sequence[Points | None]) -> Recogn
 def describing(recognizer: Recognizer, finder: Finder, originals: Image) -> Recognizer:
     """`recognizer`, describing on every view of these pictures the face that it describes on the originals.
 
-    On an original of several faces that is the largest; on its views it is the face at that place, and none is no face. Originals of
-    one face leave the recognizer its own choice.
+    On an original of several faces that is the largest; on its views it is the face at that place, and none is no face. Originals
+    of one face leave the recognizer its own choice.
     """
     if not isinstance(recognizer, Detects):
         return recognizer

@@ -4,8 +4,8 @@
     contrast    each pixel less the mean of the 5 x 5 around: a change of tone hides nobody, and a blur leaves the rest
     alike       the correlation of both contrasts in 3 x 3 parts of the core, of which the third lowest counts
 
-So a face is in clear if seven of its nine parts are as they were, also where a neighbour's blur reaches into it. From 0.75 on it counts
-as the same. Measured on six bundled faces and six of CelebA-HQ, 128 px:
+So a face is in clear if seven of its nine parts are as they were, also where a neighbour's blur reaches into it. From 0.75 on it
+counts as the same. Measured on six bundled faces and six of CelebA-HQ, 128 px:
 
     treated      the highest of twelve: 0.62 after NullFace's sampler, 0.52 after a median, 0.30 or less after all other methods
     noise flip   0.69 to 0.95: DiffStega's key hides little, and most of its faces count as in clear

@@ -185,7 +185,7 @@ class Box:
 
 @dataclass(frozen=True)
 class EyeBand:
-    """A bar over the eyes of each face, along the line through their centres; `width` and `height` are in distances between these."""
+    """A bar over the eyes of each face, along the line through their centres; sides in distances between these."""
 
     width: float = 2.0
     height: float = 0.7
