@@ -1,10 +1,10 @@
-"""Pictures of one to six faces through every shipped method that runs here: how many faces are published in clear, how many unreported.
+"""Pictures of one to six faces through every shipped method that runs here: faces published in clear, and how many unreported.
 
 Each picture is composed of bundled synthetic faces, 48 to 110 px a side, on a plain, noisy or graded ground of 128 px (one or two
 faces) or 256 px (up to six). So it is known where faces are. A picture is refused if the parser finds no face on it, or the method
 says why it cannot take it. In clear is a face whose place on the published picture is alike by 0.75 (keyanon/measures/clear.py).
 Unreported are those on pictures that a run's own check does not name. That check looks where MTCNN (0.6, 0.7, 0.7; 20 px) and dlib's
-HOG detector (0; 80 px) find faces on the original, and where dlib's network (0) finds them on the published picture.
+HOG detector (0; 80 px) find faces on the original, and where dlib's network (0) does on the published one.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -59,7 +60,7 @@ def compositions(count: int, seed: int = 0) -> Iterator[Composed]:
         yield composed(128 if small else 256, sides, GROUNDS[i % 3], rng)
 
 
-def composed(size: int, sides: Sequence[int], ground: str, rng: np.random.Generator) -> Composed:
+def composed(size: int, sides: Sequence[int] | NDArray[np.int64], ground: str, rng: np.random.Generator) -> Composed:
     """A square picture with a bundled face of each side in it, none over another; `ground` is one of GROUNDS."""
     dataset, picture = bundled_faces(), grounds(size, ground, rng)
     places = layout(size, sorted(map(int, sides), reverse=True), rng)
@@ -92,7 +93,7 @@ def grounds(size: int, ground: str, rng: np.random.Generator) -> NDArray[np.uint
     )
 
 
-def row(name: str, pictures: Sequence[Composed], overrides: Sequence[str] = ()) -> dict[str, object]:
+def row(name: str, pictures: Sequence[Composed], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """One method on pictures, one by one."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", overrides=[f"anonymizer={name}", *overrides])
@@ -135,7 +136,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     pictures = list(compositions(args.pictures))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in args.methods:
         made = row(name, pictures[: args.slow] if name in SLOW else pictures)
         rows.append(dict.fromkeys(COLUMNS, 0) | made if made["pictures"] else dict.fromkeys(COLUMNS, "") | made)
@@ -143,7 +144,7 @@ def main() -> None:
         write(rows, args.output)
 
 
-def write(rows: Sequence[dict[str, object]], output: Path) -> None:
+def write(rows: Sequence[dict[str, Any]], output: Path) -> None:
     with output.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

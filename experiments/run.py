@@ -101,7 +101,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
         show(session, [cell])
     if in_clear:
         message = in_clear_message(cell, in_clear)
-        if cell.about.kind != "control" and not cfg.allow_faces_in_clear:
+        if method.about.kind != "control" and not cfg.allow_faces_in_clear:
             raise FacesInClear(message)
         log.warning(message)
     return cell.folder

@@ -223,7 +223,10 @@ def check_faces(
             before, after = (to_floats(stacked(pictures).images).to(device) for pictures in reading)
             found = finder.found(before)
             again = zip(before, after, found, second.faces(after), strict=True)
-            clear = [in_clear(x, y, [face.box for face in [*faces, *more]]) for x, y, faces, more in again]
+            clear = [
+                in_clear(x, y, [*(face.box for face in faces), *(face.box for face in more)])
+                for x, y, faces, more in again
+            ]
             counts = {(ORIGINAL, FACES): [len(faces) for faces in found], (ANONYMIZED, IN_CLEAR): clear}
             write_part(
                 folder / "scores",

@@ -1,5 +1,6 @@
 """Where faces are: boxes and landmarks by MTCNN, and by dlib's two detectors."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -151,8 +152,8 @@ class DlibDetector:
 class DlibCnnDetector:
     """dlib's convolutional detector (max-margin): boxes without landmarks, the surest first.
 
-    Found on composed pictures: all of 20 faces of 96 px or more, 18 of 80 px, 5 of 64 px, and nothing else. It shares nothing with the
-    other two, which find the faces to treat. `threshold` is the confidence from which a box counts; dlib's own is 0.
+    Found on composed pictures: all of 20 faces of 96 px or more, 18 of 80 px, 5 of 64 px, and nothing else. It shares nothing with
+    the other two, which find the faces to treat. `threshold` is the confidence from which a box counts; dlib's own is 0.
     """
 
     threshold: float = 0.0
@@ -263,6 +264,8 @@ def to_pixels(images: Image) -> list[RgbArray]:
 
 
 def import_dlib() -> Any:
+    # Its networks' threads do not outlive a fork, and a forked process would wait for them for ever. 0: the caller does the work.
+    os.environ.setdefault("DLIB_NUM_THREADS", "0")
     try:
         import dlib
     except ImportError as error:
