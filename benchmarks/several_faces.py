@@ -3,7 +3,7 @@
 Each picture is composed of bundled synthetic faces, 48 to 110 px a side, on a plain, noisy or graded ground of 128 px (one or two
 faces) or 256 px (up to six). So it is known where faces are. A picture is refused if the parser finds no face on it, or the method
 says why it cannot take it. In clear is a face whose place on the published picture is alike by 0.75 (keyanon/measures/clear.py).
-Unreported are those on pictures that a run's own check does not name. That check looks where MTCNN (0.6, 0.7, 0.7; 20 px) and dlib's
+Unreported are those on pictures that a run's check does not name. That check looks where MTCNN (0.6, 0.7, 0.7; 20 px) and dlib's
 HOG detector (0; 80 px) find faces on the original, and where dlib's network (0) does on the published one.
 """
 
