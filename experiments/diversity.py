@@ -101,8 +101,8 @@ def statistics_of(versions: Vectors, clean: Floats, people: Sequence[str]) -> li
 
 
 @experiment("diversity", "recognizers")
-def main(cfg: DictConfig) -> None:
-    start(cfg, run)
+def main(cfg: DictConfig) -> int:
+    return start(cfg, run)
 
 
 def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), command: Sequence[str] = ()) -> Path:

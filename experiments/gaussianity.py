@@ -76,8 +76,8 @@ def noise_statistics(
 
 
 @experiment("gaussianity")
-def main(cfg: DictConfig) -> None:
-    start(cfg, run)
+def main(cfg: DictConfig) -> int:
+    return start(cfg, run)
 
 
 def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), command: Sequence[str] = ()) -> Path:

@@ -4,6 +4,7 @@ Preflight, then make every view, then score it, then average, then write the tab
 folder at once: each makes and scores its own pictures, and the last to end averages over all.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,15 +13,19 @@ from typing import Any
 from omegaconf import DictConfig
 
 from experiments.harness.command import experiment, start
+from experiments.harness.errors import FacesInClear
+
+log = logging.getLogger(__name__)
 
 MEASURES = ("attacks", "recognizers", "scorers")
 SHEET_ROWS = 8
+SHOWN_IN_CLEAR = 10
 SHEET_VIEWS = ("original", "mask", "anonymized", "recovered", "wrong_key")
 
 
 @experiment("config", "attacks", "recognizers", "scorers")
-def main(cfg: DictConfig) -> None:
-    start(cfg, run)
+def main(cfg: DictConfig) -> int:
+    return start(cfg, run)
 
 
 def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), command: Sequence[str] = ()) -> Path:
@@ -40,22 +45,32 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     from experiments.harness.statistics import averages, scores_of_enrolled, verification
     from keyanon import runner
     from keyanon.attacks.views import by_view
+    from keyanon.measures import clear
     from keyanon.measures.scorers import Against
     from keyanon.run_folder import ANONYMIZED, MASK, ORIGINAL, RECOVERED
 
     key = instantiate(cfg.key)
     method, attacks = (instantiate(part, _convert_="all") for part in (cfg.anonymizer, cfg.attacks))
     attacks = by_view(attacks)
-    session = begin(cfg, choices, command, method)
+    second = instantiate(cfg.second_detector)
+    session = begin(cfg, choices, command, method, second)
     settings = {"anonymizer": plain(cfg.anonymizer), "key": key.fingerprint}
     measures = {group: plain(cfg[group]) for group in MEASURES}
     row = row_label(choices["anonymizer"], swept)
     made_by = {view: signature(made_of(settings_of(attack), attack)) for view, attack in attacks.items()}
+    searched = {"second_detector": plain(cfg.second_detector)}
+    made_by |= dict.fromkeys(
+        (runner.FACES, runner.IN_CLEAR), signature(session.made_of(searched, second, clear.in_clear))
+    )
     cell = session.cell(row, settings, notes_of(cfg, choices), method, measures, made_by=made_by)
+    in_clear: dict[str, int] = {}
 
     def work(ids: Sequence[str]) -> None:
         files = cell.files
         runner.generate(files, session.originals, ids, method, key, attacks, cfg.batch_size, cell.evaluations)
+        in_clear.update(
+            runner.check_faces(files, session.originals, ids, session.finder, second, cfg.batch_size, cfg.device)
+        )
         enrolled = session.enrol(ids, sharded(session.dataset.gallery, cfg.shard))
         session.score_originals(ids)
         views = files.views()
@@ -70,6 +85,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
             enrolled,
             cfg.batch_size,
             cfg.device,
+            session.finder,
         )
         loops = {name: scorer for name, scorer in session.scorers.items() if isinstance(scorer, Against)}
         runner.score(files, pictures, [ORIGINAL], ids, loops, {}, {}, cfg.batch_size, cfg.device)
@@ -78,7 +94,8 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
         files = cell.files
         names = [*session.scorers, *session.recognizers]
         pictures = dict.fromkeys(views := files.views(), files)
-        if lacking := runner.unscored(files, pictures, views, ids, names):
+        lacking = runner.unscored(files, pictures, views, ids, names)
+        if lacking := lacking or runner.unscored(files, pictures, [ANONYMIZED], ids, [runner.IN_CLEAR]):
             raise Incomplete(lacking)
         enrolled = session.enrol(ids, session.dataset.gallery)
         session.score_originals(ids)
@@ -94,7 +111,23 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
 
     if fill(session, cell, work, conclude, [ANONYMIZED, RECOVERED, *attacks]):
         show(session, [cell])
+    if in_clear:
+        message = in_clear_message(cell, in_clear)
+        if method.about.kind != "control" and not cfg.allow_faces_in_clear:
+            raise FacesInClear(message)
+        log.warning(message)
     return cell.folder
+
+
+def in_clear_message(cell: Any, in_clear: Mapping[str, int]) -> str:
+    """Which pictures show faces in clear, and what to do."""
+    shown = ", ".join(f"{id} ({count})" for id, count in list(in_clear.items())[:SHOWN_IN_CLEAR])
+    more = f" and {len(in_clear) - SHOWN_IN_CLEAR} more" if len(in_clear) > SHOWN_IN_CLEAR else ""
+    return (
+        f"{sum(in_clear.values())} faces are in clear on {len(in_clear)} published pictures: {shown}{more}. All are counted as "
+        f"faces_in_clear in {cell.folder / 'scores.parquet'}. Do not publish these pictures; take a parser or method that treats "
+        "every face, or set allow_faces_in_clear=true"
+    )
 
 
 def notes_of(cfg: DictConfig, choices: Mapping[str, Any]) -> list[str]:

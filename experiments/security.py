@@ -57,8 +57,8 @@ DICTIONARY = "Argon2id"  # the row of what a password costs, which is no method'
 
 
 @experiment("security", "recognizers")
-def main(cfg: DictConfig) -> None:
-    start(cfg, run)
+def main(cfg: DictConfig) -> int:
+    return start(cfg, run)
 
 
 def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), command: Sequence[str] = ()) -> Path:

@@ -2,6 +2,7 @@
 
     prepare     clean pictures and the faces on them, kept once for a dataset and shared by all runs
     generate    every view of them that a method makes
+    check_faces the faces that are on them, and those that were published in clear
     enrol       their embeddings, and the gallery's, kept once for a recognizer and shared by all runs
     score       what scorers and recognizers say of each view, beside the original
     observe     whatever else an experiment takes down of each picture
@@ -28,7 +29,11 @@ import torch
 from keyanon.attacks.views import FloatChannel
 from keyanon.batching import begun_ahead, filled, padded
 from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.faces.detection import FindsAll
+from keyanon.faces.finding import Finder
+from keyanon.faces.recognition import describing
 from keyanon.finite import within
+from keyanon.measures.clear import SAME_PICTURE, in_clear
 from keyanon.measures.scorers import Against
 from keyanon.run_folder import (
     ANONYMIZED,
@@ -67,13 +72,24 @@ from keyanon.types import (
 )
 
 HEADER_BYTES = "header_bytes"  # a score of every anonymized picture
+FACES, IN_CLEAR = "faces", "faces_in_clear"  # scores of every original and of its anonymized picture
 VIEWS = {
     ORIGINAL: View("clean"),
     RECONSTRUCTED: View("clean"),
     ANONYMIZED: View("anonymized"),
     RECOVERED: View("recovered"),
 }
-MEASURES = {HEADER_BYTES: Measure("cost", "bytes", "lower", "what a file carries besides its pixels")}
+MEASURES = {
+    HEADER_BYTES: Measure("cost", "bytes", "lower", "what a file carries besides its pixels"),
+    FACES: Measure("detection", "", "none", "faces found by MTCNN (0.6, 0.7, 0.7) or dlib's HOG detector (0)"),
+    IN_CLEAR: Measure(
+        "detection",
+        "",
+        "lower",
+        f"faces published in clear: found on the original, or on the published picture by second_detector (dlib's network, 0), and "
+        f"alike there by {SAME_PICTURE} or more",
+    ),
+}
 
 
 @dataclass
@@ -137,11 +153,13 @@ def prepare(
     parser: FaceParser,
     batch_size: int,
     device: str = "cpu",
+    finder: Finder | None = None,
 ) -> dict[str, str]:
-    """Write the pictures `ids` as PNG files, each with its face's mask; returns why pictures were skipped, by id.
+    """Write the pictures `ids` as PNG files, each with the mask of its faces; returns why pictures were skipped, by id.
 
     What each picture's file holds today goes to `contents`, by which `originals` tells its pictures apart. A picture is skipped
-    when it cannot be read, or shows no face to `parser`, which works on `device`; it is tried again once its bytes have changed.
+    when it cannot be read, shows no face to `parser`, which works on `device`, or is refused by `finder`; it is tried again once
+    its bytes have changed.
     """
     skipped = identify(contents, digests, dataset, ids, unread=False)
     before = originals.ever_skipped()
@@ -173,6 +191,9 @@ def prepare(
                 with within("finding faces", good):
                     faces = parser.mask(images.to(device), (images.shape[-2], images.shape[-1])).cpu()
                 bad |= {id: "no face found" for id, face in zip(good, faces, strict=False) if not face.any()}
+                if finder is not None:
+                    reasons = finder.refused(images[: len(good)].to(device))
+                    bad |= {id: reason for id, reason in zip(good, reasons, strict=True) if reason is not None}
                 keep = [i for i, id in enumerate(good) if id not in bad]
                 names = [good[i] for i in keep]
                 writes.under_way += originals.write_all(pool, ORIGINAL, names, to_bytes(images[keep]))
@@ -251,6 +272,42 @@ def generate(
                     writes.under_way += files.write_all(pool, view, batch, out)
 
 
+def check_faces(
+    files: RunFiles,
+    originals: RunFiles,
+    ids: Sequence[str],
+    finder: Finder,
+    second: FindsAll,
+    batch_size: int,
+    device: str = "cpu",
+) -> dict[str, int]:
+    """Count the faces on the prepared pictures `ids`, and those that their published pictures in `files` show in clear.
+
+    `second` searches the published pictures; it should be another detector than `finder` has. Both counts are scores. Returns the
+    pictures with faces in clear, and how many.
+    """
+    there = files.scored(ids).get((ANONYMIZED, IN_CLEAR), np.zeros(len(ids), bool))
+    pending = [id for id, done in zip(ids, there, strict=True) if not done]
+
+    def begin(batch: Sequence[str]) -> list[list[Future[tuple[PictureBytes, bytes]]]]:
+        return [originals.reading(pool, ORIGINAL, batch), files.reading(pool, ANONYMIZED, batch)]
+
+    with ThreadPoolExecutor(IO_WORKERS) as pool:
+        for batch, reading in begun_ahead(pending, batch_size, "search for faces in clear", begin):
+            before, after = (to_floats(stacked(pictures).images).to(device) for pictures in reading)
+            found = finder.found(before)
+            again = zip(before, after, found, second.faces(after), strict=True)
+            clear = [
+                in_clear(x, y, [*(face.box for face in faces), *(face.box for face in more)])
+                for x, y, faces, more in again
+            ]
+            counts = {(ORIGINAL, FACES): [len(faces) for faces in found], (ANONYMIZED, IN_CLEAR): clear}
+            values = {place: torch.tensor(count, dtype=torch.float32) for place, count in counts.items()}
+            files.write_scores(batch, values)
+    rows = files.scores(ids).to_pylist()
+    return {row["id"]: int(row["value"]) for row in rows if row["scorer"] == IN_CLEAR and row["value"]}
+
+
 def enrol(
     files: RunFiles,
     load: Callable[[str], Picture],
@@ -259,10 +316,12 @@ def enrol(
     recognizer: Recognizer,
     batch_size: int,
     device: str = "cpu",
+    finder: Finder | None = None,
 ) -> dict[str, str]:
     """Embed the clean pictures `ids` with one recognizer, called `name`, into `files`; returns why pictures were skipped.
 
-    The pictures are rounded to 8 bits first, as those that are compared with them are.
+    The pictures are rounded to 8 bits first, as those that are compared with them are. Of several faces that `finder` finds the
+    largest is embedded; without it the recognizer chooses.
     """
     known, skipped = set(files.embeddings()["id"].to_pylist()), files.skipped()
     pending = [id for id in dict.fromkeys(ids) if id not in known and id not in skipped]
@@ -275,8 +334,9 @@ def enrol(
             skipped |= bad
             if good:
                 images = to_floats(to_bytes(padded(torch.stack(loaded), batch_size))).to(device)
+                chosen = recognizer if finder is None else describing(recognizer, finder, images)
                 with within(f"recognizer {name}", good):
-                    embeddings = recognizer.embed(images)
+                    embeddings = chosen.embed(images)
                 files.write_embeddings(good, {(CLEAN, name): embeddings})
     return {id: skipped[id] for id in ids if id in skipped}
 
@@ -291,11 +351,13 @@ def score(
     enrolled: Mapping[str, RunFiles],
     batch_size: int,
     device: str = "cpu",
+    finder: Finder | None = None,
 ) -> None:
     """Score `views` of the pictures `ids` against their originals, on `device`; rows and embeddings go to `files`.
 
     `pictures` says where each view's files are, those of original, mask and what else scorers compare with included. A
-    recognizer's score is the cosine of view and original, which is among the `enrolled`.
+    recognizer's score is the cosine of view and original, which is among the `enrolled`. Where `finder` finds several faces on the
+    original, it describes on every view the one that is enrolled.
     """
     there = {view: set(at.ids(view)) for view, at in pictures.items()}
     place, names = {id: i for i, id in enumerate(ids)}, [*scorers, *recognizers]
@@ -327,12 +389,16 @@ def score(
             references = {
                 view: to_floats(read[view].images).to(device) for view in {ORIGINAL, *compared} if view in read
             }
+            describers = {
+                name: recognizer if finder is None else describing(recognizer, finder, references[ORIGINAL])
+                for name, recognizer in recognizers.items()
+            }
             values: dict[Place, Scores] = {}
             vectors: dict[Place, Embeddings] = {}
             for view, lacks in todo.items():
                 images = to_floats(read[view].images).to(device)
                 for name in lacks:
-                    if recognizer := recognizers.get(name):
+                    if recognizer := describers.get(name):
                         with within(f"recognizer {name} of the view {view}", batch):
                             vectors[view, name] = embedding = recognizer.embed(images)
                         own = torch.stack([clean[name][id] for id in filled(batch, batch_size)]).to(embedding)

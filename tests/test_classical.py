@@ -14,6 +14,7 @@ from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.faces.alignment import FACES128_TEMPLATE
 from keyanon.faces.datasets import bundled_faces
 from keyanon.faces.detection import Detection, DlibDetector
+from keyanon.faces.finding import Finder
 from keyanon.faces.parsing import EllipseParser
 from keyanon.methods.baselines.classical import Box, BoxBlur, EyeBand, GaussianBlur, Median, Obfuscation, Pixelate
 from keyanon.methods.baselines.controls import Blackout, Identity, MeanFace, mean_of_the_bundled_faces
@@ -32,14 +33,21 @@ class Finds:
     face: Detection | None
 
     def detect(self, images: Image) -> list[Detection | None]:
-        return [self.face if picture.max() > -1 else None for picture in images]
+        return [faces[0] if faces else None for faces in self.faces(images)]
+
+    def faces(self, images: Image) -> list[tuple[Detection, ...]]:
+        return [(self.face,) if self.face is not None and picture.max() > -1 else () for picture in images]
 
     def cards(self) -> tuple[()]:
         return ()
 
 
-FOUND = Finds(Detection(np.array([20.0, 16.0, 40.0, 46.0]), EYES, 1.0))
-FILTERS = [GaussianBlur(), Median(), Pixelate(), Pixelate(block=7, at=None), BoxBlur()]
+def at(face: Detection | None) -> Finder:
+    return Finder(mtcnn=Finds(face), unpadded=Finds(None), dlib=Finds(None))
+
+
+FOUND = at(Detection(np.array([20.0, 16.0, 40.0, 46.0]), EYES, 1.0))
+FILTERS = [GaussianBlur(), Median(), Pixelate(), Pixelate(block=7, at=None), BoxBlur(finder=FOUND)]
 ALL = [*FILTERS, Blackout(), MeanFace(FOUND)]
 
 
@@ -119,14 +127,16 @@ def test_box_blur_is_scipys_on_the_faces_box(box):
     size = [max(1, (side.stop - side.start) // 2) for side in box]
     crop = images[0][:, *box].double().numpy()
     expected = ndimage.uniform_filter(crop, size, mode="mirror", axes=(1, 2))
-    np.testing.assert_allclose(BoxBlur()(images, face)[0][:, *box], expected, atol=1e-5)
+    np.testing.assert_allclose(BoxBlur(finder=FOUND)(images, face)[0][:, *box], expected, atol=1e-5)
 
 
 def test_box_blur_takes_nothing_from_outside_the_box():
     images, other = noise(1, 3, 64, 64), noise(1, 3, 64, 64, seed=1)
     face = CentreFace().mask(images, (64, 64))
     mixed = torch.where(face, images, other)
-    assert torch.equal(BoxBlur()(images, face)[..., 16:48, 16:48], BoxBlur()(mixed, face)[..., 16:48, 16:48])
+    assert torch.equal(
+        BoxBlur(finder=FOUND)(images, face)[..., 16:48, 16:48], BoxBlur(finder=FOUND)(mixed, face)[..., 16:48, 16:48]
+    )
 
 
 def test_pixelate_gives_the_means_of_blocks():
@@ -157,22 +167,22 @@ def test_the_ellipse_fills_its_box():
     inside, box = (Box(shape, 1.3, FOUND).mask(images, (64, 64)) for shape in ("ellipse", "rectangle"))
     assert not (inside & ~box).any()
     assert inside.sum() / box.sum() == pytest.approx(math.pi / 4, abs=0.02)
-    assert not Box(detector=FOUND).mask(torch.full_like(images, -1), (64, 64)).any()
-    assert Box(detector=FOUND).mask(images, (16, 16)).shape == (1, 1, 16, 16)
+    assert not Box(finder=FOUND).mask(torch.full_like(images, -1), (64, 64)).any()
+    assert Box(finder=FOUND).mask(images, (16, 16)).shape == (1, 1, 16, 16)
 
 
 def test_the_bar_lies_along_the_eyes():
     images = noise(1, 3, 64, 64)
-    level = Finds(Detection(np.zeros(4), np.array([[20.0, 30.0], [40.0, 30.0], *[[0.0, 0.0]] * 3]), 1.0))
+    level = at(Detection(np.zeros(4), np.array([[20.0, 30.0], [40.0, 30.0], *[[0.0, 0.0]] * 3]), 1.0))
     mask = EyeBand(2.0, 0.7, level).mask(images, (64, 64))[0, 0]
     expected = torch.zeros(64, 64, dtype=torch.bool)
     expected[23:38, 10:51] = True  # the middle of the eyes ± 7 and ± 20
     assert torch.equal(mask, expected)
-    upright = Finds(Detection(np.zeros(4), np.array([[30.0, 20.0], [30.0, 40.0], *[[0.0, 0.0]] * 3]), 1.0))
+    upright = at(Detection(np.zeros(4), np.array([[30.0, 20.0], [30.0, 40.0], *[[0.0, 0.0]] * 3]), 1.0))
     assert torch.equal(EyeBand(2.0, 0.7, upright).mask(images, (64, 64))[0, 0], expected.T)
-    slanted = Finds(Detection(np.zeros(4), np.array([[20.0, 22.0], [40.0, 42.0], *[[0.0, 0.0]] * 3]), 1.0))
+    slanted = at(Detection(np.zeros(4), np.array([[20.0, 22.0], [40.0, 42.0], *[[0.0, 0.0]] * 3]), 1.0))
     assert EyeBand(2.0, 0.7, slanted).mask(images, (64, 64)).sum() == pytest.approx(2 * 0.7 * 800, rel=0.05)
-    assert not EyeBand(detector=Finds(None)).mask(images, (64, 64)).any()
+    assert not EyeBand(finder=at(None)).mask(images, (64, 64)).any()
 
 
 @pytest.mark.weights
@@ -201,9 +211,9 @@ def test_the_mean_face_owes_the_picture_only_its_place():
     expected = torch.stack([faces.load(id) for id in faces.ids]).double().mean(0)
     torch.testing.assert_close(mean_of_the_bundled_faces(), expected.float(), atol=1e-5, rtol=0)
     # a face that lies as on the mean itself gives the mean back
-    same = Finds(Detection(np.zeros(4), FACES128_TEMPLATE * 128 - 0.5, 1.0))
-    for detector in (same, Finds(None)):
-        placed = MeanFace(detector)(noise(1, 3, 128, 128), torch.ones(1, 1, 128, 128, dtype=torch.bool))
+    same = at(Detection(np.zeros(4), FACES128_TEMPLATE * 128 - 0.5, 1.0))
+    for finder in (same, at(None)):
+        placed = MeanFace(finder)(noise(1, 3, 128, 128), torch.ones(1, 1, 128, 128, dtype=torch.bool))
         torch.testing.assert_close(placed[0], mean_of_the_bundled_faces(), atol=1e-4, rtol=0)
 
 
@@ -211,7 +221,7 @@ def test_the_mean_face_follows_the_face():
     shift = np.array([10.0, 5.0])
     images = noise(1, 3, 128, 128)
     points = FACES128_TEMPLATE * 128 - 0.5
-    moved = MeanFace(Finds(Detection(np.zeros(4), points + shift, 1.0)))
+    moved = MeanFace(at(Detection(np.zeros(4), points + shift, 1.0)))
     torch.testing.assert_close(
         moved(images, everywhere(images))[0, :, 5:, 10:], mean_of_the_bundled_faces()[:, :-5, :-10], atol=1e-4, rtol=0
     )
@@ -230,7 +240,7 @@ def test_none_of_them_takes_a_picture_back():
         assert not isinstance(method, Reversible)
         assert method.about.recovery_input == "-"
     assert Identity().about.kind == Obfuscation(Blackout(), CentreFace(), kind="control").about.kind == "control"
-    preset = Obfuscation(BoxBlur(), CentreFace(), code_licence="MIT", source="somewhere").about
+    preset = Obfuscation(BoxBlur(finder=FOUND), CentreFace(), code_licence="MIT", source="somewhere").about
     assert (preset.kind, preset.code_licence, preset.source) == ("irreversible", "MIT", "somewhere")
 
 

@@ -90,7 +90,7 @@ def composed() -> DictConfig:
 def configured(root: Path, runs: Path, **changes: object) -> DictConfig:
     cfg = composed().copy()
     for name, value in {"dataset.root": str(root), "runs": str(runs), **changes}.items():
-        OmegaConf.update(cfg, name, value)
+        OmegaConf.update(cfg, name, value, force_add=True)
     return cfg
 
 

@@ -12,6 +12,7 @@ from keyanon.channel.keys import MasterKey
 from keyanon.channel.pixels import to_bytes
 from keyanon.diffusion.model import BadModel, LatentDiffusion
 from keyanon.faces.detection import Detection
+from keyanon.faces.finding import Finder
 from keyanon.methods.baselines.ldfa import FaceBox, Ldfa, feathered, window
 from keyanon.methods.baselines.sampling import keyed_normals, mean, spread
 from keyanon.types import Anonymizer
@@ -158,12 +159,17 @@ class OneBox:
         box, points = torch.tensor([10.2, -3.0, 30.4, 25.0]).double().numpy(), torch.zeros(5, 2).double().numpy()
         return [Detection(box, points, 1.0) if image.max() > -1 else None for image in images]
 
+    def faces(self, images):
+        return [() if face is None else (face,) for face in self.detect(images)]
+
     def cards(self):
         return ()
 
 
 def test_the_box_of_a_detector(images):
-    mask = FaceBox(OneBox()).mask(torch.cat([images, torch.full((1, 3, 64, 64), -1.0)]), (64, 64))
+    mask = FaceBox(Finder(mtcnn=OneBox(), unpadded=OneBox(), dlib=OneBox())).mask(
+        torch.cat([images, torch.full((1, 3, 64, 64), -1.0)]), (64, 64)
+    )
     expected = torch.zeros(64, 64, dtype=torch.bool)
     expected[0:25, 10:30] = True
     assert torch.equal(mask[0, 0], expected)

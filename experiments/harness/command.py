@@ -19,7 +19,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.harness.errors import SKIPPED, is_full_disk, user_error
+from experiments.harness.errors import FACES_IN_CLEAR, SKIPPED, FacesInClear, is_full_disk, user_error
 from experiments.harness.names import check_table_name
 from experiments.harness.settings import check
 from experiments.harness.shards import FailedShard
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 FAILED = 1  # exit code
 CHECKOUT = Path(__file__).resolve().parents[2]
 # Of what a sweep can vary, that which no row's name has: it is a column, a table, or a part of one cell.
-NOT_IN_ROW_NAMES = {"anonymizer", "dataset", "experiment", "name", "runs", "shard"}
+NOT_IN_ROW_NAMES = {"anonymizer", "dataset", "experiment", "name", "runs", "shard", "allow_faces_in_clear"}
 
 EMPTY = re.compile(r"\+*(attacks|recognizers|scorers)=(\[\]|\{\})")  # what somebody types who only wants files
 Run = Callable[[DictConfig, dict[str, str], Sequence[str], Sequence[str]], object]
@@ -47,14 +47,14 @@ class Tally(logging.Handler):
 TALLY = Tally()  # of this process
 
 
-def experiment(config_name: str, *groups: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+def experiment(config_name: str, *groups: str) -> Callable[[Callable[[DictConfig], int]], Callable[[], None]]:
     """hydra.main for a command on pictures that has the `groups` of which any number can be chosen.
 
     An empty group may be written as a list or a mapping, and may be one that the command does not have. The exit code is SKIPPED
     where all is done but for pictures that were skipped; jobs that a launcher starts elsewhere count for themselves.
     """
 
-    def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
+    def decorate(task: Callable[[DictConfig], int]) -> Callable[[], None]:
         main = hydra.main(config_path="../conf", config_name=config_name, version_base="1.3")(task)
 
         @functools.wraps(task)
@@ -73,10 +73,11 @@ def experiment(config_name: str, *groups: str) -> Callable[[Callable[[DictConfig
     return decorate
 
 
-def start(cfg: DictConfig, run: Run) -> None:
+def start(cfg: DictConfig, run: Run) -> int:
     """Run an experiment: run(cfg, choices, what tells its row from others of its sweep, the command that runs it alone).
 
-    What a user can mend is one line on stderr, and exit code 1. A bug shows its traceback.
+    What a user can mend is one line on stderr, and exit code 1. A bug shows its traceback. Faces in clear end a finished run with
+    exit code 4; of a cell of a sweep the code is returned, and the sweep ends with it (`preflight.WholeSweep`).
     """
     import torch
 
@@ -92,6 +93,11 @@ def start(cfg: DictConfig, run: Run) -> None:
         tell_of_other_place(Path(cfg.runs), str(cfg.name))
         swept = row_overrides(job.overrides.task, swept_names(job)) if sweep else []
         mended(lambda: run(cfg, dict(job.runtime.choices), swept, command_of_cell(job)))
+    except FacesInClear as found:
+        print(f"keyanon: {found}", file=sys.stderr)
+        if not sweep:  # an exit would take the other jobs along
+            sys.exit(FACES_IN_CLEAR)
+        return FACES_IN_CLEAR
     except Exception as error:
         message = one_line_for_user(error, cfg.runs)
         if message is None:
@@ -103,6 +109,7 @@ def start(cfg: DictConfig, run: Run) -> None:
             raise CompactHydraException(message) from error
         print(message, file=sys.stderr)
         sys.exit(FAILED)
+    return 0
 
 
 def mended(work: Callable[[], object]) -> None:

@@ -5,6 +5,11 @@ import errno
 from keyanon.errors import UserError
 
 SKIPPED = 3  # exit code: the work is done, but some pictures were skipped; what follows on a table may go on
+FACES_IN_CLEAR = 4  # exit code of a command that finished: some published pictures show faces in clear
+
+
+class FacesInClear(UserError):
+    """A run that finished, of which some published pictures show faces of the originals in clear."""
 
 
 def user_error(error: BaseException) -> str | None:

@@ -13,7 +13,9 @@ from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -28,12 +30,41 @@ if TYPE_CHECKING:
     from keyanon.types import Anonymizer, Dataset, Model
 
 NOT_READY = 2  # exit code
-GROUPS = ("anonymizer", "methods", "parser", "recognizers", "scorers", "wandb")  # whose parts may be missing
+# The groups whose parts may be missing.
+GROUPS = ("anonymizer", "methods", "parser", "finder", "second_detector", "recognizers", "scorers", "wandb")
+    "anonymizer",
+    "methods",
+    "parser",
+    "finder",
+    "second_detector",
+    "recognizers",
+    "scorers",
+    "wandb",
+)  # whose parts may be missing
 BYTES_PER_VALUE = 1.2  # a PNG of a photograph, against its 3 h w raw bytes, with some air
 
 
 class WholeSweep(Callback):
-    """All that any cell of a sweep lacks, and cells that would be one row, told before its first cell starts (hydra.callbacks)."""
+    """All that any cell of a sweep lacks, and cells that would be one row, told before its first cell starts (hydra.callbacks).
+
+    A sweep's exit code is the highest that a cell returned, if none failed. Cells that a launcher starts elsewhere say theirs in
+    their log alone.
+    """
+
+    def __init__(self) -> None:
+        self.codes: list[int] = []
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        if (
+            config.hydra.mode == RunMode.MULTIRUN
+            and job_return.status == JobStatus.COMPLETED
+            and job_return.return_value
+        ):
+            self.codes.append(job_return.return_value)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if self.codes:
+            sys.exit(max(self.codes))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         loader = GlobalHydra.instance().config_loader()

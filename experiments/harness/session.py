@@ -28,6 +28,7 @@ from experiments.harness.tracking import Tracker, shown_outside
 from keyanon import runner
 from keyanon.channel.whole import write_whole
 from keyanon.errors import BadData
+from keyanon.faces.finding import Finder
 from keyanon.faces.layouts import IN_SUBFOLDERS
 from keyanon.faces.renaming import Renamed
 from keyanon.measures.biometrics import Statistic
@@ -75,6 +76,12 @@ class Session:
         return sharded(self.ids, self.cfg.shard)
 
     @cached_property
+    def finder(self) -> Finder:
+        """Which faces are on the pictures, for every part."""
+        finder: Finder = instantiate(self.cfg.finder)
+        return finder
+
+    @cached_property
     def contents(self) -> dict[str, str]:
         """What the pictures' files hold today, by id, of those that have been looked at."""
         return {}
@@ -97,7 +104,7 @@ class Session:
         """A signature of what each scorer and recognizer is made of."""
         parts = {"scorers": self.scorers, "recognizers": self.recognizers}
         return {
-            name: provenance.signature(provenance.made_of(plain(self.cfg[group][name]), part))
+            name: provenance.signature(self.made_of({group: plain(self.cfg[group][name])}, part))
             for group, named in parts.items()
             for name, part in named.items()
         }
@@ -107,9 +114,13 @@ class Session:
         settings = {"dataset": plain(self.cfg.dataset), group: plain(self.cfg[group])}
         if kind == "embeddings":
             settings = {"dataset": plain(self.cfg.dataset), group: plain(self.cfg[group][name])}
-        asked = provenance.signature(provenance.made_of(settings, self.dataset, part))
+        asked = provenance.signature(self.made_of(settings, self.dataset, part))
         plain_name = file_name(f"{self.choices['dataset']}-{name}")
         return Path(self.cfg.runs) / kind / f"{plain_name}-{asked}"
+
+    def made_of(self, settings: Mapping[str, Any], *parts: Any) -> dict[str, Any]:
+        """What decides the outcome of parts that look for faces."""
+        return provenance.made_of({**settings, "finder": plain(self.cfg.finder)}, *parts, self.finder)
 
     def identify(self, ids: Sequence[str]) -> dict[str, str]:
         """Look at what the pictures' files hold today; returns why some cannot be told."""
@@ -123,7 +134,7 @@ class Session:
         """Make pictures ready; returns why some of them are skipped."""
         size, device = self.cfg.batch_size, self.cfg.device
         skipped = runner.prepare(
-            self.originals, self.contents, self.digests, self.dataset, ids, self.parser, size, device
+            self.originals, self.contents, self.digests, self.dataset, ids, self.parser, size, device, self.finder
         )
         for id, reason in list(skipped.items())[:SHOWN_SKIPPED]:
             log.warning("skipped %s: %s", id, reason)
@@ -139,8 +150,8 @@ class Session:
         for name, recognizer in self.recognizers.items():
             enrolled[name] = files = RunFiles(self.shared("embeddings", name, "recognizers", recognizer), self.contents)
             size, device = self.cfg.batch_size, self.cfg.device
-            runner.enrol(files, self.originals.load, ids, name, recognizer, size, device)
-            lost |= runner.enrol(files, self.dataset.load, gallery, name, recognizer, size, device)
+            runner.enrol(files, self.originals.load, ids, name, recognizer, size, device, self.finder)
+            lost |= runner.enrol(files, self.dataset.load, gallery, name, recognizer, size, device, self.finder)
         for id, reason in list(lost.items())[:SHOWN_SKIPPED]:
             log.warning("not in the gallery: %s: %s", id, reason, extra={"skipped": 1})
         return enrolled

@@ -4,10 +4,9 @@ Parsers look at pictures one by one, so that a mask does not depend on its batch
 equal pictures once: a mask is asked for at pixel size, at latent size, and again by every method.
 """
 
-import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,8 @@ from torch.nn.functional import interpolate
 
 from keyanon.channel.pixels import to_bytes
 from keyanon.errors import BadData, BadSetting
-from keyanon.faces.detection import DlibDetector, Points
+from keyanon.faces.detection import Points
+from keyanon.faces.finding import Finder, digest
 from keyanon.faces.onnx import open_onnx
 from keyanon.finite import finite, within
 from keyanon.types import Image, Mask
@@ -40,6 +40,10 @@ WITH_HAIR = (*PAPER_CLASSES, "hair")
 REGIONS = {"tight": TIGHT, "paper": PAPER_CLASSES, "with_hair": WITH_HAIR, "glasses": ("eye_g",)}
 Region = Literal["tight", "paper", "with_hair", "glasses"]
 Reduction = Literal["bilinear>0", "nearest", "area>0.5"]
+DLIB_SMALLEST = 80  # pixels: a face whose box is longer should be found by dlib's detector
+FRAME = (
+    2.0  # sides of the square that a network sees of one of several faces, in its box's longer side: about CelebA-HQ's
+)
 REMEMBERED = 1024  # pictures, a bit a pixel: more than two batches of any run
 _remembered: OrderedDict[tuple[object, bytes], tuple[NDArray[np.uint8], tuple[int, ...]]] = OrderedDict()
 
@@ -51,6 +55,8 @@ IMAGENET_DEVIATION = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 class BiSeNetParser:
     """The authors' parser: BiSeNet (ResNet-34) at 512 px in ONNX, the classes of `region`, brought to size by `reduce`.
 
+    It sees the whole picture, as the authors' does, unless the finder finds several faces: then the square around each that counts.
+
     `weights` is a path to the card's file.
     """
 
@@ -58,17 +64,22 @@ class BiSeNetParser:
     reduce: Reduction = "bilinear>0"
     card: str | Card = "bisenet"
     weights: str | None = None
+    finder: Finder = field(default_factory=Finder)
 
     def __post_init__(self) -> None:
         check_arguments(self.region, self.reduce)
 
     def cards(self) -> tuple[Card, ...]:
-        return (named(self.card),)
+        return (named(self.card), *self.finder.cards())
 
     def mask(self, images: Image, size: tuple[int, int]) -> Mask:
         return each_parsed(self, images, size)
 
     def _parse(self, image: Image) -> Mask:
+        return parse_faces(self.finder, image, self._labels)
+
+    def _labels(self, image: Image) -> Mask:
+        """The classes' pixels on one picture, at 512 px."""
         session = open_onnx(self._path, image.device)
         logits = session.run(None, {session.get_inputs()[0].name: imagenet512(image).cpu().numpy()})[0]
         finite(torch.from_numpy(logits), "its network")  # or argmax would take NaN for a class
@@ -93,17 +104,22 @@ class SegFormerParser:
     reduce: Reduction = "bilinear>0"
     card: str | Card = "segformer"
     weights: str | None = None
+    finder: Finder = field(default_factory=Finder)
 
     def __post_init__(self) -> None:
         check_arguments(self.region, self.reduce)
 
     def cards(self) -> tuple[Card, ...]:
-        return (named(self.card),)
+        return (named(self.card), *self.finder.cards())
 
     def mask(self, images: Image, size: tuple[int, int]) -> Mask:
         return each_parsed(self, images, size)
 
     def _parse(self, image: Image) -> Mask:
+        return parse_faces(self.finder, image, self._labels)
+
+    def _labels(self, image: Image) -> Mask:
+        """The classes' pixels on one picture, at 512 px."""
         model = self._model.to(image.device)
         wanted = class_indices(model.config.id2label, REGIONS[self.region])
         with torch.inference_mode():
@@ -123,33 +139,41 @@ class SegFormerParser:
 
 @dataclass(frozen=True)
 class LandmarkParser:
-    """The face from dlib's 68 landmarks: jaw to brows, and a forehead above them.
+    """Faces from dlib's 68 landmarks: jaw to brows, and a forehead above them.
 
     It needs no parser's weights and covers skin, brows, eyes, glasses, nose, mouth and lips: no ears, neck or hair.
     The forehead is `forehead` times as high as the face from chin to brows: by the rule of thirds the hairline is at
     0.5; 0.4 takes less of the hair in; 0 ends the mask at the brows.
+
+    The finder says which faces. One that MTCNN alone finds, small or turned away, has no landmarks: it gets the ellipse in
+    its box. But a picture of which dlib finds no face at all, though they are large enough for it, has none for this parser either.
     """
 
     forehead: float = 0.4
     reduce: Reduction = "bilinear>0"
-    detector: DlibDetector = field(default_factory=DlibDetector)
+    finder: Finder = field(default_factory=Finder)
 
     def __post_init__(self) -> None:
         check_arguments("tight", self.reduce)
 
     def cards(self) -> tuple[Card, ...]:
-        return self.detector.cards()
+        return self.finder.cards()
 
     def mask(self, images: Image, size: tuple[int, int]) -> Mask:
         return each_parsed(self, images, size)
 
     def _parse(self, image: Image) -> Mask:
         height, width = image.shape[-2:]
-        (landmarks,) = self.detector.landmarks68(image)
-        if landmarks is None:
-            return torch.zeros(1, 1, height, width, dtype=torch.bool, device=image.device)
-        outline = face_outline(landmarks, self.forehead)
-        return torch.from_numpy(polygon2mask((height, width), outline[:, ::-1]))[None, None].to(image.device)
+        mask = np.zeros((height, width), bool)
+        (faces,) = self.finder.chosen(image)
+        unseen = all(face.dlib is None for face in faces)
+        if not unseen or any(max(face.box[2:] - face.box[:2]) < DLIB_SMALLEST for face in faces):
+            for face in faces:
+                if face.dlib is not None and face.dlib.landmarks is not None:
+                    mask |= polygon2mask((height, width), face_outline(face.dlib.landmarks, self.forehead)[:, ::-1])
+                else:
+                    mask |= box_ellipse(face.box, height, width)
+        return torch.from_numpy(mask)[None, None].to(image.device)
 
 
 @dataclass(frozen=True)
@@ -186,10 +210,34 @@ def each_parsed(parser: BiSeNetParser | SegFormerParser | LandmarkParser, images
     return torch.cat(masks)
 
 
+def parse_faces(finder: Finder, image: Image, labels: Callable[[Image], Mask]) -> Mask:
+    """What a network marks on one picture (1 3 h w): as it gives it for one face, at the picture's size for several."""
+    (found,), (chosen,) = finder.found(image), finder.chosen(image)
+    if len(found) < 2:
+        return labels(image)
+    height, width = image.shape[-2:]
+    mask = torch.zeros(1, 1, height, width, dtype=torch.bool, device=image.device)
+    for face in chosen:
+        centre, half = (face.box[:2] + face.box[2:]) / 2, FRAME * max(face.box[2:] - face.box[:2]) / 2
+        left, top = np.maximum(np.round(centre - half), 0).astype(int)
+        right, bottom = np.minimum(np.round(centre + half), (width, height)).astype(int)
+        seen = labels(image[..., top:bottom, left:right])
+        there = interpolate(seen.float(), (int(bottom - top), int(right - left)), mode="bilinear") > 0.5
+        # The square may hold a neighbour, whose turn comes or who does not count.
+        near = torch.from_numpy(box_ellipse(around(face.box, 1.6), height, width)).to(image.device)
+        mask[..., top:bottom, left:right] |= there & near[top:bottom, left:right]
+    return mask
+
+
+def around(box: Points, scale: float) -> Points:
+    """A box `scale` times as large about its centre."""
+    centre, half = (box[:2] + box[2:]) / 2, scale * (box[2:] - box[:2]) / 2
+    return np.concatenate([centre - half, centre + half])
+
+
 def parse(parser: BiSeNetParser | SegFormerParser | LandmarkParser, image: Image) -> Mask:
     """What a parser sees on one picture (1 3 h w), at the size it works at; remembered for the last REMEMBERED pictures."""
-    digest = hashlib.sha256(str(tuple(image.shape)).encode() + to_bytes(image).cpu().numpy().tobytes()).digest()
-    key = (parser, digest)
+    key = (parser, digest(image))
     if key not in _remembered:
         face = parser._parse(image)
         _remembered[key] = (np.packbits(face.cpu().numpy()), tuple(face.shape))
@@ -227,6 +275,14 @@ def face_outline(landmarks: Points, forehead: float) -> Points:
     points = np.concatenate([jaw, brows, brows + forehead * arch[:, None] * up])
     corners: Points = points[ConvexHull(points).vertices]
     return corners
+
+
+def box_ellipse(box: Points, height: int, width: int) -> NDArray[np.bool_]:
+    """The ellipse in a box, on a picture of that size."""
+    y, x = np.indices((height, width))
+    (across, down), (right, low) = (box[:2] + box[2:]) / 2, np.maximum(box[2:] - box[:2], 1) / 2
+    inside: NDArray[np.bool_] = ((x - across) / right) ** 2 + ((y - down) / low) ** 2 <= 1
+    return inside
 
 
 def class_indices(names: dict[int, str], wanted: Collection[str]) -> list[int]:

@@ -21,8 +21,10 @@ from torch.nn.functional import normalize
 
 from keyanon.errors import BadData
 from keyanon.faces.detection import (
+    AtPlaces,
     Detector,
     DlibDetector,
+    FindsAll,
     KnownPlaces,
     MtcnnDetector,
     Points,
@@ -30,6 +32,7 @@ from keyanon.faces.detection import (
     import_dlib,
     to_pixels,
 )
+from keyanon.faces.finding import Finder
 from keyanon.faces.onnx import open_onnx
 from keyanon.finite import finite, within
 from keyanon.types import Embeddings, Image, Recognizer
@@ -117,7 +120,7 @@ class DlibResNet:
     """
 
     card: str | Card = "dlib"
-    detector: "DlibDetector | KnownPlaces" = field(default_factory=DlibDetector)
+    detector: "DlibDetector | KnownPlaces | AtPlaces" = field(default_factory=DlibDetector)
     weights: str | None = None
 
     @property
@@ -161,6 +164,28 @@ def with_places_of(images: Image, recognizer: Recognizer) -> Recognizer:
     if not isinstance(recognizer, Detects):
         return recognizer
     return replace(recognizer, detector=KnownPlaces(tuple(recognizer.detector.detect(images))))
+
+
+def at_places(recognizer: Recognizer, places: Sequence[Points | None]) -> Recognizer:
+    """`recognizer`, describing of each picture the face at a known place, a box (4,); its own choice where that is None.
+
+    One without a detector is given back as it is.
+    """
+    known = any(place is not None for place in places)
+    if not known or not isinstance(recognizer, Detects) or not isinstance(recognizer.detector, FindsAll):
+        return recognizer
+    return replace(recognizer, detector=AtPlaces(recognizer.detector, tuple(places)))
+
+
+def describing(recognizer: Recognizer, finder: Finder, originals: Image) -> Recognizer:
+    """`recognizer`, describing on every view of these pictures the face that it describes on the originals.
+
+    On an original of several faces that is the largest; on its views it is the face at that place, and none is no face. Originals
+    of one face leave the recognizer its own choice.
+    """
+    if not isinstance(recognizer, Detects):
+        return recognizer
+    return at_places(recognizer, [faces[0].box if len(faces) > 1 else None for faces in finder.found(originals)])
 
 
 def facenet_crop(pixels: RgbArray, box: Points) -> Tensor:

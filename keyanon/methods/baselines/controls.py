@@ -12,8 +12,9 @@ import torch
 from keyanon.channel.pixels import to_bytes
 from keyanon.faces.alignment import FACES128_TEMPLATE, align
 from keyanon.faces.datasets import bundled_faces
-from keyanon.faces.detection import Detector, MtcnnDetector
+from keyanon.faces.finding import Finder, shares
 from keyanon.types import About, Image, Key, Mask, Picture, Published
+from keyanon.weights import Card
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,26 @@ class Blackout:
 class MeanFace:
     """The same face for everyone: the mean of the 256 synthetic faces that the package ships, and so nobody's.
 
-    It is turned, scaled and shifted to the five points that `detector` finds. Where it finds none the picture counts as aligned, as
-    the bundled faces are. Beyond the mean picture's border its edge is continued.
+    It is turned, scaled and shifted to the five points of each face. Where none is found the picture counts as aligned, as the
+    bundled faces are. Beyond the mean picture's border its edge is continued.
     """
 
-    detector: Detector = field(default_factory=MtcnnDetector)
+    finder: Finder = field(default_factory=Finder)
+
+    def cards(self) -> tuple[Card, ...]:
+        return self.finder.cards()
 
     def __call__(self, images: Image, face: Mask) -> Image:
         mean, (height, width) = mean_of_the_bundled_faces(), images.shape[-2:]
         side = max(height, width)
         out = torch.empty_like(images)
-        for picture, found in zip(out, self.detector.detect(images), strict=True):
-            template = FACES128_TEMPLATE if found is None else (found.points + 0.5) / side
+        for picture, mask, faces in zip(out, face, self.finder.chosen(images), strict=True):
+            templates = [(each.any.points + 0.5) / side for each in faces] or [FACES128_TEMPLATE]
             points = FACES128_TEMPLATE * mean.shape[-1] - 0.5
-            picture[:] = align(mean, points, side, template)[:, :height, :width]
+            pasted = [align(mean, points, side, template)[:, :height, :width].to(images) for template in templates]
+            picture[:] = pasted[0]
+            for part, other in zip(shares(mask, faces)[1:], pasted[1:], strict=True):
+                picture[:] = torch.where(part, other, picture)
         return out
 
 

@@ -10,8 +10,8 @@ latent diffusion model will do: on an unconditional one this is LDFA's core.
 
 Where their paper and their code differ: the paper says ancestral Euler, their request to the web interface misses the field's name
 and runs Euler; since December 2024 their code sends the mask in place of the picture, and we do as it did before. The interface
-counts one step more for the same strength (38 of 50); we count as diffusers does. They find faces with RetinaFace, any number of
-them: here it is the detector given, and one face.
+counts one step more for the same strength (38 of 50); we count as diffusers does. They find faces with RetinaFace, here it is the
+finder; several are repainted one after the other, as theirs are.
 """
 
 import math
@@ -29,10 +29,11 @@ from keyanon.channel.pixels import to_bytes
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import NoiseSchedule
 from keyanon.errors import BadSetting
-from keyanon.faces.detection import Detector, MtcnnDetector
+from keyanon.faces.finding import Finder, shares
 from keyanon.faces.parsing import reduce_mask
 from keyanon.methods.baselines.sampling import Level, denoiser, keyed_normals, mean, resized, spread
 from keyanon.types import About, FaceParser, Image, Key, Mask, Published
+from keyanon.weights import Card
 
 ETA = {"euler": 0.0, "euler_ancestral": 1.0}
 
@@ -50,6 +51,7 @@ class Ldfa:
         steps: of the whole schedule.
         sampler: "euler" as their code runs, "euler_ancestral" as they say.
         feather: standard deviation, in pixels at the model's size, of the mask's soft edge.
+        finder: tells the faces apart that the model sees one by one, each in a square of its own; not asked where `size` is None.
     """
 
     backbone: LatentDiffusion
@@ -60,6 +62,7 @@ class Ldfa:
     steps: int = 50
     sampler: Literal["euler", "euler_ancestral"] = "euler"
     feather: float = 4.0
+    finder: Finder = field(default_factory=Finder)
 
     def __post_init__(self) -> None:
         if self.sampler not in ETA:
@@ -89,23 +92,37 @@ class Ldfa:
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Published pictures; one on which there is no face to repaint stays as it is."""
         images = images.to(self.backbone.device)
+        region = self.parser.mask(images, (images.shape[-2], images.shape[-1])).to(images.device)
+        if self.size is None:
+            return Published(to_bytes(self.repaint(images, region, keys, ids, "ldfa")).cpu(), (b"",) * len(ids))
+        parts = [shares(mask, faces) for mask, faces in zip(region, self.finder.chosen(images), strict=True)]
+        out = images
+        for turn in range(max(map(len, parts))):
+            rows = [i for i, each in enumerate(parts) if turn < len(each)]
+            mask = torch.stack([parts[i][turn] for i in rows])
+            purpose = f"ldfa|face {turn}" if turn else "ldfa"
+            new = self.repaint(out[rows], mask, [keys[i] for i in rows], [ids[i] for i in rows], purpose)
+            out = out.index_copy(0, torch.tensor(rows, device=out.device), new)
+        return Published(to_bytes(out).cpu(), (b"",) * len(ids))
+
+    def repaint(self, images: Image, region: Mask, keys: Sequence[Key], ids: Sequence[str], purpose: str) -> Image:
+        """Pictures repainted on `region`, the face of each."""
         whole = (images.shape[-2], images.shape[-1])
         size = whole if self.size is None else (self.size, self.size)
-        region = self.parser.mask(images, whole).to(images.device)
         places = [window(mask, None if self.size is None else self.padding) for mask in region]
         crops, masks, edges = [], [], []
         for image, mask, place in zip(images.split(1), region.split(1), places, strict=True):
             crops.append(resized(image[..., *place], size))
             masks.append(interpolate(mask[..., *place].float(), size, mode="nearest-exact") > 0)
             edges.append(feathered(masks[-1], self.feather))
-        painted = self.inpaint(torch.cat(crops), torch.cat(masks), torch.cat(edges), keys, ids, images)
+        painted = self.inpaint(torch.cat(crops), torch.cat(masks), torch.cat(edges), keys, ids, images, purpose)
         out = images.clone()
         for picture, mask, edge, new, place in zip(out, region, edges, painted.split(1), places, strict=True):
             old = picture[..., *place]
             there = (old.shape[-2], old.shape[-1])
             weight = resized(edge, there)[0].clamp(0, 1) * mask[..., *place]
             picture[..., *place] = old + weight * (resized(new, there)[0] - old)
-        return Published(to_bytes(out).cpu(), (b"",) * len(ids))
+        return out
 
     def inpaint(
         self,
@@ -115,6 +132,7 @@ class Ldfa:
         keys: Sequence[Key],
         ids: Sequence[str],
         images: Float[Tensor, "b 3 _ _"],
+        purpose: str,
     ) -> Image:
         """Pictures repainted on `mask`, with noise that hangs on whole pictures and their ids."""
         z0 = self.backbone.encode(crops)
@@ -122,7 +140,7 @@ class Ldfa:
         m = interpolate(soft, z0.shape[-2:], mode="area")
         timesteps, levels = self.grid(self.backbone.schedule)
         eta = ETA[self.sampler]
-        noise = keyed_normals(keys, ids, images, "ldfa", (self.executed + 1 if eta else 1, *z0.shape[1:]))
+        noise = keyed_normals(keys, ids, images, purpose, (self.executed + 1 if eta else 1, *z0.shape[1:]))
         a, s = levels[-1]
         z = a * z0 + s * noise[:, 0]
         for i in range(self.executed, 0, -1):
@@ -145,14 +163,17 @@ class Ldfa:
 
 @dataclass(frozen=True)
 class FaceBox:
-    """Theirs: the whole box that a face detector gives, corners and all."""
+    """Theirs: the whole box of each face, corners and all."""
 
-    detector: Detector = field(default_factory=MtcnnDetector)
+    finder: Finder = field(default_factory=Finder)
+
+    def cards(self) -> tuple[Card, ...]:
+        return self.finder.cards()
 
     def mask(self, images: Image, size: tuple[int, int]) -> Mask:
         masks = torch.zeros(len(images), 1, *images.shape[-2:], dtype=torch.bool, device=images.device)
-        for mask, face in zip(masks, self.detector.detect(images), strict=True):
-            if face is not None:
+        for mask, faces in zip(masks, self.finder.chosen(images), strict=True):
+            for face in faces:
                 left, top, right, bottom = (max(0, round(float(edge))) for edge in face.box)
                 mask[0, top:bottom, left:right] = True
         return reduce_mask(masks, size, "nearest")

@@ -17,7 +17,7 @@ all that a replay with the same eps lacks of z_0, because k_1 = 0 (as in their c
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -29,9 +29,11 @@ from keyanon.channel.pixels import to_bytes
 from keyanon.diffusion.model import BadModel, LatentDiffusion
 from keyanon.diffusion.solvers import DDIM, NoiseSchedule
 from keyanon.errors import BadSetting
+from keyanon.faces.finding import Finder, shares
+from keyanon.faces.recognition import at_places
 from keyanon.finite import within
 from keyanon.methods.baselines.sampling import Level, keyed_normals, mean, resized, spread, step
-from keyanon.types import About, Denoiser, Embeddings, FaceParser, Image, Key, Latent, Published, Recognizer
+from keyanon.types import About, Denoiser, Embeddings, FaceParser, Image, Key, Latent, Mask, Published, Recognizer
 from keyanon.weights import Card, named, resolve
 
 log = logging.getLogger(__name__)
@@ -144,6 +146,7 @@ class NullFace:
         guidance: g.
         identity: factor of the embedding: -1 negates it.
         mask_delay: steps before the mask counts.
+        finder: tells the faces apart that are pushed away one by one.
     """
 
     backbone: LatentDiffusion
@@ -155,6 +158,7 @@ class NullFace:
     guidance: float = 10.0
     identity: float = -1.0
     mask_delay: int = 10
+    finder: Finder = field(default_factory=Finder)
 
     @property
     def about(self) -> About:
@@ -169,16 +173,35 @@ class NullFace:
         return self.backbone.wrong_size(self.size)
 
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
-        """Published pictures; one without a face to embed goes through with its identity neither pulled nor pushed."""
+        """Published pictures; one without a face to embed goes through with its identity neither pulled nor pushed.
+
+        Of several faces each is pushed away by itself, one after the other, in its part of the mask.
+        """
         images = images.to(self.backbone.device)
         work = resized(images, (self.size, self.size))
-        embeddings = self.recognizer.embed(images).to(work)
-        for id, found in zip(ids, embeddings.isfinite().all(1).tolist(), strict=True):
-            if not found:
-                log.warning("%s: no face found to push away; its identity is published", id)
-        embeddings = embeddings.nan_to_num()
-        z0 = self.backbone.encode(work)
-        mask = self.parser.mask(work, (z0.shape[-2], z0.shape[-1])).to(work.device)
+        masks = self.parser.mask(work, self.backbone.latent_size(work)).to(work.device)
+        faces, scale = self.finder.chosen(images), masks.shape[-1] / images.shape[-1]
+        parts = [shares(mask, found, scale) for mask, found in zip(masks, faces, strict=True)]
+        out = images
+        for turn in range(max(map(len, parts))):
+            rows = [i for i, each in enumerate(parts) if turn < len(each)]
+            places = [faces[i][turn].box if len(parts[i]) > 1 else None for i in rows]
+            embeddings = at_places(self.recognizer, places).embed(images[rows]).to(work)
+            for i, found in zip(rows, embeddings.isfinite().all(1).tolist(), strict=True):
+                if not found:
+                    log.warning("%s: no face found to push away; its identity is published", ids[i])
+            mask = torch.stack([parts[i][turn] for i in rows])
+            purpose = f"nullface|face {turn}" if turn else "nullface"
+            own = [keys[i] for i in rows], [ids[i] for i in rows]
+            new = self.pushed(out[rows], mask, embeddings.nan_to_num(), *own, purpose)
+            out = out.index_copy(0, torch.tensor(rows, device=out.device), new)
+        return Published(to_bytes(out).cpu(), (b"",) * len(ids))
+
+    def pushed(
+        self, images: Image, mask: Mask, embeddings: Embeddings, keys: Sequence[Key], ids: Sequence[str], purpose: str
+    ) -> Image:
+        """Pictures with the identity of `embeddings` pushed away, inside the mask from the delay on."""
+        z0 = self.backbone.encode(resized(images, (self.size, self.size)))
         schedule = self.backbone.schedule
         masked = delayed(self.inversion.grid(schedule)[0], self.mask_delay)
         nobody = torch.zeros_like(embeddings)
@@ -188,12 +211,10 @@ class NullFace:
             push = self.guidance * (self.eps(z, t, self.identity * embeddings) - u)
             return u + (push * mask if t in masked else push)
 
-        noise = keyed_normals(
-            keys, ids, images, "nullface", (self.inversion.steps - self.inversion.skip, *z0.shape[1:])
-        )
+        noise = keyed_normals(keys, ids, images, purpose, (self.inversion.steps - self.inversion.skip, *z0.shape[1:]))
         start, stored = self.inversion.invert(lambda z, t: self.eps(z, t, nobody), schedule, z0, noise)
         out = self.backbone.decode(self.inversion.replay(guided, schedule, start, stored))
-        return Published(to_bytes(resized(out, (images.shape[-2], images.shape[-1]))).cpu(), (b"",) * len(ids))
+        return resized(out, (images.shape[-2], images.shape[-1]))
 
     def eps(self, z: Latent, t: int, identity: Embeddings) -> Latent:
         """The network's estimate of the noise in z at the timestep t, for faces of those embeddings."""
