@@ -32,15 +32,6 @@ if TYPE_CHECKING:
 NOT_READY = 2  # exit code
 # The groups whose parts may be missing.
 GROUPS = ("anonymizer", "methods", "parser", "finder", "second_detector", "recognizers", "scorers", "wandb")
-    "anonymizer",
-    "methods",
-    "parser",
-    "finder",
-    "second_detector",
-    "recognizers",
-    "scorers",
-    "wandb",
-)  # whose parts may be missing
 BYTES_PER_VALUE = 1.2  # a PNG of a photograph, against its 3 h w raw bytes, with some air
 
 
