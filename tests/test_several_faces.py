@@ -99,13 +99,20 @@ def album(tmp_path, pictures) -> str:
         (["anonymizer=deface_mosaic"], 0, {"a": 0, "b": 0}),
         (["anonymizer=deface_mosaic", "faces=largest"], 4, {"a": 0, "b": 1}),
         (["anonymizer=deface_mosaic", "faces=largest", "allow_faces_in_clear=true"], 0, {"a": 0, "b": 1}),
-        (["anonymizer=deface_mosaic", "faces=one_or_skip"], 0, {"a": 0}),
+        (["anonymizer=deface_mosaic", "faces=one_or_skip"], 3, {"a": 0}),
         (["anonymizer=identity"], 0, {"a": 1, "b": 2}),
     ],
     ids=["all", "largest", "allowed", "one", "control"],
 )
 def test_a_run_counts_faces_and_says_what_is_in_clear(album, tmp_path, command_in_process, settings, code, in_clear_of):
-    asked = ["dataset=folder", f"dataset.root={album}", "dataset.size=192", "name=album", "attacks=[]"]
+    asked = [
+        "dataset=folder",
+        f"dataset.root={album}",
+        "dataset.rename=null",
+        "dataset.size=192",
+        "name=album",
+        "attacks=[]",
+    ]
     run = command_in_process(*asked, "recognizers=[]", "scorers=[psnr_face]", *settings)
     assert run.returncode == code, run.stderr
     assert ("1 faces are in clear on 1 published pictures: b (1)" in run.stderr) == (code == 4)
@@ -121,7 +128,14 @@ def test_a_run_counts_faces_and_says_what_is_in_clear(album, tmp_path, command_i
 
 
 def test_a_sweep_ends_with_the_code_of_its_cells_and_writes_all_of_them(album, tmp_path, command_in_process):
-    asked = ["dataset=folder", f"dataset.root={album}", "dataset.size=192", "name=album", "attacks=[]"]
+    asked = [
+        "dataset=folder",
+        f"dataset.root={album}",
+        "dataset.rename=null",
+        "dataset.size=192",
+        "name=album",
+        "attacks=[]",
+    ]
     run = command_in_process(
         "-m", *asked, "recognizers=[]", "scorers=[psnr_face]", "anonymizer=deface_mosaic", "faces=largest,all"
     )

@@ -52,6 +52,8 @@ SETTINGS: Mapping[str, Setting] = {
     "name": Setting("a name", text),
     "runs": Setting("a folder", text),
     "notes": Setting("a list of texts", lambda value: isinstance(value, list)),
+    "faces": Setting("all, largest or one_or_skip", lambda value: value in ("all", "largest", "one_or_skip")),
+    "allow_faces_in_clear": Setting("true or false", lambda value: isinstance(value, bool)),
     "thresholds": Setting(
         "a number from -1 to 1 for each recognizer",
         lambda value: isinstance(value, dict) and all(number(one) and -1 <= one <= 1 for one in value.values()),
