@@ -44,6 +44,10 @@ $(REPRODUCE): reproduce-%: $(INSTALLED)
 	$(RUN) experiments.run experiment=$* || [ $$? -eq 3 ]  # 3: pictures were skipped, which the table counts
 	$(RUN) experiments.tables $* --runs results/runs/$*
 
+.PHONY: histories
+histories: $(INSTALLED) ## Compare 200 random histories of a run's folders with runs in empty ones (KEYANON_SEED=... repeats)
+	KEYANON_SEQUENCES=200 $(RUN) pytest tests/test_identity.py -q -s -p no:cacheprovider | grep -v "^|\|^$$" | tail -n 40
+
 .PHONY: tables
 tables: $(INSTALLED) ## Rebuild every committed table from the committed scores
 	$(RUN) experiments.tables

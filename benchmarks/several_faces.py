@@ -128,6 +128,7 @@ def remaining(method, parser, finder: Finder, second, key, original, id: str, pl
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.several_faces", description=__doc__)
     parser.add_argument("--pictures", type=int, default=200, help="for methods without a diffusion model")
+    parser.add_argument("--seed", type=int, default=0, help="of the compositions")
     parser.add_argument("--slow", type=int, default=6, help="pictures for methods with one")
     parser.add_argument(
         "--methods", nargs="*", default=sorted(path.stem for path in (CONF / "anonymizer").glob("*.yaml"))
@@ -135,7 +136,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks/several_faces"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    pictures = list(compositions(args.pictures))
+    pictures = list(compositions(args.pictures, args.seed))
     rows: list[dict[str, Any]] = []
     for name in args.methods:
         made = row(name, pictures[: args.slow] if name in SLOW else pictures)

@@ -6,6 +6,7 @@ folder at once: each makes and scores its own pictures, and the last to end aver
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     import pandas as pd
     from hydra.utils import instantiate
 
-    from experiments.harness.meaning import meanings
+    from experiments.harness.meaning import Meanings, meanings
     from experiments.harness.names import row_label
     from experiments.harness.provenance import made_of, signature
     from experiments.harness.session import Incomplete, Result, begin, fill, plain, show
@@ -58,10 +59,8 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     measures = {group: plain(cfg[group]) for group in MEASURES}
     row = row_label(choices["anonymizer"], swept)
     made_by = {view: signature(made_of(settings_of(attack), attack)) for view, attack in attacks.items()}
-    searched = {"second_detector": plain(cfg.second_detector)}
-    made_by |= dict.fromkeys(
-        (runner.FACES, runner.IN_CLEAR), signature(session.made_of(searched, second, clear.in_clear))
-    )
+    search = session.made_of({"second_detector": plain(cfg.second_detector)}, second, clear.in_clear)
+    made_by |= dict.fromkeys((runner.FACES, runner.IN_CLEAR), signature(search))
     cell = session.cell(row, settings, notes_of(cfg, choices), method, measures, made_by=made_by)
     in_clear: dict[str, int] = {}
 
@@ -106,7 +105,10 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
             *averages(scores, session.people),
             *verification(files, enrolled, session.dataset.gallery, ids, session.people, cfg.far),
         ]
+        search = runner.MEASURES[runner.IN_CLEAR]
+        searched = replace(search, label=f"{search.label} (second_detector: {second!r})")
         said = meanings(session.scorers, session.recognizers, attacks, method, cfg.far)
+        said |= Meanings(scorers={runner.IN_CLEAR: searched})
         return Result(statistics, scores, said, draw_sheets(session.originals, files, ids))
 
     if fill(session, cell, work, conclude, [ANONYMIZED, RECOVERED, *attacks]):

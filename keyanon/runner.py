@@ -86,8 +86,8 @@ MEASURES = {
         "detection",
         "",
         "lower",
-        f"faces published in clear: found on the original, or on the published picture by second_detector (dlib's network, 0), and "
-        f"alike there by {SAME_PICTURE} or more",
+        f"faces published in clear: found on the original, or by second_detector on the published picture, and alike there by "
+        f"{SAME_PICTURE} or more",
     ),
 }
 
@@ -144,6 +144,18 @@ def identify(
     return bad
 
 
+class ChangedPicture(BadPicture):
+    """A picture whose file was written while it was read."""
+
+
+def load_as(dataset: Dataset, id: str, content: str, digests: Digests) -> Picture:
+    """A picture, read from a file of these bytes; raises ChangedPicture if they are others by now."""
+    picture, source = dataset.load(id), dataset.source(id)
+    if digests.of(source) != content:
+        raise ChangedPicture(f"{source.path} changed while it was read; start again when it is whole")
+    return picture
+
+
 def prepare(
     originals: RunFiles,
     contents: dict[str, str],
@@ -169,15 +181,12 @@ def prepare(
 
     def load(id: str) -> Picture | None:
         """The picture; None where it turns out to be one that was prepared or skipped."""
-        source = dataset.source(id)
-        contents[id] = digests.of(source)
-        if done(id):
-            return None
-        picture = dataset.load(id)
-        if digests.of(source) != contents[id]:
+        contents[id] = digests.of(dataset.source(id))
+        try:
+            return None if done(id) else load_as(dataset, id, contents[id], digests)
+        except ChangedPicture:
             del contents[id]
-            raise BadPicture(f"{source.path} changed while it was read; start again when it is whole")
-        return picture
+            raise
 
     pending = [id for id in ids if id not in skipped and not (id in contents and done(id))]
     with writing(originals) as (pool, writes):
@@ -330,7 +339,8 @@ def enrol(
         for batch, pictures in ahead:
             bad: dict[str, str] = {}
             good, loaded = readable(batch, pictures, bad)
-            files.write_skipped(bad)
+            changed = {id for id, got in zip(batch, pictures, strict=True) if isinstance(got.result(), ChangedPicture)}
+            files.write_skipped({id: reason for id, reason in bad.items() if id not in changed})
             skipped |= bad
             if good:
                 images = to_floats(to_bytes(padded(torch.stack(loaded), batch_size))).to(device)

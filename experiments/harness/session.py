@@ -36,7 +36,18 @@ from keyanon.measures.scorers import Against
 from keyanon.parts import Damaged
 from keyanon.run_folder import MASK, ORIGINAL, RunFiles
 from keyanon.sources import Digests, combined
-from keyanon.types import About, Anonymizer, Dataset, FaceParser, ListsFolder, Model, ReadsFiles, Recognizer, Scorer
+from keyanon.types import (
+    About,
+    Anonymizer,
+    Dataset,
+    FaceParser,
+    ListsFolder,
+    Model,
+    Picture,
+    ReadsFiles,
+    Recognizer,
+    Scorer,
+)
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +108,7 @@ class Session:
 
     @cached_property
     def _originals(self) -> Path:
-        return self.shared("originals", self.choices["parser"], "parser", self.parser)
+        return self.shared("originals", self.choices["parser"], {"parser": plain(self.cfg.parser)}, self.parser)
 
     @cached_property
     def made_by(self) -> dict[str, str]:
@@ -109,12 +120,10 @@ class Session:
             for name, part in named.items()
         }
 
-    def shared(self, kind: str, name: str, group: str, part: Any) -> Path:
-        """A folder that all runs share that ask the same part for the same of the same dataset."""
-        settings = {"dataset": plain(self.cfg.dataset), group: plain(self.cfg[group])}
-        if kind == "embeddings":
-            settings = {"dataset": plain(self.cfg.dataset), group: plain(self.cfg[group][name])}
-        asked = provenance.signature(self.made_of(settings, self.dataset, part))
+    def shared(self, kind: str, name: str, settings: Mapping[str, Any], part: Any) -> Path:
+        """A folder that all runs share that ask the same part, with the same settings, of the same dataset."""
+        whole = {"dataset": plain(self.cfg.dataset), **settings}
+        asked = provenance.signature(self.made_of(whole, self.dataset, part))
         plain_name = file_name(f"{self.choices['dataset']}-{name}")
         return Path(self.cfg.runs) / kind / f"{plain_name}-{asked}"
 
@@ -146,12 +155,17 @@ class Session:
         """Embed prepared pictures and the gallery: where that is kept, by recognizer, shared by all runs."""
         lost = self.identify([id for id in gallery if id not in self.contents])
         gallery = [id for id in gallery if id not in lost]
+
+        def load(id: str) -> Picture:
+            return runner.load_as(self.dataset, id, self.contents[id], self.digests)
+
         enrolled: dict[str, RunFiles] = {}
         for name, recognizer in self.recognizers.items():
-            enrolled[name] = files = RunFiles(self.shared("embeddings", name, "recognizers", recognizer), self.contents)
+            settings = {"recognizer": plain(self.cfg.recognizers[name])}
+            enrolled[name] = files = RunFiles(self.shared("embeddings", name, settings, recognizer), self.contents)
             size, device = self.cfg.batch_size, self.cfg.device
             runner.enrol(files, self.originals.load, ids, name, recognizer, size, device, self.finder)
-            lost |= runner.enrol(files, self.dataset.load, gallery, name, recognizer, size, device, self.finder)
+            lost |= runner.enrol(files, load, gallery, name, recognizer, size, device, self.finder)
         for id, reason in list(lost.items())[:SHOWN_SKIPPED]:
             log.warning("not in the gallery: %s: %s", id, reason, extra={"skipped": 1})
         return enrolled
