@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from experiments.harness.meaning import Meanings, meanings, read_meanings
+from keyanon import runner
 from keyanon.attacks.views import Jpeg, PartialKey, by_view
 from keyanon.measures.scorers import Against, psnr_face
 from keyanon.methods.exact import MEASURES
@@ -79,7 +80,7 @@ def test_meanings_of_a_runs_parts():
         "recovered": View("recovered"),
         "resize75": View("recovered", "resized to 75 %"),
     }
-    assert found.scorers.keys() == {"one", "psnr_face", "edgeface", "header_bytes", *MEASURES}
+    assert found.scorers.keys() == {"one", "psnr_face", "edgeface", *runner.MEASURES, *MEASURES}
     assert (found.scorers["edgeface"], found.scorers["psnr_face"]) == (COSINE, PSNR)
     assert found.statistics["tar@far=0.001"] == Summary("TAR at FAR 0.001", "alike")
     assert found.statistics["mean"] == Summary()
