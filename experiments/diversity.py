@@ -27,7 +27,6 @@ from experiments.harness.meaning import Meanings
 from experiments.harness.names import row_label
 from experiments.harness.session import (
     Cell,
-    Incomplete,
     Result,
     Session,
     begin,
@@ -37,6 +36,7 @@ from experiments.harness.session import (
     show,
     stand_in_notes,
 )
+from experiments.harness.shards import Incomplete
 from experiments.harness.statistics import rows_of, vectors
 from keyanon import runner
 from keyanon.batching import filled

@@ -24,7 +24,6 @@ from experiments.harness.meaning import Meanings
 from experiments.harness.names import row_label
 from experiments.harness.session import (
     Cell,
-    Incomplete,
     Result,
     Session,
     begin,
@@ -34,6 +33,7 @@ from experiments.harness.session import (
     show,
     stand_in_notes,
 )
+from experiments.harness.shards import Incomplete
 from experiments.harness.statistics import averages
 from keyanon import runner
 from keyanon.diffusion.model import LatentDiffusion

@@ -41,8 +41,8 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     from experiments.harness.meaning import Meanings, meanings
     from experiments.harness.names import row_label
     from experiments.harness.provenance import made_of, signature
-    from experiments.harness.session import Incomplete, Result, begin, fill, plain, show
-    from experiments.harness.shards import sharded
+    from experiments.harness.session import Result, begin, fill, plain, show
+    from experiments.harness.shards import Incomplete, sharded
     from experiments.harness.statistics import averages, scores_of_enrolled, verification
     from keyanon import runner
     from keyanon.attacks.views import by_view

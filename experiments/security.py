@@ -27,7 +27,6 @@ from experiments.harness.names import row_label
 from experiments.harness.plots import share_curve
 from experiments.harness.session import (
     Cell,
-    Incomplete,
     Result,
     Session,
     begin,
@@ -37,6 +36,7 @@ from experiments.harness.session import (
     show,
     stand_in_notes,
 )
+from experiments.harness.shards import Incomplete
 from keyanon import runner
 from keyanon.attacks.attackers import VIEWS, distribution_tests, published_key, summaries
 from keyanon.attacks.case import Attacker, Case, Files, Found, Knowledge, Learns, People, Taken, Victims, publish

@@ -23,7 +23,9 @@ from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from experiments.harness import results
 from experiments.harness.command import mended
+from experiments.harness.shards import Incomplete
 from experiments.run import run
+from keyanon import runner
 from keyanon.channel import whole
 from keyanon.errors import BadData
 from keyanon.types import Embeddings, Image, Mask, Scores
@@ -251,3 +253,41 @@ def test_after_any_history_a_run_gives_what_it_gives_in_an_empty_folder(tmp_path
             suppress_health_check=list(hypothesis.HealthCheck),
         ),
     )  # fmt: skip
+
+
+def test_a_picture_replaced_in_the_middle_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number, id in enumerate("abc"):
+        smooth_picture(number, SIZE).save(pictures / f"{id}.png")
+    generate = runner.generate
+
+    def replacing(*given, **named):
+        generate(*given, **named)
+        smooth_picture(9, SIZE).save(pictures / "b.png")
+
+    monkeypatch.setattr(runner, "generate", replacing)
+    found = outcome(configured(pictures, tmp_path / "runs"))
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert found == outcome(configured(pictures, tmp_path / "fresh"))
+
+
+def test_pictures_that_never_rest_end_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    numbers = iter(range(100))
+    generate = runner.generate
+
+    def replace() -> None:
+        smooth_picture(next(numbers), SIZE).save(tmp_path / "pictures" / "a.png")
+
+    def replacing(*given, **named):
+        generate(*given, **named)
+        replace()
+
+    replace()
+    monkeypatch.setattr(runner, "generate", replacing)
+    with pytest.raises(Incomplete, match="1 pictures, such as a, change while the run goes on"):
+        outcome(configured(tmp_path / "pictures", tmp_path / "runs"))

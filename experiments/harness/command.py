@@ -8,6 +8,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 
 import hydra
@@ -22,11 +23,12 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.harness.errors import FACES_IN_CLEAR, SKIPPED, FacesInClear, is_full_disk, user_error
 from experiments.harness.names import check_table_name
 from experiments.harness.settings import check
-from experiments.harness.shards import FailedShard
+from experiments.harness.shards import FailedShard, Incomplete
 
 log = logging.getLogger(__name__)
 
 FAILED = 1  # exit code
+TRIES = 3  # of a run whose pictures change while it goes on
 CHECKOUT = Path(__file__).resolve().parents[2]
 # Of what a sweep can vary, that which no row's name has: it is a column, a table, or a part of one cell.
 NOT_IN_ROW_NAMES = {"anonymizer", "dataset", "experiment", "name", "runs", "shard", "allow_faces_in_clear"}
@@ -113,11 +115,14 @@ def start(cfg: DictConfig, run: Run) -> int:
 
 
 def mended(work: Callable[[], object]) -> None:
-    """Do work that goes on where it was; a stored file that turns out to be damaged is named, removed and made again, once."""
+    """Do work that goes on where it was: again, where a stored file is damaged or pictures changed in the meantime.
+
+    A damaged file is named and removed, and made again, once.
+    """
     from keyanon.parts import Damaged
 
     removed: set[Path] = set()
-    while True:
+    for tries in count(1):
         try:
             work()
             return
@@ -127,6 +132,9 @@ def mended(work: Callable[[], object]) -> None:
             log.warning("%s; it was removed", damage)
             damage.path.unlink(missing_ok=True)
             removed.add(damage.path)
+        except Incomplete:
+            if tries == TRIES:
+                raise
 
 
 def tell_of_other_place(runs: Path, name: str) -> None:

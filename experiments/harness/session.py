@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.harness import preflight, provenance, results
 from experiments.harness.meaning import Meanings
 from experiments.harness.names import file_name
-from experiments.harness.shards import FailedShard, Shards, numbers, one_line, sharded, until_unchanged
+from experiments.harness.shards import FailedShard, Incomplete, Shards, numbers, one_line, sharded, until_unchanged
 from experiments.harness.statistics import write_parquets
 from experiments.harness.tracking import Tracker, shown_outside
 from keyanon import runner
@@ -360,25 +360,19 @@ def parts_in(folder: Path) -> set[Path]:
     return set(folder.rglob("*.parquet")) - {folder / name for name in results.KEPT}
 
 
-class Incomplete(Exception):
-    """Pictures of shards that were done, and of which something is lost."""
-
-    def __init__(self, ids: Sequence[str]) -> None:
-        super().__init__(ids)
-        self.ids = ids
-
-
 def publish_complete(
     session: Session, cell: Cell, conclude: Callable[[Sequence[str]], Result | None], done: Sequence[str]
 ) -> bool:
-    """As `publish`; a shard of which something is lost counts as missing from now on, and is named."""
+    """As `publish`; a shard of which something is lost counts as missing from now on. Raises Incomplete if it is this one."""
     try:
         return publish(session, cell, conclude, done)
     except Incomplete as lost:
         for shard in done:
             if here := set(lost.ids) & set(sharded(cell.ids, shard)):
-                log.warning("%s: shard %s has lost what it made of %d pictures", cell.folder, shard, len(here))
+                log.warning("%s: shard %s has not all it made of %d pictures", cell.folder, shard, len(here))
                 cell.shards.path(shard).unlink(missing_ok=True)
+        if set(lost.ids) & set(sharded(cell.ids, session.cfg.shard)):
+            raise
         return False
 
 

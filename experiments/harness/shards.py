@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from hydra.errors import CompactHydraException
 
 from keyanon.channel.whole import write_whole
-from keyanon.errors import BadSetting
+from keyanon.errors import BadSetting, UserError
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +109,17 @@ class Shards:
             for shard, status in self.read().items()
             if status["state"] != DONE
         ]
+
+
+class Incomplete(UserError):
+    """Pictures of shards that were done, and of which something is lost or their files have changed since."""
+
+    def __init__(self, ids: Sequence[str]) -> None:
+        super().__init__(ids)
+        self.ids = ids
+
+    def __str__(self) -> str:
+        return f"{len(self.ids)} pictures, such as {self.ids[0]}, change while the run goes on; start it again when they do not"
 
 
 class FailedShard(CompactHydraException):
