@@ -71,7 +71,8 @@ def network(folder: Path, pictures: Pictures, heldout: Bytes, batch: int) -> Par
         a, s = abar[t].sqrt().view(-1, 1, 1, 1), (1 - abar[t]).sqrt().view(-1, 1, 1, 1)
         with autocast(device):
             predicted = net((a * z0 + s * noise).contiguous(memory_format=torch.channels_last), t).sample
-        return (weight * (predicted.float() - (a * noise - s * z0)).square()).mean()
+        mean: Tensor = (weight * (predicted.float() - (a * noise - s * z0)).square()).mean()
+        return mean
 
     def timesteps(uniform: Tensor) -> Tensor:
         return ((strata + uniform) / batch * len(abar)).long().clamp(max=len(abar) - 1)
@@ -129,7 +130,8 @@ def decoder(folder: Path, pictures: Pictures, heldout: Bytes, batch: int) -> Par
         decoded = decode(begun)
         read = encode(decoded[batch:].clamp(-1, 1) + rounding)
         missed = (read - drawn).square().mean((1, 2, 3)).add(1e-8).sqrt().mean()
-        return (decoded[:batch] - images).abs().mean() + apart + missed
+        total: Tensor = (decoded[:batch] - images).abs().mean() + apart + missed
+        return total
 
     @torch.no_grad()
     def measure() -> dict[str, float]:

@@ -5,6 +5,7 @@ reads and writes what the convolutions have. Sums are in fp32.
 """
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from torch.nn.functional import silu
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def norm_forward(
+def norm_forward(  # type: ignore[no-untyped-def]
     x, y, w, b, mean, rstd, eps, C, HW, G, GS, HB: tl.constexpr, GB: tl.constexpr, SB: tl.constexpr, SILU: tl.constexpr
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Of one picture, GB groups of GS channels over HW cells; blocks are HB x GB x SB, powers of two."""
     n = tl.program_id(0)
     g = tl.program_id(1) * GB + tl.arange(0, GB)
@@ -43,9 +44,9 @@ def norm_forward(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def norm_backward(
+def norm_backward(  # type: ignore[no-untyped-def]
     x, dy, dx, w, b, mean, rstd, dw, db, C, HW, G, GS, HB: tl.constexpr, GB: tl.constexpr, SB: tl.constexpr, SILU: tl.constexpr
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Gradients of x, and of w and b for each picture by itself."""
     n = tl.program_id(0)
     g = tl.program_id(1) * GB + tl.arange(0, GB)
@@ -114,8 +115,9 @@ class FusedNorm(torch.nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         cells = x.flatten(2).transpose(1, 2).contiguous()  # no copy of a channels-last map
-        y: Tensor = NormSiLU.apply(cells, self.weight, self.bias, self.num_groups, self.eps, self.silu)
-        return y.transpose(1, 2).unflatten(2, x.shape[2:])
+        fused: Callable[..., Tensor] = NormSiLU.apply
+        y = fused(cells, self.weight, self.bias, self.num_groups, self.eps, self.silu).transpose(1, 2)
+        return y.reshape(x.shape)
 
 
 def fuse(net: UNet2DModel) -> None:
@@ -135,5 +137,6 @@ def block(self: ResnetBlock2D, x: Tensor, temb: Tensor) -> Tensor:
     """ResnetBlock2D.forward, with SiLU within the norms: no resampling, no dropout, time added between the convolutions."""
     hidden = self.conv1(self.norm1(x)) + self.time_emb_proj(silu(temb))[:, :, None, None]
     hidden = self.conv2(self.norm2(hidden))
-    shortcut: Tensor = x if self.conv_shortcut is None else self.conv_shortcut(x)
-    return shortcut + hidden
+    shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
+    together: Tensor = shortcut + hidden
+    return together

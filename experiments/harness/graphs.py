@@ -70,10 +70,10 @@ class Fit:
         self._optimizer = torch.optim.AdamW(
             self.parameters, lr=self._rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True, capturable=on_gpu
         )
+        self._graph: torch.cuda.CUDAGraph | None = None
         if on_gpu:
             self._graph = self._recorded()
         else:
-            self._graph = None
             self._warm()
 
     def run(self, rate: float, toward: float, steps: int) -> None:
