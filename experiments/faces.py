@@ -126,7 +126,8 @@ def main() -> None:
     nearest = nearest_cosine(drawn, aligned["training"])
 
     shuffled = np.random.default_rng(args.seed).permutation(len(aligned["training"]))
-    half = len(aligned["held out"])
+    # as many real pictures as samples, where there are fewer of these: the distance falls with their number
+    half = min(len(samples), len(aligned["held out"]))
     reconstructed = to_floats(to_bytes(model.decode(model.encode(to_floats(heldout)))))
     everywhere = torch.ones(len(heldout), 1, SIDE, SIDE, dtype=torch.bool)
     back = embed(fixed, to_bytes(reconstructed), "held out, reconstructed")
@@ -157,7 +158,7 @@ def main() -> None:
         report["bundled"] = {"kept": len(chosen), **rule}
         write_faces(args.out, samples, chosen)
     write_whole(args.report / "report.json", json.dumps(report, indent=2).encode() + b"\n")
-    contact_sheet({f"{c}": list(samples[c:64:8]) for c in range(8)}, args.report / "samples.png")
+    contact_sheet({f"{c}": list(samples[c:64:8]) for c in range(8)}, args.report / "samples.webp")
     print(json.dumps(report, indent=2))
 
 

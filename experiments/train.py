@@ -33,7 +33,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from omegaconf import DictConfig
 from torch import Tensor
 
-from experiments.harness.training import Task, fit, load_pictures
+from experiments.harness.training import Task, fit, halved, load_pictures
 from keyanon.channel.pixels import to_floats
 from keyanon.types import Bytes, Image
 
@@ -148,12 +148,6 @@ def load_agreeing(net: Any, trained: Mapping[str, Tensor]) -> None:
     agreeing = {name: value for name, value in trained.items() if shapes.get(name) == value.shape}
     net.load_state_dict(agreeing, strict=False)
     log.info("%d of %d tensors begin with trained weights", len(agreeing), len(shapes))
-
-
-def halved(net: Any) -> Any:
-    half = type(net).from_config(net.config)
-    half.load_state_dict(net.state_dict())
-    return half.to(torch.float16)
 
 
 @hydra.main(config_path="../conf/train", config_name=None, version_base="1.3")

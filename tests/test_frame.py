@@ -141,6 +141,8 @@ def test_no_path_of_a_machine_and_no_registry_is_tracked():
     found = {}
     for path in FILES:
         data = path.read_bytes()
+        if path.suffix == ".safetensors":  # text is in the header alone, and the numbers are long to search
+            data = data[: 8 + int.from_bytes(data[:8], "little")]
         if hits := MACHINE_PATH.findall(data) + [match.group() for match in REGISTRY.finditer(data)]:
             found[str(path.relative_to(ROOT))] = hits
     assert found == {}

@@ -21,7 +21,18 @@ ROOMS = [
     {"parts", "sources", "run_folder", "runner"},
 ]
 MOVED = {"block_dct"}  # the old place of a class, which the files of earlier models name
-COMMANDS = {"run", "tables", "security", "gaussianity", "diversity", "train", "train_proface_s", "faces", "keys"}
+COMMANDS = {
+    "run",
+    "tables",
+    "security",
+    "gaussianity",
+    "diversity",
+    "train",
+    "train_gpu",
+    "train_proface_s",
+    "faces",
+    "keys",
+}
 LIGHT = [
     "keyanon",
     "keyanon.errors",

@@ -88,7 +88,11 @@ def test_the_old_name_of_a_bundled_model_is_told_the_new_one():
 
 def test_a_bundled_model_that_is_none_is_told_those_there_are():
     assert LatentDiffusion("bundled:faces128").missing() is None
-    assert LatentDiffusion("bundled:faces").missing().endswith("no such model; it has faces128, faces128_kl")
+    assert (
+        LatentDiffusion("bundled:faces")
+        .missing()
+        .endswith("no such model; it has faces128, faces128_kl, faces128_large, faces128_vq")
+    )
 
 
 def test_missing_model_says_what_and_how(monkeypatch):

@@ -19,11 +19,11 @@ FONT_SIZE = 14
 
 
 def contact_sheet(columns: Mapping[str, Sequence[Tensor]], path: Path) -> None:
-    """Write a labelled grid as PNG: a column for each view, a row for each picture, every pixel as it is.
+    """Write a labelled grid: a column for each view, a row for each picture; as PNG every pixel as it is.
 
     Args:
         columns: pictures (3 h w, uint8) of each view, the same ones in the same order.
-        path: the PNG; its folder is made if it does not exist.
+        path: a PNG, or a smaller, lossy WebP by its suffix; its folder is made if it does not exist.
 
     Raises:
         ValueError: no pictures, or a view has more of them than another.
@@ -50,7 +50,7 @@ def contact_sheet(columns: Mapping[str, Sequence[Tensor]], path: Path) -> None:
             sheet.paste(pixels, (left + (widths[view] - pixels.width) // 2, top + row * (height + GAP)))
         left += widths[view] + GAP
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
+    sheet.save(buffer, path.suffix[1:], quality=85)  # of WebP; PNG has none
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, buffer.getvalue())
 

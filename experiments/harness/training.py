@@ -38,18 +38,31 @@ def load_pictures(root: str, size: int, heldout: str) -> tuple[Bytes, Bytes]:
 
 
 def augment(images: Image, scale: tuple[float, float], shift: float, generator: torch.Generator) -> Image:
-    """Mirror half of the pictures; zoom and shift all a little, mirroring what lies beyond the border.
-
-    Mirroring pixels, before the transform, gives the odd horizontal DCT columns their sign by itself.
-    """
+    """Mirror half of the pictures; zoom and shift all a little, mirroring what lies beyond the border."""
     b = images.shape[0]
     zoom = torch.empty(b).uniform_(*scale, generator=generator)
     flip = torch.randint(0, 2, (b,), generator=generator) * 2.0 - 1
-    theta = torch.zeros(b, 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1] = flip / zoom, 1 / zoom
-    theta[:, :, 2] = torch.empty(b, 2).uniform_(-2 * shift, 2 * shift, generator=generator)
-    grid = affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
+    move = torch.empty(b, 2).uniform_(-2 * shift, 2 * shift, generator=generator)
+    return moved(images, *(drawn.to(images.device) for drawn in (zoom, flip, move)))
+
+
+def moved(images: Image, zoom: Tensor, flip: Tensor, move: Tensor) -> Image:
+    """Each picture enlarged by `zoom` (b), mirrored where `flip` (b) is -1 and moved by `move` (b 2), in half widths.
+
+    Mirroring pixels, before the transform, gives the odd horizontal DCT columns their sign by itself.
+    """
+    theta = torch.zeros(len(images), 2, 3, device=images.device)
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = flip / zoom, 1 / zoom, move
+    grid = affine_grid(theta, list(images.shape), align_corners=False)
     return grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def halved(net: Any) -> Any:
+    """A copy on the CPU in half precision; its config does not say where on this machine the network was read."""
+    config = {name: value for name, value in net.config.items() if name != "_name_or_path"}
+    half = type(net).from_config(config)
+    half.load_state_dict(net.state_dict())
+    return half.to(torch.float16)
 
 
 @dataclass
