@@ -5,6 +5,7 @@ read again when its inode, size or times differ from those it had when it was re
 """
 
 import hashlib
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -39,7 +40,8 @@ class Digests:
         if stamp != after:
             raise BadPicture(f"{source.path} changed while it was read; start again when it is whole")
         if time.time_ns() - max(map(int, stamp.split(":")[2:4])) > RACY:
-            self._fresh[stamp] = digest
+            with self._lock:
+                self._fresh[stamp] = digest
         return digest
 
     def known(self, source: Source) -> str | None:
@@ -49,10 +51,15 @@ class Digests:
 
     def keep(self) -> None:
         """Write down what is new."""
-        rows = [{"stamp": stamp, "sha256": digest} for stamp, digest in self._fresh.items()]
+        with self._lock:  # other threads may be reading files
+            self._known.update(self._fresh)
+            rows = [{"stamp": stamp, "sha256": digest} for stamp, digest in self._fresh.items()]
+            self._fresh.clear()
         write_part(self.folder, pa.Table.from_pylist(rows, DIGEST_SCHEMA))
-        self._known.update(self._fresh)
-        self._fresh.clear()
+
+    @cached_property
+    def _lock(self) -> threading.Lock:
+        return threading.Lock()
 
     @cached_property
     def _known(self) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -206,6 +207,21 @@ def test_long_names_and_slashes_are_told_apart(tmp_path):
 
 
 # Digests of pictures' files
+
+
+def test_no_digest_is_lost_while_others_are_written_down(tmp_path, monkeypatch):
+    monkeypatch.setattr("keyanon.sources.RACY", -(10**18))
+    paths = [tmp_path / f"{i}.png" for i in range(300)]
+    for path in paths:
+        path.write_bytes(path.name.encode())
+    digests = Digests(tmp_path / "contents")
+    with ThreadPoolExecutor(4) as pool:
+        reading = [pool.submit(digests.of, Source(path)) for path in paths]
+        while not all(each.done() for each in reading):
+            digests.keep()
+    digests.keep()
+    again = Digests(tmp_path / "contents")
+    assert [again.known(Source(path)) for path in paths] == [each.result() for each in reading]
 
 
 def test_a_file_is_read_again_only_if_it_may_have_changed(tmp_path, monkeypatch):
