@@ -7,6 +7,7 @@ import argparse
 import getpass
 import logging
 import os
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -77,10 +78,9 @@ def password_key(variable: str, salt: str | None, kept: str | None, passes: int,
     """
     where = "key.salt" if salt is not None else f"key.kept: {kept}"
     salt = salt_of_run(Path(kept)) if salt is None and kept is not None else salt
-    try:
-        recipe = Recipe(bytes.fromhex(salt or ""), passes, memory, lanes)
-    except ValueError:
-        raise BadKey(f"{where}: expected {2 * SALT_BYTES} hex digits, found {salt!r}") from None
+    if not re.fullmatch(f"[0-9a-fA-F]{{{2 * SALT_BYTES}}}", salt or ""):
+        raise BadKey(f"{where}: expected {2 * SALT_BYTES} hex digits, found {salt!r}")
+    recipe = Recipe(bytes.fromhex(str(salt)), passes, memory, lanes)
     if variable not in os.environ and not sys.stdin.isatty():
         raise BadKey(f"key=password: no password; set the environment variable {variable}, or start from a terminal")
     return recipe.derive(os.environ[variable] if variable in os.environ else asked_password())

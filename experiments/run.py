@@ -96,6 +96,8 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
         lacking = runner.unscored(files, pictures, views, ids, names)
         if lacking := lacking or runner.unscored(files, pictures, [ANONYMIZED], ids, [runner.IN_CLEAR]):
             raise Incomplete(lacking)
+        for view in views:
+            files.check(view, ids, session.digests)
         enrolled = session.enrol(ids, session.dataset.gallery)
         session.score_originals(ids)
         own, made = (at.scores(ids).to_pandas() for at in (session.originals, files))
@@ -115,7 +117,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
         show(session, [cell])
     if in_clear:
         message = in_clear_message(cell, in_clear)
-        if method.about.kind != "control" and not cfg.allow_faces_in_clear:
+        if not (method.about.publishes_faces or cfg.allow_faces_in_clear):
             raise FacesInClear(message)
         log.warning(message)
     return cell.folder

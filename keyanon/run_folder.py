@@ -30,7 +30,8 @@ from keyanon.channel.pixels import png_bytes, read_png, to_floats
 from keyanon.channel.whole import write_whole
 from keyanon.finite import bounded, within
 from keyanon.parts import Damaged, read_parts, write_part
-from keyanon.types import Bytes, Image, Picture, PictureBytes, Place, Published, Scores
+from keyanon.sources import Digests
+from keyanon.types import BadPicture, Bytes, Image, Picture, PictureBytes, Place, Published, Scores, Source
 
 ORIGINAL, MASK, ANONYMIZED, RECOVERED = "original", "mask", "anonymized", "recovered"
 CLEAN = "clean"  # of embeddings: originals and gallery alike
@@ -69,16 +70,18 @@ class RunFiles:
         folder: where they are.
         contents: by id the digest of the picture's bytes; an id that is not in it is of no bytes in particular.
         made_by: by the name of a view, scorer or recognizer the signature of what makes it, where the folder's name does not say.
+        apart: keep files of one id and different contents beside each other, as runs on two datasets at once need it.
     """
 
     folder: Path
     contents: Mapping[str, str] = field(default_factory=dict)
     made_by: Mapping[str, str] = field(default_factory=dict)
+    apart: bool = False
 
     # Files
 
     def path(self, view: str, id: str, suffix: str = ".png") -> Path:
-        return self.folder / view / file_name(id, suffix)
+        return self.folder / view / file_name(f"{id}~{self.contents.get(id, '')}" if self.apart else id, suffix)
 
     def has(self, view: str, id: str, suffix: str = ".png") -> bool:
         """Whether the file is there that today's question asks for, as far as its size tells."""
@@ -127,6 +130,18 @@ class RunFiles:
         if digest(data) not in {written.sha256 for written in self._wanted(view, id)}:
             raise Damaged(path)
         return data
+
+    def check(self, view: str, ids: Sequence[str], digests: Digests) -> None:
+        """Raise Damaged if a file is not what was written; files are read if they may have changed since they were read last."""
+        for id in ids:
+            path = self.path(view, id)
+            try:
+                found = digests.of(Source(path))
+            except BadPicture:
+                raise Damaged(path) from None
+            if not any(written.sha256.startswith(found) for written in self._wanted(view, id)):
+                raise Damaged(path)
+        digests.keep()
 
     def write_all(
         self,

@@ -72,6 +72,7 @@ class About:
         weights_licence: of what it runs on; "-" for no weights.
         source: paper or repository.
         measures: what the method takes down while publishing (`Published.measured`), by name, and what it means.
+        publishes_faces: a control that leaves faces in clear on purpose: a run says so, and does not fail.
     """
 
     kind: Literal["control", "irreversible", "keyless", "keyed"]
@@ -82,6 +83,7 @@ class About:
     weights_licence: str
     source: str
     measures: Mapping[str, "Measure"] = field(default_factory=dict)
+    publishes_faces: bool = False
 
     @staticmethod
     def irreversible(code_licence: str, weights_licence: str, source: str) -> "About":

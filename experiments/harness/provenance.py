@@ -35,6 +35,16 @@ PACKAGES = (
     "insightface",
     "numpy",
     "pillow",
+    "scipy",
+    "scikit-image",
+    "dlib-bin",
+    "dlib",
+    "face_recognition_models",
+    "torchvision",
+    "opencv-python",
+    "opencv-python-headless",
+    "transformers",
+    "safetensors",
 )
 
 

@@ -30,6 +30,7 @@ from experiments.harness.command import CHECKOUT
 from experiments.harness.layout import BITS, METHODS, latex, markdown, sections, titles
 from experiments.harness.meaning import Meanings, read_meanings
 from experiments.harness.paper import CELL, Reference, read_paper
+from experiments.harness.provenance import PRESENTATION
 from keyanon.channel.whole import write_whole
 from keyanon.errors import BadData, MissingData
 from keyanon.parts import Damaged
@@ -176,10 +177,10 @@ def verdict(ours: float | None, theirs: Reference | None) -> str:
 def latest_cells(folder: Path) -> dict[Path, int]:
     """The finished cells of an experiment, the latest of each dataset and row, and when they were finished."""
     cells: dict[tuple[str, str], tuple[int, Path]] = {}
-    for when, path in sorted((path.stat().st_mtime_ns, path) for path in folder.glob("*/run.json")):
-        about = read_about(path.parent)
-        cells[about["dataset"], about["anonymizer"]] = when, path.parent
-    return {path: when for when, path in cells.values()}
+    abouts = {path.parent: read_about(path.parent) for path in folder.glob("*/run.json")}
+    for run, about in sorted(abouts.items(), key=lambda item: (item[1].get("finished", 0), item[0])):
+        cells[about["dataset"], about["anonymizer"]] = about.get("finished", 0), run
+    return {run: when for when, run in cells.values()}
 
 
 def collect(runs: Sequence[Path], experiment: str) -> pd.DataFrame:
@@ -205,12 +206,21 @@ def collect(runs: Sequence[Path], experiment: str) -> pd.DataFrame:
 def notes_of_mixed(abouts: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a reader must know where rows of one table were made by different versions of the same code or package."""
     versions = defaultdict[str, set[str]](set)
+    settings = defaultdict[str, set[str]](set)  # of one dataset
     for about in abouts:
         question = about.get("question", {})
         for name, version in {**question.get("code", {}), **question.get("packages", {})}.items():
             versions[name].add(version)
-    mixed = sorted(name for name, found in versions.items() if len(found) > 1)
-    return [f"rows of different versions of {', '.join(mixed)}"] if mixed else []
+        of_dataset = {f"dataset.{name}": value for name, value in question.get("dataset", {}).items()}
+        asked = {**of_dataset, **about.get("made_by", {}), "pictures": about.get("contents", "")}
+        for name, value in asked.items():
+            if name.partition(".")[2] not in PRESENTATION:
+                settings[f"{about['dataset']}: {name}"].add(json.dumps(value))
+    return [
+        f"rows of different {what}{', '.join(mixed)}"
+        for what, seen in (("versions of ", versions), ("", settings))
+        if (mixed := sorted(name for name, found in seen.items() if len(found) > 1))
+    ]
 
 
 def collect_scores(runs: Sequence[Path]) -> pd.DataFrame:

@@ -29,7 +29,7 @@ from keyanon import runner
 from keyanon.channel.whole import write_whole
 from keyanon.errors import BadData
 from keyanon.faces.finding import Finder
-from keyanon.faces.layouts import IN_SUBFOLDERS
+from keyanon.faces.layouts import IN_SUBFOLDERS, OF_OTHER_KINDS
 from keyanon.faces.renaming import Renamed
 from keyanon.measures.biometrics import Statistic
 from keyanon.measures.scorers import Against
@@ -53,6 +53,7 @@ log = logging.getLogger(__name__)
 
 SHOWN_SKIPPED = 10
 SHOWN_DIFFERENCES = 5
+OUTDATED = "outdated"  # files of a cell that are of no picture of today
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ class Session:
 
     @cached_property
     def originals(self) -> RunFiles:
-        """The clean pictures and the faces on them, shared by all runs on this dataset with this parser."""
-        return RunFiles(self._originals, self.contents, self.made_by)
+        """The clean pictures and the faces on them, shared by all runs on this dataset with this parser, wherever it lies."""
+        return RunFiles(self._originals, self.contents, self.made_by, apart=True)
 
     @cached_property
     def _originals(self) -> Path:
@@ -293,7 +294,12 @@ def tell_passed_over(dataset: Dataset | None) -> None:
     """Say what a dataset's folder holds besides its pictures; pictures that nobody left out on purpose count as skipped."""
     counts: Mapping[str, int] = dataset.passed_over if isinstance(dataset, ListsFolder) else {}
     for kind, count in counts.items():
-        log.warning("not read: %d %s", count, kind, extra={"skipped": count if kind == IN_SUBFOLDERS else 0})
+        log.warning(
+            "not read: %d %s",
+            count,
+            kind,
+            extra={"skipped": count if kind.startswith((IN_SUBFOLDERS, OF_OTHER_KINDS)) else 0},
+        )
 
 
 def fill(
@@ -397,6 +403,9 @@ def publish(
     log.info("%d of %d pictures skipped, all listed in %s", len(there) - len(ids), len(there), folder / "skipped.csv")
     if (result := conclude(ids)) is None:
         return False
+    of_pictures = combined(f"{id} {cell.contents[id]}" for id in ids)
+    for line in [*pictures_replaced(cell, of_pictures), *moved_aside(session, cell, there, skipped)]:
+        log.warning(line)
     statistics = write_parquets(folder, result.statistics, result.scores)
     lacking = [f"{shard} ({status['state']})" for shard, status in statuses.items() if shard not in done]
     record = {
@@ -409,6 +418,9 @@ def publish(
         "seconds": sum(statuses[shard]["seconds"] for shard in done),
         "costs": cell.files.costs(ids),
         "pictures": len(ids),
+        "contents": of_pictures,
+        "made_by": cell.made_by,
+        "finished": time.time_ns(),
         "batch_size": cfg.batch_size,
         "device": torch.device(cfg.device).type,
         **provenance.record(),
@@ -423,6 +435,34 @@ def publish(
     )
     track(session, cell, record, statistics, result)
     return True
+
+
+def pictures_replaced(cell: Cell, of_pictures: str) -> list[str]:
+    """A line if the row was of other pictures before."""
+    if not (cell.folder / "run.json").is_file():
+        return []
+    before = results.read_about(cell.folder)
+    same = before["contents"] == of_pictures
+    return [] if same else [f"{cell.folder}: was of other pictures ({before['pictures']}), whose results it replaces"]
+
+
+def moved_aside(session: Session, cell: Cell, there: Sequence[str], skipped: Mapping[str, str]) -> list[str]:
+    """Move the files of pictures that are gone, changed or skipped out of the views; a line if there are any.
+
+    Those of pictures that were not asked for this time stay.
+    """
+    files, asked, moved = cell.files, set(there), 0
+    for view in files.views():
+        named = {files.path(view, id).name: id for id in session.dataset.ids}
+        for path in sorted((cell.folder / view).glob("*.png")):
+            id = named.get(path.name)
+            if id is None or (id in asked and (id in skipped or not files.has(view, id))):
+                (cell.folder / OUTDATED / view).mkdir(parents=True, exist_ok=True)
+                path.replace(cell.folder / OUTDATED / view / path.name)
+                moved += 1
+    return (
+        [f"{moved} files of pictures that are gone or skipped now: moved to {cell.folder / OUTDATED}"] if moved else []
+    )
 
 
 def track(session: Session, cell: Cell, record: Mapping[str, Any], statistics: pd.DataFrame, result: Result) -> None:

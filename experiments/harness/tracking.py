@@ -23,8 +23,11 @@ from keyanon.types import Dataset, Synthetic
 SECRET = re.compile(r"key|pass|secret|token|credential|auth|seed|salt|nonce", re.IGNORECASE)
 PLACE = re.compile(r"(^|_)(path|root|dir|folder|file|home|cache)s?($|_)", re.IGNORECASE)
 PATH_LIKE = re.compile(r"~|\.{0,2}[/\\]|[A-Za-z]:[/\\]|file:")
-VALUE_IN_ROW = re.compile(r"""=('.*'|".*"|\[.*\]|\{.*\}|[^,]*)""")  # rather too much of a row's name than too little
+VALUE_IN_ROW = re.compile(
+    r"""([\w.]+)=('.*'|".*"|\[.*\]|\{.*\}|[^,]*)"""
+)  # rather too much of a row's name than too little
 REMEDY = "pip install 'keyanon[wandb]', or run with wandb=off"
+PICTURES = ("anonymizer.anonymized", "anonymizer.recovered", "anonymizer.target")  # folders and files of the user
 LONGEST_NAME = 128  # characters that wandb shows
 
 Pictures = Literal["none", "anonymized", "all"]
@@ -111,7 +114,13 @@ def wandb_id(signature: str) -> str:
 
 def without_places(text: str) -> str:
     """A row's name without the places on a disk that it may tell of."""
-    return VALUE_IN_ROW.sub(lambda value: "=..." if set(value[1]) & set("/\\~") else value[0], text)
+
+    def shown(setting: re.Match[str]) -> str:
+        name, value = setting.groups()
+        hidden = set(value) & set("/\\~") or PLACE.search(name.rpartition(".")[2]) or name in PICTURES
+        return f"{name}=..." if hidden else setting[0]
+
+    return VALUE_IN_ROW.sub(shown, text)
 
 
 def shown_outside(pictures: Pictures | None, dataset: Dataset) -> Pictures:

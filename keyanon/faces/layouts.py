@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import PIL.Image
+
 from keyanon.errors import BadData, BadPicture, MissingData
 from keyanon.types import Source
 
@@ -15,6 +17,7 @@ SUFFIXES = (
     ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp", ".avif", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".mpo",
 )  # fmt: skip
 IN_SUBFOLDERS = "pictures in subfolders"
+OF_OTHER_KINDS = "pictures of a kind that is not read, with the suffix"
 
 
 def person(id: str) -> str:
@@ -138,7 +141,9 @@ def passed_over(root: str | None, pictures: Iterable[str]) -> dict[str, int]:
         if member.path.name.startswith("."):
             continue
         if not is_picture(member.path.name):
-            counts[f"files with the suffix {member.path.suffix or 'none'}"] += 1
+            suffix = member.path.suffix or "none"
+            known = PIL.Image.registered_extensions().get(suffix.lower()) in PIL.Image.OPEN
+            counts[f"{OF_OTHER_KINDS} {suffix}" if known else f"files with the suffix {suffix}"] += 1
         elif member.path.stem not in wanted:
             counts["pictures that the list leaves out"] += 1
     for folder, folders, names in os.walk(place):

@@ -92,7 +92,7 @@ class Renamed:
         writer.writerows((id, name) for name, id in sorted(self._ids.items()))
         data = buffer.getvalue().encode("utf-8", "surrogateescape")
         path = self.names / f"{sha256(data).hexdigest()[:12]}.csv"
-        if not path.exists():
+        if not path.exists() or path.read_bytes() != data:
             write_whole(path, data)
         return path
 

@@ -23,7 +23,7 @@ class Identity:
 
     @property
     def about(self) -> About:
-        return About("control", "-", None, None, "-", "-", "-")
+        return About("control", "-", None, None, "-", "-", "-", publishes_faces=True)
 
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         return Published(to_bytes(images).cpu(), (b"",) * len(ids))

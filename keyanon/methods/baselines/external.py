@@ -136,11 +136,14 @@ class External:
         return [self.command]
 
     def sources(self, id: str) -> list[Source]:
-        """The program's scripts and checkpoints, as far as command and `needs` name them."""
+        """The program: all Python files of `folder`, and what command and `needs` name, all files of folders among it."""
+        home = Path(self.folder or "")
         words = [*self.needs, *(word for command in self.commands for word in command)]
-        found = [Path(self.folder or "") / word for word in words if "{" not in word]
-        found += [Path(program) for command in self.commands if (program := shutil.which(command[0]))]
-        return [Source(path) for path in dict.fromkeys(found) if path.is_file()]
+        named = [home / word for word in words if "{" not in word]
+        named += [Path(program) for command in self.commands if (program := shutil.which(command[0]))]
+        inside = [file for path in named if path.is_dir() for file in path.rglob("*")]
+        found = [*(home.rglob("*.py") if self.folder else ()), *named, *inside]
+        return [Source(path) for path in sorted(set(found)) if path.is_file()]
 
     def missing(self) -> str | None:
         """What a preflight says where the official code, a checkpoint or a program is not here; None where all are."""

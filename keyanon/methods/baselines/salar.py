@@ -28,7 +28,7 @@ from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import NoiseSchedule
 from keyanon.finite import finite
 from keyanon.methods.baselines.sampling import Level, denoiser, keyed_normals, resized, spread, step
-from keyanon.types import About, FaceParser, Image, Key, Latent, Mask, Picture, Published
+from keyanon.types import About, FaceParser, Image, Key, Latent, Mask, Picture, Published, Source
 from keyanon.weights import Card, MissingWeights, WrongWeights, named, resolve
 
 
@@ -126,6 +126,10 @@ class Salar:
     def wrong_size(self, size: int) -> str | None:
         """What a preflight says of a size that the model cannot take."""
         return self.backbone.wrong_size(self.size)
+
+    def sources(self, id: str) -> list[Source]:
+        """The target's picture."""
+        return [Source(Path(self.target))] if self.target is not None and Path(self.target).is_file() else []
 
     def missing(self) -> str | None:
         """What a preflight says if there is no target picture, None if there is one."""
