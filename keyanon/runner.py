@@ -86,7 +86,7 @@ MEASURES = {
         "detection",
         "",
         "lower",
-        f"faces published in clear: found on the original, or by second_detector on the published picture, and alike there by "
+        f"faces published in clear at their own place: found on the original, or by second_detector on the published picture, and alike by "
         f"{SAME_PICTURE} or more",
     ),
 }

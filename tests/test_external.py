@@ -506,3 +506,14 @@ def test_cells_that_other_files_of_reported_numbers_have_too_agree():
         rivals[cell].paper == other.paper and rivals[cell].tolerance == other.tolerance
         for cell, other in others.items()
     )
+
+
+def test_every_file_of_the_program_decides_its_pictures(method, tmp_path):
+    code = tmp_path / "code"
+    (code / "pretrained" / "deep").mkdir(parents=True)
+    for name in ("helper.py", "driver.sh", "README", "pretrained/w.bin", "pretrained/deep/G.pth"):
+        (code / name).write_text(name)
+    found = {source.path for source in replace(method, needs=["driver.sh", "pretrained"]).sources("1")}
+    named = {code / name for name in ("helper.py", "driver.sh", "pretrained/w.bin", "pretrained/deep/G.pth")}
+    assert named <= found
+    assert code / "README" not in found

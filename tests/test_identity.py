@@ -291,3 +291,103 @@ def test_pictures_that_never_rest_end_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "generate", replacing)
     with pytest.raises(Incomplete, match="1 pictures, such as a, change while the run goes on"):
         outcome(configured(tmp_path / "pictures", tmp_path / "runs"))
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch) -> tuple[Path, Path]:
+    """A folder of three pictures, and one for runs."""
+    monkeypatch.chdir(tmp_path)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number, id in enumerate("abc"):
+        smooth_picture(number, SIZE).save(pictures / f"{id}.png")
+    return pictures, tmp_path / "runs"
+
+
+def cell_of(runs: Path, method: str = "scrambling") -> Path:
+    (folder,) = runs.glob(f"tiny/folder-{method}*")
+    return folder
+
+
+def test_every_run_looks_at_the_bytes_of_its_files(folders, caplog):
+    pictures, runs = folders
+    cfg = configured(pictures, runs)
+    first = outcome(cfg)
+    for view in ("anonymized", "recovered", "wrong_key"):
+        path = cell_of(runs) / view / "b.png"
+        data = path.read_bytes()
+        path.write_bytes(damaged(data, "flipped", len(data) // 2))
+        assert outcome(cfg) == first
+        assert path.read_bytes() == data
+        assert f"{path} is damaged or lost" in caplog.text
+
+
+def test_no_file_stays_of_a_picture_that_is_gone_changed_or_was_not_asked_for(folders, caplog):
+    pictures, runs = folders
+    outcome(configured(pictures, runs))
+    (pictures / "a.png").unlink()
+    (pictures / "b.png").write_text("no picture")
+    smooth_picture(7, SIZE).save(pictures / "c.png")
+    outcome(configured(pictures, runs))
+    folder = cell_of(runs)
+    assert [path.name for path in (folder / "anonymized").iterdir()] == ["c.png"]
+    assert sorted(path.name for path in (folder / "outdated" / "anonymized").iterdir()) == ["a.png", "b.png"]
+    assert "was of other pictures (3), whose results it replaces" in caplog.text
+    for number, id in enumerate("abd"):
+        smooth_picture(number, SIZE).save(pictures / f"{id}.png")
+    outcome(configured(pictures, runs, limit=2))
+    assert (folder / "anonymized" / "c.png").exists()  # of a picture that is there, and was not asked for
+    assert outcome(configured(pictures, runs)) == outcome(configured(pictures, runs.with_name("fresh")))
+
+
+def test_two_folders_of_the_same_names_share_what_is_shared_in_peace(folders, caplog):
+    pictures, runs = folders
+    other = pictures.with_name("other")
+    shutil.copytree(pictures, other)
+    smooth_picture(8, SIZE).save(other / "a.png")
+    for _ in range(2):
+        found = [outcome(configured(place, runs, name=place.name)) for place in (pictures, other)]
+        fresh = [outcome(configured(place, runs.with_name("fresh"), name=place.name)) for place in (pictures, other)]
+        assert found == fresh
+    assert "damaged" not in caplog.text
+    assert found[0]["scores"] != found[1]["scores"]
+
+
+def title(runs: Path) -> str:
+    return (runs / "tiny" / "tables" / "tiny.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, None),
+        ({"recognizers.pixel.grid": 4}, "rows of different folder: pixel"),
+        ({"scorers.mae.power": 2}, "rows of different folder: mae"),
+        ({"dataset.size": 40}, "rows of different folder: dataset.size"),
+        ({"dataset.root": "other"}, "rows of different folder: pictures"),
+        ({"limit": 2}, "rows of different folder: pictures"),
+    ],
+    ids=str,
+)
+def test_a_table_of_rows_that_do_not_compare_says_so(folders, changes, told):
+    pictures, runs = folders
+    shutil.copytree(pictures, "other")
+    smooth_picture(8, SIZE).save("other/a.png")
+    outcome(configured(pictures, runs))
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        blurred = compose("config", overrides=[*ASKED, "anonymizer=pixelate"])
+    for name, value in {"dataset.root": str(pictures), "runs": str(runs), **changes}.items():
+        OmegaConf.update(blurred, name, value, force_add=True)
+    run(blurred, CHOICES | {"anonymizer": "pixelate"})
+    assert ("rows of different" in title(runs)) == (told is not None)
+    assert told is None or told in title(runs)
+
+
+def test_the_last_run_of_a_row_counts_whatever_its_files_times_say(folders):
+    pictures, runs = folders
+    outcome(configured(pictures, runs, **{"key.seed": 0}))
+    (older,) = runs.glob("tiny/folder-scrambling*")
+    outcome(configured(pictures, runs, **{"key.seed": 1}))
+    (newer,) = set(runs.glob("tiny/folder-scrambling*")) - {older}
+    os.utime(older / "run.json")
+    assert list(results.latest_cells(runs / "tiny")) == [newer]

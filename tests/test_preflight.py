@@ -60,6 +60,7 @@ def test_shards_are_not_looked_at_one_by_one(monkeypatch):
         ({"solver.steps": "2,2"}, "signflip,solver.steps=2 of bundled in the table default: a value is given twice"),
         ({"experiment": "smoke,quickstart"}, "signflip of bundled in the table t: "),
         ({"solver.steps": "2,3", "name": "a,a/b"}, "name=a/b: it names files and a folder"),
+        ({"runs": "a,b"}, "runs= names one folder for all cells of a sweep"),
     ],
 )
 def test_cells_that_would_be_one_row_and_tables_that_are_no_file_are_refused(swept, told, capsys):

@@ -309,3 +309,10 @@ def test_a_row_of_other_settings_is_not_replaced_without_a_word(command_in_proce
     assert "the row pixelate of bundled in the table tiny was results/runs/tiny/bundled-pixelate-" in line
     assert "anonymizer.filter.block 10 -> 20. To keep both rows, name this run (name=...)" in line
     assert len(list(tmp_path.glob("results/runs/tiny/*/run.json"))) == 2
+
+
+def test_a_sweep_over_the_name_makes_a_table_for_each(command_in_process, faces, tiny_ldm, tmp_path):
+    asked = [each for each in overrides(faces, tiny_ldm, "limit=3") if not each.startswith("name=")]
+    done = command_in_process("--multirun", *asked, "name=one,two")
+    assert done.returncode == SKIPPED, done.stderr
+    assert all((tmp_path / f"results/runs/{name}/tables/{name}.csv").exists() for name in ("one", "two"))

@@ -101,8 +101,9 @@ def album(tmp_path, pictures) -> str:
         (["anonymizer=deface_mosaic", "faces=largest", "allow_faces_in_clear=true"], 0, {"a": 0, "b": 1}),
         (["anonymizer=deface_mosaic", "faces=one_or_skip"], 3, {"a": 0}),
         (["anonymizer=identity"], 0, {"a": 1, "b": 2}),
+        (["anonymizer=blackout", "faces=largest"], 4, {"a": 0, "b": 1}),
     ],
-    ids=["all", "largest", "allowed", "one", "control"],
+    ids=["all", "largest", "allowed", "one", "identity", "control"],
 )
 def test_a_run_counts_faces_and_says_what_is_in_clear(album, tmp_path, command_in_process, settings, code, in_clear_of):
     asked = [

@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.utils import instantiate
 
 from experiments.harness.plots import contact_sheet
-from experiments.harness.tracking import Off, Pictures, Wandb, public_config, wandb_id
+from experiments.harness.tracking import Off, Pictures, Wandb, public_config, wandb_id, without_places
 from keyanon.errors import BadSetting
 from tests.conftest import smooth_picture
 
@@ -188,3 +188,13 @@ def test_a_row_of_any_characters_gets_to_wandb(command_in_process, tmp_path, mon
 def test_another_choice_of_pictures_is_refused():
     with pytest.raises(BadSetting, match=r"wandb\.pictures=faces: expected one of none, anonymized, all"):
         Wandb("offline", "keyanon", "faces")
+
+
+@pytest.mark.parametrize(
+    "setting", ["dataset.root=alice_smith", "anonymizer.target=bob.png", "x.cache_dir=here", "a=/b"]
+)
+def test_a_row_tells_no_place_with_or_without_slashes(setting):
+    assert (
+        without_places(f"signflip,{setting},solver.steps=2")
+        == f"signflip,{setting.partition('=')[0]}=...,solver.steps=2"
+    )

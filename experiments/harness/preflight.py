@@ -64,6 +64,8 @@ class WholeSweep(Callback):
         asked = {each.get_key_element(): each for each in parsed if each.get_key_element() != "shard"}
         swept = row_names(asked, config.hydra)
         problems: list[str] = []
+        if (runs := asked.get("runs")) is not None and runs.is_sweep_override():
+            problems.append("runs= names one folder for all cells of a sweep; start one command for each folder")
         rows: dict[tuple[str, ...], list[str]] = {}
         for cell in map(list, product(*map(choices, asked.values()))):
             cfg = compose(config.hydra.job.config_name, cell, return_hydra_config=True)

@@ -442,7 +442,7 @@ def pictures_replaced(cell: Cell, of_pictures: str) -> list[str]:
     if not (cell.folder / "run.json").is_file():
         return []
     before = results.read_about(cell.folder)
-    same = before["contents"] == of_pictures
+    same = before.get("contents") == of_pictures
     return [] if same else [f"{cell.folder}: was of other pictures ({before['pictures']}), whose results it replaces"]
 
 

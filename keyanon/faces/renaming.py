@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from keyanon.channel.keys import MasterKey, read_key, write_new_key
+from keyanon.channel.keys import BadKey, MasterKey, read_key, write_new_key
 from keyanon.channel.whole import write_whole
 from keyanon.errors import BadPicture, BadSetting
 from keyanon.types import Dataset, ListsFolder, Picture, Source, Synthetic
@@ -128,4 +128,8 @@ def key_of(folder: Path) -> MasterKey:
             pass
         finally:
             drawn.unlink()
-    return read_key(path)
+    try:
+        return read_key(path)
+    except BadKey as error:
+        remedy = f"put it back from a copy, or delete {folder}, and all pictures get new names"
+        raise BadKey(f"{path}: the key of pictures' names cannot be read; {remedy} ({error})") from None
