@@ -86,8 +86,8 @@ MEASURES = {
         "detection",
         "",
         "lower",
-        f"faces published in clear at their own place: found on the original, or by second_detector on the published picture, and alike by "
-        f"{SAME_PICTURE} or more",
+        "faces published in clear at their own place: found on the original, or by second_detector on the published picture, and "
+        f"alike by {SAME_PICTURE} or more",
     ),
 }
 
