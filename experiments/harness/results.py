@@ -262,8 +262,13 @@ def collect_meanings(runs: Sequence[Path]) -> Meanings:
 def write_about(run: Path, about: Mapping[str, Any]) -> None:
     """Write run.json, last of a finished run's files: what was run, and the digests of the files that are its result."""
     told = {**about, "files": {name: sha256(run / name) for name in KEPT if (run / name).is_file()}}
-    text = json.dumps({**told, "sha256": digest(json.dumps(told))}, indent=2)
-    write_whole(run / "run.json", text.encode() + b"\n")
+    write_whole(run / "run.json", signed(told))
+
+
+def signed(about: Mapping[str, Any]) -> bytes:
+    """The one way to write what a run is about, with its digest."""
+    whole = {**about, "sha256": hashlib.sha256(json.dumps(about).encode()).hexdigest()}
+    return json.dumps(whole, indent=2).encode() + b"\n"
 
 
 def read_about(run: Path) -> dict[str, Any]:
@@ -271,12 +276,13 @@ def read_about(run: Path) -> dict[str, Any]:
     path = run / "run.json"
     if not path.is_file():
         raise MissingData(f"{run}: no run.json there; name run folders, as results/runs/<signature>")
+    data = path.read_bytes()
     try:
-        about: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        written = about.pop("sha256")
-    except (ValueError, KeyError, AttributeError, TypeError):
+        about: dict[str, Any] = json.loads(data)
+        del about["sha256"]
+    except (ValueError, KeyError, TypeError):
         raise Damaged(path) from None
-    if digest(json.dumps(about)) != written:
+    if signed(about) != data:
         raise Damaged(path)
     return about
 
@@ -304,7 +310,3 @@ def read_parquet(run: Path, name: str) -> pd.DataFrame:
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
