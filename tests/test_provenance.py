@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -144,6 +144,7 @@ def part(tmp_path_factory) -> Path:
     return path
 
 
+@settings(deadline=None)
 @given(bit=st.integers(0, 10**9))
 def test_no_bit_of_a_part_can_flip_unseen(part, bit):
     data = part.read_bytes()
@@ -158,6 +159,7 @@ def test_no_bit_of_a_part_can_flip_unseen(part, bit):
     assert read_parts(part.parent, SCORE_SCHEMA).num_rows == len(ROWS)
 
 
+@settings(deadline=None)
 @given(length=st.integers(0, 10**6))
 def test_no_part_can_be_cut_unseen(part, length):
     data = part.read_bytes()
@@ -169,6 +171,7 @@ def test_no_part_can_be_cut_unseen(part, length):
         part.write_bytes(data)
 
 
+@settings(deadline=None)
 @given(bit=st.integers(0, 10**9))
 @example(bit=653)  # of an escaped letter, which reads the same
 def test_no_bit_of_a_picture_or_of_run_json_can_flip_unseen(bit):
@@ -190,6 +193,7 @@ def test_no_bit_of_a_picture_or_of_run_json_can_flip_unseen(bit):
                 read()
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=400))
 def test_a_file_is_named_by_its_id_as_far_as_file_systems_allow(id):
     name = file_name(id, ".safetensors")
