@@ -9,10 +9,10 @@ import logging
 import os
 import re
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from keyanon.channel.keys import SALT_BYTES, BadKey, MasterKey, Recipe, read_key, write_key, write_new_key
+from keyanon.channel.whole import write_first
 from keyanon.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -90,11 +90,7 @@ def salt_of_run(path: Path) -> str:
     """The salt in a file, which is drawn where there is none: of processes that do so at once, all get the same."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        drawn = path.with_name(f"{os.urandom(8).hex()}.partial")
-        drawn.write_text(os.urandom(SALT_BYTES).hex() + "\n", encoding="ascii")
-        with suppress(FileExistsError):
-            path.hardlink_to(drawn)  # whole, and only if nobody was first
-        drawn.unlink()
+        write_first(path, lambda drawn: drawn.write_text(os.urandom(SALT_BYTES).hex() + "\n", encoding="ascii"))
     return path.read_text(encoding="ascii", errors="replace").strip()
 
 

@@ -28,6 +28,11 @@ class Damaged(UserError):
         return f"{self.path} is damaged or lost: its bytes are not those that were written. Start again what wrote it"
 
 
+def digest(data: bytes) -> str:
+    """The SHA-256 by which stored bytes are known again."""
+    return hashlib.sha256(data).hexdigest()
+
+
 def write_part(folder: Path, table: pa.Table) -> None:
     """Write rows to a file named by their content: whole or not at all, and never twice under two names."""
     if table.num_rows == 0:
@@ -36,7 +41,7 @@ def write_part(folder: Path, table: pa.Table) -> None:
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     data = buffer.getvalue()
-    write_whole(folder / f"{hashlib.sha256(data).hexdigest()[:DIGITS]}.parquet", data)
+    write_whole(folder / f"{digest(data)[:DIGITS]}.parquet", data)
 
 
 def read_parts(folder: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
@@ -45,7 +50,7 @@ def read_parts(folder: Path, schema: pa.Schema, columns: Sequence[str] | None = 
     tables = [pa.schema([schema.field(name) for name in columns]).empty_table()]
     for path in sorted(folder.glob("*.parquet")):
         data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest()[:DIGITS] != path.stem:
+        if digest(data)[:DIGITS] != path.stem:
             raise Damaged(path)
         # a part is small: threads only cost memory
         tables.append(pq.ParquetFile(io.BytesIO(data)).read(columns=list(columns), use_threads=False))

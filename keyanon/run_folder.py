@@ -9,7 +9,6 @@ costs, skipped pictures) are part files, named by their content, which nobody wr
 """
 
 import csv
-import hashlib
 import io
 import threading
 from collections import defaultdict
@@ -29,7 +28,7 @@ from torch import Tensor
 from keyanon.channel.pixels import png_bytes, read_png, to_floats
 from keyanon.channel.whole import write_whole
 from keyanon.finite import bounded, within
-from keyanon.parts import Damaged, read_parts, write_part
+from keyanon.parts import Damaged, digest, read_parts, write_part
 from keyanon.sources import Digests
 from keyanon.types import BadPicture, Bytes, Image, Picture, PictureBytes, Place, Published, Scores, Source
 
@@ -341,10 +340,6 @@ class RunFiles:
         last = names.group_by(["view", "scorer", "id"]).aggregate([("row", "max")])
         order = last.sort_by([(name, "ascending") for name in ("view", "scorer", "id")])
         return table.take(order["row_max"])
-
-
-def digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def file_name(id: str, suffix: str) -> str:

@@ -84,13 +84,16 @@ def test_a_parsers_mask_is_on_every_face_that_counts(parser, pictures, originals
 
 
 @pytest.fixture
-def album(tmp_path, pictures) -> str:
-    """A folder of a picture of one face and one of two."""
+def album(tmp_path, pictures) -> list[str]:
+    """What asks for a run on a folder of a picture of one face and one of two."""
     folder = tmp_path / "album"
     folder.mkdir()
     for name, each in zip("ab", pictures, strict=False):
         PIL.Image.fromarray(to_bytes(each.picture).permute(1, 2, 0).numpy()).save(folder / f"{name}.png")
-    return str(folder)
+    return [
+        "dataset=folder", f"dataset.root={folder}", "dataset.rename=null", "dataset.size=192", "name=album", "attacks=[]",
+        "recognizers=[]", "scorers=[psnr_face]",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -106,15 +109,7 @@ def album(tmp_path, pictures) -> str:
     ids=["all", "largest", "allowed", "one", "identity", "control"],
 )
 def test_a_run_counts_faces_and_says_what_is_in_clear(album, tmp_path, command_in_process, settings, code, in_clear_of):
-    asked = [
-        "dataset=folder",
-        f"dataset.root={album}",
-        "dataset.rename=null",
-        "dataset.size=192",
-        "name=album",
-        "attacks=[]",
-    ]
-    run = command_in_process(*asked, "recognizers=[]", "scorers=[psnr_face]", *settings)
+    run = command_in_process(*album, *settings)
     assert run.returncode == code, run.stderr
     assert ("1 faces are in clear on 1 published pictures: b (1)" in run.stderr) == (code == 4)
     (scores,) = (pd.read_parquet(path) for path in tmp_path.glob("results/runs/album/*/scores.parquet"))
@@ -129,16 +124,6 @@ def test_a_run_counts_faces_and_says_what_is_in_clear(album, tmp_path, command_i
 
 
 def test_a_sweep_ends_with_the_code_of_its_cells_and_writes_all_of_them(album, tmp_path, command_in_process):
-    asked = [
-        "dataset=folder",
-        f"dataset.root={album}",
-        "dataset.rename=null",
-        "dataset.size=192",
-        "name=album",
-        "attacks=[]",
-    ]
-    run = command_in_process(
-        "-m", *asked, "recognizers=[]", "scorers=[psnr_face]", "anonymizer=deface_mosaic", "faces=largest,all"
-    )
+    run = command_in_process("-m", *album, "anonymizer=deface_mosaic", "faces=largest,all")
     assert run.returncode == 4, run.stderr
     assert len(list(tmp_path.glob("results/runs/album/*/run.json"))) == 2

@@ -13,7 +13,6 @@ same cells as a paper would: anonymizers and views down, scorers across, our num
 below.
 """
 
-import hashlib
 import json
 import operator
 import time
@@ -33,7 +32,7 @@ from experiments.harness.paper import CELL, Reference, read_paper
 from experiments.harness.provenance import PRESENTATION
 from keyanon.channel.whole import write_whole
 from keyanon.errors import BadData, MissingData
-from keyanon.parts import Damaged
+from keyanon.parts import Damaged, digest
 
 RESULTS = CHECKOUT / "results"  # wherever a command is started
 PAPER = RESULTS / "paper"
@@ -261,13 +260,13 @@ def collect_meanings(runs: Sequence[Path]) -> Meanings:
 
 def write_about(run: Path, about: Mapping[str, Any]) -> None:
     """Write run.json, last of a finished run's files: what was run, and the digests of the files that are its result."""
-    told = {**about, "files": {name: sha256(run / name) for name in KEPT if (run / name).is_file()}}
+    told = {**about, "files": {name: digest((run / name).read_bytes()) for name in KEPT if (run / name).is_file()}}
     write_whole(run / "run.json", signed(told))
 
 
 def signed(about: Mapping[str, Any]) -> bytes:
     """The one way to write what a run is about, with its digest."""
-    whole = {**about, "sha256": hashlib.sha256(json.dumps(about).encode()).hexdigest()}
+    whole = {**about, "sha256": digest(json.dumps(about).encode())}
     return json.dumps(whole, indent=2).encode() + b"\n"
 
 
@@ -298,7 +297,7 @@ def checked(run: Path, name: str) -> Path:
             raise MissingData(
                 f"{run}: no {name} there; the run is not finished: start its experiment again to resume it"
             )
-        if read_about(run)["files"].get(name) == sha256(path):
+        if read_about(run)["files"].get(name) == digest(path.read_bytes()):
             return path
         time.sleep(0.1)
     raise Damaged(path)
@@ -306,7 +305,3 @@ def checked(run: Path, name: str) -> Path:
 
 def read_parquet(run: Path, name: str) -> pd.DataFrame:
     return pd.read_parquet(checked(run, f"{name}.parquet"))
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -452,8 +452,8 @@ def moved_aside(session: Session, cell: Cell, there: Sequence[str], skipped: Map
     Those of pictures that were not asked for this time stay.
     """
     files, asked, moved = cell.files, set(there), 0
+    named = {files.path("", id).name: id for id in session.dataset.ids}
     for view in files.views():
-        named = {files.path(view, id).name: id for id in session.dataset.ids}
         for path in sorted((cell.folder / view).glob("*.png")):
             id = named.get(path.name)
             if id is None or (id in asked and (id in skipped or not files.has(view, id))):

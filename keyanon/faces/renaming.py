@@ -8,7 +8,6 @@ FOLDER/HASH.csv says which id is which name, so that the owner finds a picture a
 
 import csv
 import io
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from keyanon.channel.keys import BadKey, MasterKey, read_key, write_new_key
-from keyanon.channel.whole import write_whole
+from keyanon.channel.whole import write_first, write_whole
 from keyanon.errors import BadPicture, BadSetting
 from keyanon.types import Dataset, ListsFolder, Picture, Source, Synthetic
 
@@ -120,14 +118,7 @@ def key_of(folder: Path) -> MasterKey:
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
-        drawn = folder / f"key.{uuid4().hex[:8]}.partial"
-        write_new_key(drawn)
-        try:
-            os.link(drawn, path)
-        except FileExistsError:
-            pass
-        finally:
-            drawn.unlink()
+        write_first(path, write_new_key)
     try:
         return read_key(path)
     except BadKey as error:
