@@ -23,7 +23,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def write_first(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside its place, and put it there if nothing is
+    """Let `write` make a file beside its place, and put it there if nothing is.
 
     Of several that do so at once, one's is everybody's.
     """
