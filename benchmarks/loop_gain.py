@@ -17,7 +17,7 @@ import torch
 
 from keyanon.channel.headers import Header
 from keyanon.channel.keys import experiment_key
-from keyanon.channel.nonces import nonce_for
+from keyanon.channel.nonces import contexts_of, nonce_for
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import DDIM
 from keyanon.faces.datasets import bundled_faces
@@ -48,7 +48,6 @@ def main() -> None:
     images = torch.stack([dataset.load(id) for id in ids]).to(args.device)
     mask = EllipseParser().mask(images, backbone.latent_size(images))
     keys = [experiment_key()] * len(ids)
-    nonces = [nonce_for(key, id, image) for key, id, image in zip(keys, ids, images, strict=True)]
     z0 = backbone.encode(images)
     count = mask.sum((1, 2, 3)) * z0.shape[1]
 
@@ -57,9 +56,13 @@ def main() -> None:
     for solver_name, solver in SOLVERS.items():
         for transform_name, transform in TRANSFORMS.items():
             method = Exact(backbone, solver, EllipseParser(), transform, refinement=None)
-            known = method.known(images, mask, nonces)
-            there, sent = method.turn(z0, known, keys, nonces)
-            headers = [Header(nonce, m, code) for nonce, m, code in zip(nonces, mask.cpu(), sent, strict=True)]
+            contexts = contexts_of(method, nonce_for, keys, ids, images)
+            known = method.known(images, mask, contexts)
+            there, sent = method.turn(z0, known, keys, contexts)
+            headers = [
+                Header(each.nonce, m, code, description=each.description)
+                for each, m, code in zip(contexts, mask.cpu(), sent, strict=True)
+            ]
             for sigma in SIGMAS:
                 noise = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0)).to(z0)
                 back = method.turn_back(there + sigma * noise, known, headers, keys)

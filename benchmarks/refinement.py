@@ -15,6 +15,7 @@ from torch import Tensor
 
 from keyanon.channel.keys import experiment_key
 from keyanon.channel.pixels import to_bytes
+from keyanon.context import Context
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import DDIM, Known
 from keyanon.faces.datasets import bundled_faces
@@ -41,9 +42,9 @@ def main() -> None:
     free = pixels(cells, images)
 
     solver, z0 = DDIM(10, "karras", 1e-5), backbone.encode(images)
-    keys, nonces = [experiment_key()] * len(z0), [bytes([i]) * 24 for i in range(len(z0))]
+    keys, contexts = [experiment_key()] * len(z0), [Context(bytes([i]) * 24) for i in range(len(z0))]
     path = solver.invert(backbone.eps, backbone.schedule, z0)
-    zT, _ = SignFlipping().apply(path[-1], cells, keys, nonces)
+    zT, _ = SignFlipping().apply(path[-1], cells, keys, contexts)
     target = solver.sample(backbone.eps, backbone.schedule, zT, Known(cells, path))
     start = torch.where(free, backbone.decode(target), images)
     plain, weights = to_bytes(start), channel_weights(backbone, target)[:, None, None]

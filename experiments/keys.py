@@ -34,7 +34,13 @@ def main() -> None:
             command.add_argument("--passes", type=int, default=default.passes, help="Argon2id's (default: %(default)s)")
             command.add_argument("--memory", type=int, default=default.memory, help="KiB (default: %(default)s)")
             command.add_argument("--lanes", type=int, default=default.lanes, help="in parallel (default: %(default)s)")
+            command.add_argument(
+                "--salt", help=f"of an earlier key: {2 * SALT_BYTES} hex digits (default: a fresh one)"
+            )
             command.add_argument("--picture", type=Path, help="a published picture: derive the key that recovers it")
+            command.add_argument(
+                "--weak", action="store_true", help="also by a recipe that makes guesses cheaper than the default"
+            )
     args = parser.parse_args()
     try:
         print(args.action(args).fingerprint)
@@ -51,14 +57,19 @@ def fingerprint(args: argparse.Namespace) -> MasterKey:
 
 
 def derive(args: argparse.Namespace) -> MasterKey:
-    if args.picture is None:
-        recipe = Recipe(os.urandom(SALT_BYTES), args.passes, args.memory, args.lanes)
-        return write_key(args.path, recipe.derive(asked_password()))
-    return write_key(args.path, key_of(args.picture, asked_password()))
+    if args.picture is not None:
+        return write_key(args.path, key_of(args.picture, asked_password(), args.weak))
+    salt = os.urandom(SALT_BYTES) if args.salt is None else salt_of("--salt", args.salt)
+    recipe = strong(Recipe(salt, args.passes, args.memory, args.lanes), args.weak)
+    return write_key(args.path, recipe.derive(asked_password()))
 
 
-def key_of(picture: Path, password: str) -> MasterKey:
-    """The key of a published picture, by the recipe in its header; BadHeader if its tag says that this is not the password."""
+def key_of(picture: Path, password: str, weak: bool = False) -> MasterKey:
+    """The key of a published picture, by the recipe in its header.
+
+    BadKey where the recipe is weaker than the default, unless `weak` is said, or where no tag vouches for it: whoever writes a
+    recipe into a file chooses the salt and the price of guesses. BadHeader if the tag says that this is not the password.
+    """
     from keyanon.channel.headers import Header, unseal  # they import torch: seconds, that the other commands do without
     from keyanon.channel.pixels import read_png
 
@@ -66,21 +77,43 @@ def key_of(picture: Path, password: str) -> MasterKey:
     header = Header.unpack(packed)
     if header.recipe is None:
         raise BadKey(f"{picture}: its key does not come from a password")
-    key = header.recipe.derive(password)
-    unseal([packed], pixels[None], [key], authenticate=bool(header.tag))
+    if not header.tag:
+        raise BadKey(
+            f"{picture}: no tag tells who wrote the recipe of its key, which may be made to give your password away; take another "
+            "picture, or the salt that you know: --salt"
+        )
+    key = strong(header.recipe, weak).derive(password)
+    unseal([packed], pixels[None], [key], authenticate=True)
     return key
+
+
+def strong(recipe: Recipe, weak: bool = False) -> Recipe:
+    """The recipe; BadKey where it is weaker than the default and `weak` does not allow for that."""
+    if recipe.weak and not weak:
+        raise BadKey(
+            f"{recipe.weakness}; --weak derives it all the same, to recover with: nothing is published under it"
+        )
+    return recipe
+
+
+def salt_of(name: str, digits: str | None) -> bytes:
+    """A salt as it is written in a setting; BadKey."""
+    if not re.fullmatch(f"[0-9a-fA-F]{{{2 * SALT_BYTES}}}", digits or ""):
+        raise BadKey(f"{name}: expected {2 * SALT_BYTES} hex digits, found {digits!r}")
+    return bytes.fromhex(str(digits))
 
 
 def password_key(variable: str, salt: str | None, kept: str | None, passes: int, memory: int, lanes: int) -> MasterKey:
     """The key of the password in an environment variable, or of the one that is asked for. See keyanon.channel.keys.Recipe.
 
-    Without a `salt` that of the file `kept` is taken, which the first of a run's processes writes.
+    Without a `salt` that of the file `kept` is taken, which the first of a run's processes writes. BadKey where passes and memory are
+    less than the default's.
     """
     where = "key.salt" if salt is not None else f"key.kept: {kept}"
     salt = salt_of_run(Path(kept)) if salt is None and kept is not None else salt
-    if not re.fullmatch(f"[0-9a-fA-F]{{{2 * SALT_BYTES}}}", salt or ""):
-        raise BadKey(f"{where}: expected {2 * SALT_BYTES} hex digits, found {salt!r}")
-    recipe = Recipe(bytes.fromhex(str(salt)), passes, memory, lanes)
+    recipe = Recipe(salt_of(where, salt), passes, memory, lanes)
+    if recipe.weak:
+        raise BadKey(f"key.passes={passes}, key.memory={memory}: {recipe.weakness}")
     if variable not in os.environ and not sys.stdin.isatty():
         raise BadKey(f"key=password: no password; set the environment variable {variable}, or start from a terminal")
     return recipe.derive(os.environ[variable] if variable in os.environ else asked_password())

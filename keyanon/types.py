@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, run
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
+from keyanon.context import Context
 from keyanon.errors import BadPicture as BadPicture
 from keyanon.errors import UserError as UserError
 
@@ -96,9 +97,9 @@ class About:
 
 @runtime_checkable
 class Key(Protocol):
-    """A secret that yields pseudorandom bytes, the same on every device, for a public nonce and a named purpose."""
+    """A secret that yields pseudorandom bytes, the same on every device, for a public context and a named purpose."""
 
-    def stream(self, nonce: bytes, purpose: str, size: int) -> bytes: ...
+    def stream(self, context: Context, purpose: str, size: int) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -241,12 +242,14 @@ class Transform(Protocol):
     @property
     def secret(self) -> Secret: ...
 
-    def apply(self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> tuple[Latent, list[bytes]]:
+    def apply(
+        self, zT: Latent, mask: Mask, keys: Sequence[Key], contexts: Sequence[Context]
+    ) -> tuple[Latent, list[bytes]]:
         """The sender's: z'_T, and what the receiver needs to undo it (public, b"" for nothing)."""
         ...
 
     def undo(
-        self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes], sent: Sequence[bytes]
+        self, zT: Latent, mask: Mask, keys: Sequence[Key], contexts: Sequence[Context], sent: Sequence[bytes]
     ) -> Latent:
         """The receiver's: z_T."""
         ...

@@ -50,6 +50,7 @@ from keyanon.channel.headers import Header
 from keyanon.channel.keys import SALT_BYTES, MasterKey, Recipe, experiment_key
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.channel.streams import normals, signs
+from keyanon.context import Context
 from keyanon.faces.parsing import EllipseParser
 from keyanon.faces.recognition import with_places_of
 from keyanon.measures.biometrics import (
@@ -247,11 +248,13 @@ class KnownPlaintext:
                     if case.method.transform.secret == "signs of cells":
                         values[view, "key signs"] = torch.tensor(
                             [
-                                leakage.share_right(found, signs(key, nonce, tuple(found.shape)), inside)
-                                for key, nonce, inside in zip(files.keys, files.nonces, files.mask[:, 0], strict=True)
+                                leakage.share_right(found, signs(key, context, tuple(found.shape)), inside)
+                                for key, context, inside in zip(
+                                    files.keys, files.contexts, files.mask[:, 0], strict=True
+                                )
                             ]
                         )
-                    coins = signs(experiment_key(1), b"coins", tuple(found.shape))
+                    coins = signs(experiment_key(1), Context(b"coins"), tuple(found.shape))
                     guess = torch.where(found == 0, coins, found).to(files.zT)
                     inside = files.mask.expand_as(files.zT)
                     turned = torch.where(inside, files.zT * guess, files.zT)
@@ -533,7 +536,7 @@ SEEN = ("anonymized", "recovered", *WRONG_KEYS, "fresh face", "face blanked")
 def fresh_noise(files: Files) -> Latent:
     """z'_T with other noise in the face."""
     shape = tuple(files.zT.shape[1:])
-    fresh = torch.stack([normals(experiment_key(1), nonce, "fresh face", shape) for nonce in files.nonces])
+    fresh = torch.stack([normals(experiment_key(1), context, "fresh face", shape) for context in files.contexts])
     return torch.where(files.mask.expand_as(files.zT), fresh.to(files.zT), files.zT)
 
 

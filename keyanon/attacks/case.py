@@ -17,6 +17,7 @@ from torch import Tensor
 
 from keyanon.channel.headers import Header
 from keyanon.channel.pixels import to_floats
+from keyanon.context import Context
 from keyanon.measures.biometrics import Floats, Statistic, mean_statistic
 from keyanon.methods.exact import pixels
 from keyanon.types import (
@@ -81,8 +82,8 @@ class Files:
         return self.published.headers
 
     @property
-    def nonces(self) -> list[bytes]:
-        return [Header.unpack(header).nonce for header in self.headers]
+    def contexts(self) -> list[Context]:
+        return [Header.unpack(header).context for header in self.headers]
 
     def face(self, images: Image) -> Mask:
         """The pixels (b 1 h w) of the face's cells."""

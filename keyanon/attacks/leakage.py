@@ -26,8 +26,8 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 
 from keyanon.channel.headers import BadHeader, Header, unseal
-from keyanon.channel.keys import NONCE_BYTES
 from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.context import NONCE_BYTES, Context
 from keyanon.measures.biometrics import RESAMPLES, Floats, Statistic, d_sys
 from keyanon.methods.transforms import coded, decoded
 from keyanon.types import Image, Key, Latent, Mask, PictureBytes, Summary
@@ -177,8 +177,8 @@ class OneStream:
 
     key: Key
 
-    def stream(self, nonce: bytes, purpose: str, size: int) -> bytes:
-        return self.key.stream(bytes(NONCE_BYTES), purpose, size)
+    def stream(self, context: Context, purpose: str, size: int) -> bytes:
+        return self.key.stream(Context(bytes(NONCE_BYTES)), purpose, size)
 
 
 def voted_signs(originals: Latent, published: Latent, mask: Mask) -> Int8[Tensor, "c u v"]:
@@ -230,7 +230,7 @@ class SeededSigns:
 
     seed: int
 
-    def stream(self, nonce: bytes, purpose: str, size: int) -> bytes:
+    def stream(self, context: Context, purpose: str, size: int) -> bytes:
         bits = seeded_bits(torch.Generator(), self.seed, torch.full((8 * size,), 0.5))
         return np.packbits(bits.numpy().astype(np.uint8)).tobytes()
 
@@ -271,10 +271,10 @@ class NonceOff:
     key: Key
     bit: int = 0
 
-    def stream(self, nonce: bytes, purpose: str, size: int) -> bytes:
-        off = bytearray(nonce)
+    def stream(self, context: Context, purpose: str, size: int) -> bytes:
+        off = bytearray(context.nonce)
         off[self.bit // 8] ^= 1 << (self.bit % 8)
-        return self.key.stream(bytes(off), purpose, size)
+        return self.key.stream(replace(context, nonce=bytes(off)), purpose, size)
 
 
 def kolmogorov_smirnov(a: ArrayLike, b: ArrayLike) -> list[Statistic]:

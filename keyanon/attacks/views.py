@@ -17,6 +17,7 @@ from keyanon.channel.headers import FIXED
 from keyanon.channel.keys import MasterKey
 from keyanon.channel.pixels import jpeg, to_floats
 from keyanon.channel.streams import SIGNS
+from keyanon.context import Context
 from keyanon.errors import BadSetting
 from keyanon.types import (
     Attack,
@@ -154,12 +155,12 @@ class FlippedSigns:
     key: Key
     fraction: float
 
-    def stream(self, nonce: bytes, purpose: str, size: int) -> bytes:
-        right = self.key.stream(nonce, purpose, size)
+    def stream(self, context: Context, purpose: str, size: int) -> bytes:
+        right = self.key.stream(context, purpose, size)
         if purpose != SIGNS:
             return right
         wrong = np.zeros(8 * size, np.uint8)
         wrong[: round(self.fraction * 8 * size)] = 1
-        seed = int.from_bytes(hashlib.sha256(b"flipped signs" + nonce).digest()[:8], "big")
+        seed = int.from_bytes(hashlib.sha256(b"flipped signs" + context.nonce).digest()[:8], "big")
         np.random.default_rng(seed).shuffle(wrong)
         return bytes(a ^ b for a, b in zip(right, np.packbits(wrong).tobytes(), strict=True))

@@ -1,6 +1,7 @@
 """From one master key to the secret signs of each picture.
 
-    K_img = HKDF-SHA256(master, salt = nonce, info = "keyanon/1|" purpose)        RFC 5869
+    info  = length, purpose | length, nonce | length, description                 lengths in 8 bytes
+    K_img = HKDF-SHA256(master, salt = "keyanon/3", info)                         RFC 5869
     bits  = ChaCha20(K_img, 0) keystream                                          RFC 8439
     k     = 2 b - 1 in {-1, +1}^d                                                 arXiv 2510.01031, eq. 3
 
@@ -8,8 +9,10 @@ The master key is 32 random bytes, or comes from a password:
 
     master = Argon2id(password in UTF-8, salt, passes, memory, lanes)             RFC 9106
 
-Integer arithmetic only, so a key gives the same bits on every device and platform. The nonce is public and differs from
-picture to picture: one known pair of a reused key stream would give the signs away (recovery = original, for all its pictures).
+Integer arithmetic only, so a key gives the same bits on every device and platform. Nonce and description are public: the nonce
+differs from picture to picture, the description says how the file is made (keyanon/channel/description.py). One known pair of a
+reused key stream would give the signs away (recovery = original, for all its pictures); two methods that shared one would unlock
+each other.
 """
 
 import hashlib
@@ -26,15 +29,16 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from keyanon.context import Context, joined
 from keyanon.errors import UserError
 
 log = logging.getLogger(__name__)
 KEY_BYTES = 32
-NONCE_BYTES = 24
 SALT_BYTES = 16
 RECIPE_BYTES = 8 + SALT_BYTES
 MAX_PASSES, MAX_MEMORY, MAX_LANES = 1000, 4 * 2**20, 64  # KiB
 MAX_WORK = 16 * 2**20  # KiB written over all passes: about a minute
+PASSES, MEMORY, LANES = 3, 64 * 2**10, 4  # RFC 9106's second recommendation
 
 
 class BadKey(UserError):
@@ -56,9 +60,9 @@ class Recipe:
     """
 
     salt: bytes
-    passes: int = 3
-    memory: int = 64 * 2**10
-    lanes: int = 4
+    passes: int = PASSES
+    memory: int = MEMORY
+    lanes: int = LANES
 
     def __post_init__(self) -> None:
         if len(self.salt) != SALT_BYTES:
@@ -71,6 +75,19 @@ class Recipe:
         ):
             if not low <= value <= high:
                 raise BadKey(f"the password's recipe asks for {value} {name}; it can be {low} to {high}")
+
+    @property
+    def weak(self) -> bool:
+        """Whether a guess at the password costs less than by default, in memory or in what is written over all passes."""
+        return self.memory < MEMORY or self.memory * self.passes < MEMORY * PASSES
+
+    @property
+    def weakness(self) -> str:
+        """What is told of a weak recipe."""
+        return (
+            f"its password goes through Argon2id with {self.passes} passes over {self.memory} KiB, and guesses are cheap; the "
+            f"default is {PASSES} passes over {MEMORY} KiB (python -m experiments.keys derive)"
+        )
 
     def derive(self, password: str) -> "MasterKey":
         """The key of a password, which counts in Unicode's composed form (NFC), however it was typed."""
@@ -114,10 +131,13 @@ class MasterKey:
         if len(self.secret) != KEY_BYTES:
             raise BadKey(f"a master key has {KEY_BYTES} bytes, this one {len(self.secret)}")
 
-    def stream(self, nonce: bytes, purpose: str, size: int) -> bytes:
-        """`size` pseudorandom bytes for this nonce and purpose."""
-        info = b"keyanon/1|" + purpose.encode()
-        key = HKDF(hashes.SHA256(), KEY_BYTES, salt=nonce, info=info).derive(self.secret)
+    def stream(self, context: Context, purpose: str, size: int) -> bytes:
+        """`size` pseudorandom bytes for this context and purpose; those of other ones have nothing in common with them."""
+        if context.description is None:
+            salt, info = context.nonce, b"keyanon/1|" + purpose.encode()
+        else:
+            salt, info = b"keyanon/3", joined(purpose.encode(), context.nonce, context.description)
+        key = HKDF(hashes.SHA256(), KEY_BYTES, salt=salt, info=info).derive(self.secret)
         return Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(size))
 
     @property
@@ -127,7 +147,7 @@ class MasterKey:
         It gives nothing of a random key away. A guessed password can be checked against it, as against a picture's tag,
         at Argon2id's price for each guess.
         """
-        return self.stream(b"", "fingerprint", 8).hex()
+        return self.stream(Context(b""), "fingerprint", 8).hex()
 
     def with_bit_flipped(self, bit: int = 0) -> "MasterKey":
         """The nearest wrong key: one bit of the secret differs."""
@@ -184,5 +204,5 @@ def write_key(path: str | Path, key: MasterKey) -> MasterKey:
 class Nobody:
     """Stands where a key is asked for and none is there; what draws from it is not the way of one without a key."""
 
-    def stream(self, nonce: bytes, purpose: str, size: int) -> bytes:
+    def stream(self, context: Context, purpose: str, size: int) -> bytes:
         raise BadKey(f"there is no key here to draw {purpose} from")

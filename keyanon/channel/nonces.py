@@ -1,32 +1,51 @@
-"""Which pictures share a key stream: the public nonce of each picture."""
+"""Which pictures share a key stream: the public nonce of each picture.
+
+    nonce = K.stream(SHA-256(length, settings | length, id | length, attempt | length, shape | length, pixels), "nonce", 24 bytes)
+
+`settings` is everything that decides what the method publishes of a picture. So a run repeats to the last bit, and two files that
+differ never share a key stream (the idea of RFC 5297).
+"""
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from keyanon.channel.keys import NONCE_BYTES
+from keyanon.channel.description import described, everything
+from keyanon.context import NONCE_BYTES, Context, joined
 from keyanon.errors import BadSetting
-from keyanon.types import Dataset, Key, Picture
+from keyanon.types import Dataset, Image, Key, Picture
 
 log = logging.getLogger(__name__)
 
 
 @runtime_checkable
 class Nonces(Protocol):
-    """Which pictures share a key stream: those of equal nonces."""
+    """Which pictures share a key stream: those of equal nonces, if they are made with equal settings."""
 
-    def __call__(self, key: Key, id: str, picture: Picture, attempt: int = 0) -> bytes: ...
+    def __call__(self, key: Key, settings: bytes, id: str, picture: Picture, attempt: int = 0) -> bytes: ...
 
 
-def nonce_for(key: Key, id: str, picture: Picture, attempt: int = 0) -> bytes:
-    """The nonce of a picture, its own: pseudorandom, and a function of key, id, pixels and the attempt at publishing it.
+def nonce_for(key: Key, settings: bytes, id: str, picture: Picture, attempt: int = 0) -> bytes:
+    """The nonce of a picture, its own: pseudorandom, and a function of key, settings, id, pixels and attempt at publishing."""
+    pixels = picture.cpu().float()
+    shape = str(tuple(pixels.shape))
+    told = joined(
+        settings, id.encode("utf-8", "surrogateescape"), b"%d" % attempt, shape.encode(), pixels.numpy().tobytes()
+    )
+    return key.stream(Context(hashlib.sha256(told).digest()), "nonce", NONCE_BYTES)
 
-    So a run repeats to the last bit, and two different pictures never share a key stream (the idea of RFC 5297).
-    """
-    name = f"{id}|{attempt}" if attempt else id
-    digest = hashlib.sha256(name.encode() + b"\0" + picture.cpu().float().numpy().tobytes()).digest()
-    return key.stream(digest, "nonce", NONCE_BYTES)
+
+def contexts_of(
+    method: Any, nonces: Nonces, keys: Sequence[Key], ids: Sequence[str], pictures: Image, attempt: int = 0
+) -> list[Context]:
+    """What selects the key streams of pictures that a method is about to publish."""
+    description, settings = described(method), everything(method)
+    return [
+        Context(nonces(key, settings, id, picture, attempt), description)
+        for key, id, picture in zip(keys, ids, pictures, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -41,11 +60,11 @@ class PerIdentity:
             "all can see which pictures show the same person"
         )
 
-    def __call__(self, key: Key, id: str, picture: Picture, attempt: int = 0) -> bytes:
+    def __call__(self, key: Key, settings: bytes, id: str, picture: Picture, attempt: int = 0) -> bytes:
         person = self.dataset.identity(id)
         if person is None:
             raise BadSetting(f"nonce=per_identity: the dataset does not say who is on {id}; take nonce=per_image")
-        return key.stream(hashlib.sha256(person.encode()).digest(), "nonce|identity", NONCE_BYTES)
+        return key.stream(Context(hashlib.sha256(person.encode()).digest()), "nonce|identity", NONCE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -55,5 +74,5 @@ class OneForAll:
     def __post_init__(self) -> None:
         log.warning("one key stream for all pictures: who has one picture before and after can undo all others")
 
-    def __call__(self, key: Key, id: str, picture: Picture, attempt: int = 0) -> bytes:
-        return key.stream(b"", "nonce|all", NONCE_BYTES)
+    def __call__(self, key: Key, settings: bytes, id: str, picture: Picture, attempt: int = 0) -> bytes:
+        return key.stream(Context(b""), "nonce|all", NONCE_BYTES)

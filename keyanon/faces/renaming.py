@@ -18,6 +18,7 @@ from typing import Any
 
 from keyanon.channel.keys import BadKey, MasterKey, read_key, write_new_key
 from keyanon.channel.whole import write_first, write_whole
+from keyanon.context import Context
 from keyanon.errors import BadPicture, BadSetting
 from keyanon.types import Dataset, ListsFolder, Picture, Source, Synthetic
 
@@ -99,7 +100,7 @@ class Renamed:
         key = key_of(self.names)
         every = dict.fromkeys([*self.dataset.ids, *self.dataset.gallery])
         digests = {name: sha256(name.encode("utf-8", "surrogateescape")).digest() for name in every}
-        return {name: key.stream(digest, "name", ID_BYTES).hex() for name, digest in digests.items()}
+        return {name: key.stream(Context(digest), "name", ID_BYTES).hex() for name, digest in digests.items()}
 
     @cached_property
     def _names(self) -> dict[str, str]:

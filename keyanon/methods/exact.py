@@ -21,17 +21,19 @@ again under a fresh nonce, and the best of `attempts` is published.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-from keyanon.channel.headers import BadHeader, Header, seal, unseal
-from keyanon.channel.keys import MasterKey, Nobody
-from keyanon.channel.nonces import Nonces, nonce_for
+from keyanon.channel.description import opened
+from keyanon.channel.headers import BadHeader, Header, seal
+from keyanon.channel.keys import KEY_BYTES, MasterKey, Nobody
+from keyanon.channel.nonces import Nonces, contexts_of, nonce_for
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.channel.streams import normals
+from keyanon.context import Context
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import Known, Solver
 from keyanon.finite import finite
@@ -88,6 +90,7 @@ class Exact:
     attempts: int = 3
     nonces: Nonces = nonce_for
     authenticate: bool = True
+    senders: ClassVar = ("parser",)  # the mask is in the header
 
     @property
     def about(self) -> About:
@@ -135,13 +138,16 @@ class Exact:
 
     def publish(self, images: Image, mask: Mask, keys: Sequence[Key], ids: Sequence[str], attempt: int) -> Published:
         """One attempt: pictures, headers, and what was measured on them."""
-        nonces = [self.nonces(key, id, picture, attempt) for key, id, picture in zip(keys, ids, images, strict=True)]
+        contexts = contexts_of(self, self.nonces, keys, ids, images, attempt)
         free = pixels(mask, images)
-        known, z0 = self.known(images, mask, nonces), self.backbone.encode(images)
-        target, sent = self.turn(z0, known, keys, nonces)
+        known, z0 = self.known(images, mask, contexts), self.backbone.encode(images)
+        target, sent = self.turn(z0, known, keys, contexts)
         decoded = self.backbone.decode(target, quantize=False)
         jumps = self.seam.jumps(images, decoded, mask) if self.seam is not None else [b""] * len(ids)
-        headers = [Header(*parts) for parts in zip(nonces, mask.cpu(), sent, jumps, strict=True)]
+        headers = [
+            Header(each.nonce, m, code, jump, description=each.description)
+            for each, m, code, jump in zip(contexts, mask.cpu(), sent, jumps, strict=True)
+        ]
         added = self.added(headers, images)
         floats = torch.where(free, decoded + added, images)
         published, measured = to_bytes(floats), {}
@@ -165,16 +171,21 @@ class Exact:
 
     def recover(self, published: Published, keys: Sequence[Key]) -> Image:
         """Original faces from published files and their keys; raises BadHeader."""
-        return self.open(to_floats(published.images), published, keys)
+        return self.open(to_floats(published.images), published, keys, self.authenticate)
 
     def recover_floats(self, published: Published, keys: Sequence[Key]) -> Image:
         """The same from the decoder's unrounded output, which no refinement has touched."""
         assert published.floats is not None
-        return self.open(published.floats, published, keys)
+        return self.open(published.floats, published, keys, self.authenticate)
 
-    def open(self, images: Image, published: Published, keys: Sequence[Key]) -> Image:
-        headers = unseal(published.headers, published.images, keys, self.authenticate)
-        rows, columns = self.backbone.latent_size(images)
+    def open(self, images: Image, published: Published, keys: Sequence[Key], authenticate: bool) -> Image:
+        headers = self.opened(published, keys, authenticate)
+        return self.receive(images.to(self.backbone.device), headers, keys).cpu()
+
+    def opened(self, published: Published, keys: Sequence[Key], authenticate: bool) -> list[Header]:
+        """The headers of files of this method, as large as they were published."""
+        headers = opened(published, keys, self, authenticate)
+        rows, columns = self.backbone.latent_size(published.images)
         for header in headers:
             if header.mask is None:
                 raise BadHeader("the header carries no face mask: the file was published by another method")
@@ -184,12 +195,14 @@ class Exact:
                     f"the header's mask has {there} cells, a picture of this size {here}: "
                     "it was resized or cropped after it was published"
                 )
-        return self.receive(images.to(self.backbone.device), headers, keys).cpu()
+        return headers
 
     def without_key(self, published: Published) -> Image:
         """Published pictures inverted and denoised with their noise as it is."""
-        keyless = replace(self, transform=Unchanged(), authenticate=False)
-        return keyless.recover(published, [Nobody()] * len(published.images))
+        nobody = [Nobody()] * len(published.images)
+        headers = self.opened(published, nobody, authenticate=False)
+        images = to_floats(published.images).to(self.backbone.device)
+        return replace(self, transform=Unchanged()).receive(images, headers, nobody).cpu()
 
     def encoded_pictures(self, published: Published) -> Image:
         """Published pictures by the tone curve, with c taken off."""
@@ -211,13 +224,13 @@ class Exact:
     def undo(self, zT: Latent, mask: Mask, headers: Sequence[bytes], keys: Sequence[Key]) -> Latent:
         """z_T, if these are the right keys of z'_T."""
         unpacked = [Header.unpack(header) for header in headers]
-        nonces, sent = [header.nonce for header in unpacked], [header.sent for header in unpacked]
-        return self.transform.undo(zT, mask, keys, nonces, sent)
+        contexts, sent = [header.context for header in unpacked], [header.sent for header in unpacked]
+        return self.transform.undo(zT, mask, keys, contexts, sent)
 
     def known_of_files(self, images: Image, headers: Sequence[bytes]) -> Known:
         """The face's cells and the background's way through the levels, of packed headers."""
         unpacked = [Header.unpack(header) for header in headers]
-        return self.known(images, masks(unpacked, images), [header.nonce for header in unpacked])
+        return self.known(images, masks(unpacked, images), [header.context for header in unpacked])
 
     def reconstruct(self, images: Image) -> Image:
         """D(E(x)) on the face's pixels, the best that any recovery through this autoencoder can be."""
@@ -228,7 +241,7 @@ class Exact:
     def receive(self, images: Image, headers: Sequence[Header], keys: Sequence[Key]) -> Image:
         """What the holder of the keys makes of published pictures."""
         mask = masks(headers, images)
-        known = self.known(images, mask, [header.nonce for header in headers])
+        known = self.known(images, mask, [header.context for header in headers])
         return self.face(self.turn_back(self.latents(images, headers), known, headers, keys), images, mask)
 
     def latents(self, images: Image, headers: Sequence[Header]) -> Latent:
@@ -256,28 +269,28 @@ class Exact:
         return self.seam.membrane([header.seam for header in headers], masks(headers, images), images)
 
     def turn(
-        self, z0: Latent, known: Known, keys: Sequence[Key], nonces: Sequence[bytes]
+        self, z0: Latent, known: Known, keys: Sequence[Key], contexts: Sequence[Context]
     ) -> tuple[Latent, list[bytes]]:
         """z'_0, and what the transform sends along."""
         zT = self.solver.invert(self.backbone.eps, self.backbone.schedule, z0, known)[-1]
-        turned, sent = self.transform.apply(zT, known.mask, keys, nonces)
+        turned, sent = self.transform.apply(zT, known.mask, keys, contexts)
         finite(turned, "the keyed transform")
         return self.solver.sample(self.backbone.eps, self.backbone.schedule, turned, known), sent
 
     def turn_back(self, z0: Latent, known: Known, headers: Sequence[Header], keys: Sequence[Key]) -> Latent:
         """z_0."""
         turned = self.solver.invert(self.backbone.eps, self.backbone.schedule, z0, known)[-1]
-        nonces, sent = [header.nonce for header in headers], [header.sent for header in headers]
-        zT = finite(self.transform.undo(turned, known.mask, keys, nonces, sent), "the keyed transform, undone")
+        contexts, sent = [header.context for header in headers], [header.sent for header in headers]
+        zT = finite(self.transform.undo(turned, known.mask, keys, contexts, sent), "the keyed transform, undone")
         return self.solver.sample(self.backbone.eps, self.backbone.schedule, zT, known)
 
-    def known(self, images: Image, mask: Mask, nonces: Sequence[bytes]) -> Known:
+    def known(self, images: Image, mask: Mask, contexts: Sequence[Context]) -> Known:
         """w_0 .. w_N: all of it public."""
         z = self.backbone.encode(filled(images, pixels(mask, images)))
         levels = self.solver.levels(self.backbone.schedule)
         if self.background == "scaled":
             return Known(mask, Forward(z, None, levels))
-        noise = torch.stack([public_noise(nonce, tuple(z.shape[1:])) for nonce in nonces]).to(z)
+        noise = torch.stack([public_noise(each, tuple(z.shape[1:])) for each in contexts]).to(z)
         return Known(mask, Forward(z, noise, levels))
 
     def face(self, z0: Latent, images: Image, mask: Mask) -> Image:
@@ -339,9 +352,9 @@ def filled(images: Image, free: Mask) -> Image:
     return out
 
 
-def public_noise(nonce: bytes, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers that anyone can compute from a nonce."""
-    return normals(MasterKey(bytes(32)), nonce, "background", shape)
+def public_noise(context: Context, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers that anyone can compute from a header."""
+    return normals(MasterKey(bytes(KEY_BYTES)), context, "background", shape)
 
 
 def bytewise(images: Image) -> Image:

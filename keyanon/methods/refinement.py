@@ -25,7 +25,7 @@ coefficients that J rounds the wrong way to their other neighbour; each picture 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -128,6 +128,7 @@ class Refinement:
     descent: int = 40
     rounding: int = 30
     jpeg: int | None = None
+    senders: ClassVar = ("pull", "descent", "rounding", "jpeg")  # the receiver reads bytes by the tone curve alone
 
     def __call__(self, backbone: Coder, target: Latent, start: Image, added: Image, free: Mask, cells: Mask) -> Bytes:
         """Bytes whose encoding, once the receiver has read them by `tone.read` and taken off `added`, is near `target` on `cells`.

@@ -15,10 +15,12 @@ from typing import Literal, get_args
 
 import torch
 
-from keyanon.channel.headers import BadHeader, Header, seal, unseal
+from keyanon.channel.description import opened
+from keyanon.channel.headers import BadHeader, Header, seal
 from keyanon.channel.keys import Nobody
-from keyanon.channel.nonces import Nonces, nonce_for
+from keyanon.channel.nonces import Nonces, contexts_of, nonce_for
 from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.context import Context
 from keyanon.diffusion.controlnet import MaskControl
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import Known, Solver
@@ -77,26 +79,25 @@ class SignFlip:
 
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Published pictures of `images` under one key each."""
-        nonces = [self.nonces(key, id, picture) for key, id, picture in zip(keys, ids, images, strict=True)]
+        contexts = contexts_of(self, self.nonces, keys, ids, images)
         images = images.to(self.backbone.device)
         mask = self.parser.mask(images, self.backbone.latent_size(images))
-        out = self.flip(images, mask, keys, nonces)
+        out = self.flip(images, mask, keys, contexts)
         kept = [m.cpu() if self.mask_at_recovery == "header" else None for m in mask]
-        headers = [Header(nonce, m) for nonce, m in zip(nonces, kept, strict=True)]
+        headers = [Header(each.nonce, m, description=each.description) for each, m in zip(contexts, kept, strict=True)]
         published = to_bytes(out).cpu()
         return Published(published, seal(headers, published, keys, self.authenticate), out.cpu())
 
     def recover(self, published: Published, keys: Sequence[Key]) -> Image:
         """Original faces from published files and their keys; raises BadHeader."""
-        return self.receive(to_floats(published.images), published, keys)
+        return self.receive(to_floats(published.images), opened(published, keys, self, self.authenticate), keys)
 
     def recover_floats(self, published: Published, keys: Sequence[Key]) -> Image:
         """The same from the decoder's unrounded output, as the authors measure recovery."""
         assert published.floats is not None
-        return self.receive(published.floats, published, keys)
+        return self.receive(published.floats, opened(published, keys, self, self.authenticate), keys)
 
-    def receive(self, images: Image, published: Published, keys: Sequence[Key]) -> Image:
-        headers = unseal(published.headers, published.images, keys, self.authenticate)
+    def receive(self, images: Image, headers: Sequence[Header], keys: Sequence[Key]) -> Image:
         if self.mask_at_recovery == "header":
             masks = [header.mask for header in headers]
             if any(mask is None for mask in masks):
@@ -104,20 +105,21 @@ class SignFlip:
             mask = torch.stack([m for m in masks if m is not None])
         else:
             mask = self.parser.mask(images.to(self.backbone.device), self.backbone.latent_size(images))
-        return self.flip(images, mask, keys, [header.nonce for header in headers]).cpu()
+        return self.flip(images, mask, keys, [header.context for header in headers]).cpu()
 
     def without_key(self, published: Published) -> Image:
         """Published pictures inverted and denoised with their noise as it is."""
-        keyless = replace(self, transform=Unchanged(), authenticate=False)
-        return keyless.recover(published, [Nobody()] * len(published.images))
+        nobody = [Nobody()] * len(published.images)
+        headers = opened(published, nobody, self, authenticate=False)
+        return replace(self, transform=Unchanged()).receive(to_floats(published.images), headers, nobody)
 
-    def flip(self, images: Image, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> Image:
+    def flip(self, images: Image, mask: Mask, keys: Sequence[Key], contexts: Sequence[Context]) -> Image:
         """Eq. 3 to 7, the same in both directions: pictures in, unclipped pictures out."""
         up, down = self.denoisers(images)
         z0 = self.backbone.encode(images)
         trajectory = self.solver.invert(up, self.backbone.schedule, z0)
         mask = mask.to(z0.device)
-        flipped, _ = self.transform.apply(trajectory[-1], mask, keys, nonces)
+        flipped, _ = self.transform.apply(trajectory[-1], mask, keys, contexts)
         known = Known(mask, trajectory) if self.reinject else None
         finite(flipped, "the keyed transform")
         return self.backbone.decode(self.solver.sample(down, self.backbone.schedule, flipped, known), self.quantize)
@@ -148,7 +150,7 @@ class SignFlip:
     def undo(self, zT: Latent, mask: Mask, headers: Sequence[bytes], keys: Sequence[Key]) -> Latent:
         """z_T, if these are the right keys of z'_T."""
         unpacked = [Header.unpack(header) for header in headers]
-        return self.transform.undo(zT, mask, keys, [header.nonce for header in unpacked], [b""] * len(headers))
+        return self.transform.undo(zT, mask, keys, [header.context for header in unpacked], [b""] * len(headers))
 
     def background(self, images: Image) -> Known:
         """The face's cells and the pictures' own inversion, which is the background's way through the levels."""

@@ -15,8 +15,14 @@ the r_c, and these travel encrypted. Divided by r_c the channels have the norm o
 inverted photographs have not, and flipped signs keep their uneven magnitudes. Channels of a block-DCT latent are frequency bands:
 a rotation inside each does not carry an error of a weak band over into a strong one.
 
-A wrong key decrypts other norms. The code is the distribution function of log r, so random bits give norms as pictures have them
- (the idea of honey encryption, Juels and Ristenpart, EUROCRYPT 2014).
+A wrong key decrypts other norms. The code is a distribution function of log r, so random bits give norms as pictures have them
+(the idea of honey encryption, Juels and Ristenpart, EUROCRYPT 2014):
+
+    x = (log r - m) / s,    u = x / sqrt(4 + x^2),    code = floor(2^48 (1/2 + (3 u - u^3) / 4))
+    back:  u = 2 sin(arcsin(2 (code + 1/2) / 2^48 - 1) / 3),    x = 2 u / sqrt(1 - u^2)
+
+This is Student's t with 4 degrees of freedom. Its tails fall off as powers, so that norms far from all others keep their digits: r
+is divided out but for a part of 2e-7 wherever it lies between e^-10 and e^10.
 """
 
 from collections.abc import Sequence
@@ -30,14 +36,15 @@ from scipy.fft import dct, idct
 from torch import Tensor
 
 from keyanon.channel.headers import BadHeader
-from keyanon.channel.streams import normals, signs
+from keyanon.channel.streams import ciphered, normals, signs
+from keyanon.context import Context
 from keyanon.errors import BadSetting
 from keyanon.types import Key, Latent, Mask, Secret
 
-# log r is roughly logistic over channels of inverted photographs, with outliers at 5 deviations. 16 pictures each: mean 0.21 and
-# deviation 0.18 on CelebA-HQ, 0.14 and 0.16 on UTKFace with faces128; 0.12 and 0.13 on CelebA-HQ with faces128_kl.
-LOG_NORM, LOG_NORM_SCALE = 0.13, 0.085
-CODE_BYTES = 3
+# log r over channels of inverted photographs: LOG_NORM plus LOG_NORM_SCALE times a number of Student's t, 4 degrees of freedom.
+LOG_NORM, LOG_NORM_SCALE = 0.13, 0.11
+CODE_BYTES = 6
+SILENT_SCALE, SILENT_BYTES = 0.085, 3  # of header version 2, which took it for logistic
 
 
 @dataclass(frozen=True)
@@ -50,14 +57,16 @@ class SignFlipping:
 
     secret: ClassVar[Secret] = "signs of cells"
 
-    def apply(self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> tuple[Latent, list[bytes]]:
-        k = torch.stack([signs(key, nonce, tuple(zT.shape[1:])) for key, nonce in zip(keys, nonces, strict=True)])
+    def apply(
+        self, zT: Latent, mask: Mask, keys: Sequence[Key], contexts: Sequence[Context]
+    ) -> tuple[Latent, list[bytes]]:
+        k = torch.stack([signs(key, context, tuple(zT.shape[1:])) for key, context in zip(keys, contexts, strict=True)])
         return torch.where(mask, k.to(zT) * zT, zT), [b""] * len(zT)
 
     def undo(
-        self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes], sent: Sequence[bytes]
+        self, zT: Latent, mask: Mask, keys: Sequence[Key], contexts: Sequence[Context], sent: Sequence[bytes]
     ) -> Latent:
-        return self.apply(zT, mask, keys, nonces)[0]
+        return self.apply(zT, mask, keys, contexts)[0]
 
 
 @dataclass(frozen=True)
@@ -74,15 +83,17 @@ class NoiseFlipping:
         if not 0 <= self.share <= 1:
             raise BadSetting(f"anonymizer.transform.share is a share of the noise, 0 to 1, not {self.share}")
 
-    def apply(self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> tuple[Latent, list[bytes]]:
+    def apply(
+        self, zT: Latent, mask: Mask, keys: Sequence[Key], contexts: Sequence[Context]
+    ) -> tuple[Latent, list[bytes]]:
         shape = tuple(zT.shape[1:])
-        chosen = torch.stack([flips(key, nonce, shape, self.share) for key, nonce in zip(keys, nonces, strict=True)])
+        chosen = torch.stack([flips(key, each, shape, self.share) for key, each in zip(keys, contexts, strict=True)])
         return torch.where(mask & chosen.to(zT.device), -zT, zT), [b""] * len(zT)
 
     def undo(
-        self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes], sent: Sequence[bytes]
+        self, zT: Latent, mask: Mask, keys: Sequence[Key], contexts: Sequence[Context], sent: Sequence[bytes]
     ) -> Latent:
-        return self.apply(zT, mask, keys, nonces)[0]
+        return self.apply(zT, mask, keys, contexts)[0]
 
 
 @dataclass(frozen=True)
@@ -91,11 +102,13 @@ class Unchanged:
 
     secret: ClassVar[Secret] = "none"
 
-    def apply(self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> tuple[Latent, list[bytes]]:
+    def apply(
+        self, zT: Latent, mask: Mask, keys: Sequence[Key], contexts: Sequence[Context]
+    ) -> tuple[Latent, list[bytes]]:
         return zT, [b""] * len(zT)
 
     def undo(
-        self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes], sent: Sequence[bytes]
+        self, zT: Latent, mask: Mask, keys: Sequence[Key], contexts: Sequence[Context], sent: Sequence[bytes]
     ) -> Latent:
         return zT
 
@@ -111,20 +124,22 @@ class Permutation:
 
     secret: ClassVar[Secret] = "order of cells"
 
-    def apply(self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> tuple[Latent, list[bytes]]:
+    def apply(
+        self, zT: Latent, mask: Mask, keys: Sequence[Key], contexts: Sequence[Context]
+    ) -> tuple[Latent, list[bytes]]:
         out = zT.clone()
-        for z, cells, key, nonce in zip(out, mask[:, 0], keys, nonces, strict=True):
+        for z, cells, key, context in zip(out, mask[:, 0], keys, contexts, strict=True):
             face = z[:, cells]
-            z[:, cells] = face.gather(1, orders(key, nonce, *face.shape).to(z.device))
+            z[:, cells] = face.gather(1, orders(key, context, *face.shape).to(z.device))
         return out, [b""] * len(zT)
 
     def undo(
-        self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes], sent: Sequence[bytes]
+        self, zT: Latent, mask: Mask, keys: Sequence[Key], contexts: Sequence[Context], sent: Sequence[bytes]
     ) -> Latent:
         out = zT.clone()
-        for z, cells, key, nonce in zip(out, mask[:, 0], keys, nonces, strict=True):
+        for z, cells, key, context in zip(out, mask[:, 0], keys, contexts, strict=True):
             face = z[:, cells]
-            z[:, cells] = face.scatter(1, orders(key, nonce, *face.shape).to(z.device), face)
+            z[:, cells] = face.scatter(1, orders(key, context, *face.shape).to(z.device), face)
         return out
 
 
@@ -139,19 +154,21 @@ class DctSignFlipping:
 
     secret: ClassVar[Secret] = "signs of frequencies"
 
-    def apply(self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> tuple[Latent, list[bytes]]:
+    def apply(
+        self, zT: Latent, mask: Mask, keys: Sequence[Key], contexts: Sequence[Context]
+    ) -> tuple[Latent, list[bytes]]:
         out = zT.clone()
-        for z, cells, key, nonce in zip(out, mask[:, 0], keys, nonces, strict=True):
+        for z, cells, key, context in zip(out, mask[:, 0], keys, contexts, strict=True):
             face = z[:, cells].double().cpu().numpy()
             if face.size:
-                flipped = signs(key, nonce, face.shape).numpy() * dct(face, norm="ortho")
+                flipped = signs(key, context, face.shape).numpy() * dct(face, norm="ortho")
                 z[:, cells] = torch.from_numpy(idct(flipped, norm="ortho")).to(z)
         return out, [b""] * len(zT)
 
     def undo(
-        self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes], sent: Sequence[bytes]
+        self, zT: Latent, mask: Mask, keys: Sequence[Key], contexts: Sequence[Context], sent: Sequence[bytes]
     ) -> Latent:
-        return self.apply(zT, mask, keys, nonces)[0]
+        return self.apply(zT, mask, keys, contexts)[0]
 
 
 Involution = SignFlipping | NoiseFlipping | DctSignFlipping | Unchanged  # their own inverses, which send nothing along
@@ -169,68 +186,79 @@ class BandRotation:
 
     secret: ClassVar[Secret] = "rotation"
 
-    def apply(self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> tuple[Latent, list[bytes]]:
+    def apply(
+        self, zT: Latent, mask: Mask, keys: Sequence[Key], contexts: Sequence[Context]
+    ) -> tuple[Latent, list[bytes]]:
         out, sent = zT.clone(), []
-        for z, cells, key, nonce in zip(out, mask[:, 0], keys, nonces, strict=True):
+        for z, cells, key, context in zip(out, mask[:, 0], keys, contexts, strict=True):
             face = z[:, cells].double().cpu()
             code = coded(face.square().mean(1).sqrt())
-            turned = torch.einsum("cij,cj->ci", rotations(key, nonce, *face.shape), face / decoded(code)[:, None])
+            turned = torch.einsum("cij,cj->ci", rotations(key, context, *face.shape), face / decoded(code)[:, None])
             z[:, cells] = turned.to(z)
-            sent.append(ciphered(code, key, nonce))
+            sent.append(ciphered(code, key, context, "norms"))
         return out, sent
 
     def undo(
-        self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes], sent: Sequence[bytes]
+        self, zT: Latent, mask: Mask, keys: Sequence[Key], contexts: Sequence[Context], sent: Sequence[bytes]
     ) -> Latent:
         """Raises BadHeader where what was sent does not fit the latent."""
         out = zT.clone()
-        for z, cells, key, nonce, code in zip(out, mask[:, 0], keys, nonces, sent, strict=True):
-            if len(code) != CODE_BYTES * len(z):
+        for z, cells, key, context, code in zip(out, mask[:, 0], keys, contexts, sent, strict=True):
+            read, size = (decoded, CODE_BYTES) if context.description is not None else (silently_decoded, SILENT_BYTES)
+            if len(code) != size * len(z):
                 raise BadHeader(
-                    f"the header carries {len(code)} bytes of norms, {CODE_BYTES * len(z)} are expected: the file was published "
+                    f"the header carries {len(code)} bytes of norms, {size * len(z)} are expected: the file was published "
                     "with another model or method"
                 )
             face = z[:, cells].double().cpu()
-            back = torch.einsum("cji,cj->ci", rotations(key, nonce, *face.shape), face)
-            z[:, cells] = (back * decoded(ciphered(code, key, nonce))[:, None]).to(z)
+            back = torch.einsum("cji,cj->ci", rotations(key, context, *face.shape), face)
+            z[:, cells] = (back * read(ciphered(code, key, context, "norms"))[:, None]).to(z)
         return out
 
 
-def flips(key: Key, nonce: bytes, shape: tuple[int, ...], share: float) -> Bool[Tensor, "c u v"]:
+def flips(key: Key, context: Context, shape: tuple[int, ...], share: float) -> Bool[Tensor, "c u v"]:
     """True with the chance `share`, to 2^-32."""
-    words = np.frombuffer(key.stream(nonce, "noise flip", 4 * int(np.prod(shape))), "<u4")
+    words = np.frombuffer(key.stream(context, "noise flip", 4 * int(np.prod(shape))), "<u4")
     return torch.from_numpy(words < round(share * 2**32)).view(shape)
 
 
-def orders(key: Key, nonce: bytes, channels: int, d: int) -> Int64[Tensor, "c d"]:
+def orders(key: Key, context: Context, channels: int, d: int) -> Int64[Tensor, "c d"]:
     """A random order of d cells for each channel: that of 64-bit words, two of which are equal with a chance below d^2 / 2^64."""
-    words = np.frombuffer(key.stream(nonce, "permutation", 8 * channels * d), "<u8").reshape(channels, d)
+    words = np.frombuffer(key.stream(context, "permutation", 8 * channels * d), "<u8").reshape(channels, d)
     return torch.from_numpy(words.argsort(axis=1, kind="stable"))
 
 
-def rotations(key: Key, nonce: bytes, channels: int, d: int) -> Tensor:
+def rotations(key: Key, context: Context, channels: int, d: int) -> Tensor:
     """Independent orthogonal matrices (c d d), Haar-distributed under a uniform key (Mezzadri, Notices AMS 54(5), 2007)."""
-    q, r = torch.linalg.qr(normals(key, nonce, "rotation", (channels, d, d)))
+    q, r = torch.linalg.qr(normals(key, context, "rotation", (channels, d, d)))
     haar: Tensor = q * r.diagonal(dim1=1, dim2=2).sign()[:, None, :]
     return haar
 
 
 def coded(norms: Tensor) -> bytes:
-    """The distribution function of log r in 24 bits a channel."""
+    """The distribution function of log r in 48 bits a channel."""
     steps = 256**CODE_BYTES
-    share = torch.sigmoid((norms.double().clamp(min=1e-9).log() - LOG_NORM) / LOG_NORM_SCALE)
-    codes = (share * steps).long().clamp(0, steps - 1).tolist()
+    x = (norms.double().clamp(min=1e-9).log() - LOG_NORM) / LOG_NORM_SCALE
+    u = x / (4 + x.square()).sqrt()
+    codes = ((0.5 + (3 * u - u**3) / 4) * steps).long().clamp(0, steps - 1).tolist()
     return b"".join(code.to_bytes(CODE_BYTES, "little") for code in codes)
 
 
 def decoded(code: bytes) -> Tensor:
     """Norms whose code this is; the sender divides by these too, so that nothing is lost by their rounding."""
-    codes = [int.from_bytes(code[i : i + CODE_BYTES], "little") for i in range(0, len(code), CODE_BYTES)]
-    share = (torch.tensor(codes, dtype=torch.float64) + 0.5) / 256**CODE_BYTES
-    norms: Tensor = (LOG_NORM + LOG_NORM_SCALE * share.logit()).exp()
+    u = 2 * ((2 * shares(code, CODE_BYTES) - 1).asin() / 3).sin()
+    norms: Tensor = (LOG_NORM + LOG_NORM_SCALE * 2 * u / (1 - u.square()).sqrt()).exp()
     return norms
 
 
-def ciphered(code: bytes, key: Key, nonce: bytes) -> bytes:
-    """Encrypts, and decrypts."""
-    return bytes(a ^ b for a, b in zip(code, key.stream(nonce, "norms", len(code)), strict=True))
+def silently_decoded(code: bytes) -> Tensor:
+    """The same of header version 2."""
+    norms: Tensor = (LOG_NORM + SILENT_SCALE * shares(code, SILENT_BYTES).logit()).exp()
+    return norms
+
+
+def shares(code: bytes, size: int) -> Tensor:
+    """Whole numbers of `size` bytes as the middles of equal parts of [0, 1], in float64."""
+    codes = [int.from_bytes(code[i : i + size], "little") for i in range(0, len(code), size)]
+    middles: Tensor = (torch.tensor(codes, dtype=torch.float64) + 0.5) / 256**size
+    return middles

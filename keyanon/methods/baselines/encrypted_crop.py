@@ -15,7 +15,8 @@ key leaves x' as it is: no stranger's face that could be taken for the original,
 import hashlib
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import PIL.Image
@@ -23,9 +24,11 @@ import torch
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from keyanon.channel.headers import MAX_PARTS, BadHeader, Header, seal, unseal
-from keyanon.channel.nonces import Nonces, nonce_for
+from keyanon.channel.description import opened
+from keyanon.channel.headers import MAX_PARTS, BadHeader, Header, seal
+from keyanon.channel.nonces import Nonces, contexts_of, nonce_for
 from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.context import Context
 from keyanon.errors import BadSetting
 from keyanon.methods.baselines.classical import bounds
 from keyanon.types import About, Anonymizer, Image, Key, PictureBytes, Published
@@ -48,6 +51,7 @@ class EncryptedCrop:
     quality: int | None = None
     nonces: Nonces = nonce_for
     authenticate: bool = True
+    senders: ClassVar = ("visible", "quality")
 
     def __post_init__(self) -> None:
         if self.quality is not None and not 0 <= self.quality <= 100:
@@ -60,26 +64,26 @@ class EncryptedCrop:
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """BadSetting where a crop is too large for a header."""
         originals = to_bytes(images).cpu()
-        nonces = [self.nonces(key, id, x) for key, id, x in zip(keys, ids, to_floats(originals), strict=True)]
+        contexts = contexts_of(self, self.nonces, keys, ids, to_floats(originals))
         shown = self.visible.anonymize(images, keys, ids).images
         headers = []
-        for key, id, nonce, original, published in zip(keys, ids, nonces, originals, shown, strict=True):
-            sent = encrypted(packed(original, published, self.quality), key, nonce)
+        for key, id, context, original, published in zip(keys, ids, contexts, originals, shown, strict=True):
+            sent = encrypted(packed(original, published, self.quality), key, context)
             if len(sent) > MAX_PARTS:
                 raise BadSetting(
                     f"{id}: its encrypted face has {len(sent)} bytes, a header has room for {MAX_PARTS}; take a lower "
                     "anonymizer.quality (null is lossless, try 90) or a smaller dataset.size"
                 )
-            headers.append(Header(nonce, sent=sent))
+            headers.append(Header(context.nonce, sent=sent, description=context.description))
         # what would be published unrounded is just the same
         return Published(shown, seal(headers, shown, keys, self.authenticate), to_floats(shown))
 
     def recover(self, published: Published, keys: Sequence[Key]) -> Image:
         """Raises BadHeader; where `authenticate` is False a picture whose crop the key does not open stays as it is."""
-        headers = unseal(published.headers, published.images, keys, self.authenticate)
+        headers = opened(published, keys, self, self.authenticate)
         out = []
         for picture, header, key in zip(published.images, headers, keys, strict=True):
-            crop = decrypted(header.sent, key, header.nonce)
+            crop = decrypted(header.sent, key, header.context)
             if crop is None and self.authenticate:
                 raise BadHeader("the header carries no encrypted face: the file was published by another method")
             out.append(picture if crop is None else with_crop(picture, crop))
@@ -118,17 +122,17 @@ def with_crop(picture: PictureBytes, crop: bytes) -> PictureBytes:
     return out
 
 
-def encrypted(plain: bytes, key: Key, nonce: bytes) -> bytes:
+def encrypted(plain: bytes, key: Key, context: Context) -> bytes:
     """The vector is a function of the plain bytes: none comes twice for different ones, also where pictures share a nonce."""
-    iv = key.stream(hashlib.sha256(plain).digest(), "crop|iv", IV_BYTES)
-    return iv + AESGCM(key.stream(nonce, "crop", 32)).encrypt(iv, plain, None)
+    iv = key.stream(replace(context, nonce=hashlib.sha256(plain).digest()), "crop|iv", IV_BYTES)
+    return iv + AESGCM(key.stream(context, "crop", 32)).encrypt(iv, plain, None)
 
 
-def decrypted(sent: bytes, key: Key, nonce: bytes) -> bytes | None:
+def decrypted(sent: bytes, key: Key, context: Context) -> bytes | None:
     """None where `sent` is not the key's."""
     if len(sent) < IV_BYTES + GCM_TAG_BYTES:
         return None
     try:
-        return AESGCM(key.stream(nonce, "crop", 32)).decrypt(sent[:IV_BYTES], sent[IV_BYTES:], None)
+        return AESGCM(key.stream(context, "crop", 32)).decrypt(sent[:IV_BYTES], sent[IV_BYTES:], None)
     except InvalidTag:
         return None

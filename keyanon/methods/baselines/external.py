@@ -31,23 +31,27 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from time import perf_counter, strftime
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import PIL.Image
 import torch
 
-from keyanon.channel.headers import BadHeader, Header, seal, unseal
+from keyanon.channel.description import opened
+from keyanon.channel.headers import BadHeader, Header, seal
 from keyanon.channel.keys import KEY_BYTES, MasterKey
-from keyanon.channel.nonces import Nonces, nonce_for
+from keyanon.channel.nonces import Nonces, contexts_of, nonce_for
 from keyanon.channel.pixels import open_rgb, to_bytes, to_floats, write_png
+from keyanon.channel.streams import ciphered
 from keyanon.channel.whole import write_whole
+from keyanon.context import Context
 from keyanon.errors import BadSetting, UserError
 from keyanon.faces.layouts import SUFFIXES
 from keyanon.types import About, BadPicture, Bytes, Image, Key, PictureBytes, Published, Source
 
 PLACES = {"images", "output", "key"}
 SHOWN_LINES, SHOWN_FILES = 10, 5  # in a message
+ID_BYTES = 255  # of an encrypted id, as long as most file systems let names be
 
 
 class BadMethod(UserError, ValueError):
@@ -74,9 +78,9 @@ class Secret:
                 f"anonymizer.secret: {self.bits} bits as {self.format!r}; expected 1 bit or more as 'hex', 'digits' or 'bits'"
             )
 
-    def of(self, key: Key, nonce: bytes, method: str) -> str:
+    def of(self, key: Key, context: Context, method: str) -> str:
         """The key of one picture for a method, as the program reads it."""
-        number = int.from_bytes(key.stream(nonce, f"external|{method}", -(-self.bits // 8)), "big") % 2**self.bits
+        number = int.from_bytes(key.stream(context, f"external|{method}", -(-self.bits // 8)), "big") % 2**self.bits
         match self.format:
             case "hex":
                 return f"{number:0{-(-self.bits // 4)}x}"
@@ -158,20 +162,19 @@ class External:
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Raises BadMethod."""
         pixels = to_bytes(images).cpu()
-        nonces = self.nonces_of(pixels, keys, ids)
-        names = [whole_number(id.encode()) for id in ids]
-        out = self.run("anonymize", self.command, pixels, names, self.secrets(keys, nonces), ids)
-        return Published(out, (b"",) * len(ids))
+        contexts = contexts_of(self, self.nonces, keys, ids, to_floats(pixels))
+        return Published(self.changed(pixels, keys, contexts, ids), (b"",) * len(ids))
 
-    def nonces_of(self, pixels: Bytes, keys: Sequence[Key], ids: Sequence[str]) -> list[bytes]:
-        images = to_floats(pixels)
-        return [self.nonces(key, id, picture) for key, id, picture in zip(keys, ids, images, strict=True)]
+    def changed(self, pixels: Bytes, keys: Sequence[Key], contexts: Sequence[Context], ids: Sequence[str]) -> Bytes:
+        """What the program makes of the pictures."""
+        names = [whole_number(id.encode("utf-8", "surrogateescape")) for id in ids]
+        return self.run("anonymize", self.command, pixels, names, self.secrets(keys, contexts), ids)
 
-    def secrets(self, keys: Sequence[Key], nonces: Sequence[bytes]) -> list[str]:
+    def secrets(self, keys: Sequence[Key], contexts: Sequence[Context]) -> list[str]:
         """The key of each picture; none where the method takes no key."""
         if self.secret is None:
             return []
-        return [self.secret.of(key, nonce, self.name) for key, nonce in zip(keys, nonces, strict=True)]
+        return [self.secret.of(key, each, self.name) for key, each in zip(keys, contexts, strict=True)]
 
     def run(
         self,
@@ -293,6 +296,7 @@ class ReversibleExternal(External):
 
     recovery: Sequence[str]
     authenticate: bool = True
+    senders: ClassVar = ("command", "recovery", "needs", "outputs")  # each has the programs of their own machine
 
     @property
     def commands(self) -> list[Sequence[str]]:
@@ -300,24 +304,27 @@ class ReversibleExternal(External):
 
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Raises BadMethod."""
-        out = super().anonymize(images, keys, ids)
-        headers = out.headers
+        pixels, sealed = to_bytes(images).cpu(), (b"",) * len(ids)
+        contexts = contexts_of(self, self.nonces, keys, ids, to_floats(pixels))
+        out = self.changed(pixels, keys, contexts, ids)
         if self.secret is not None:
-            nonces = self.nonces_of(to_bytes(images).cpu(), keys, ids)
-            headers = seal([Header(nonce) for nonce in nonces], out.images, keys, self.authenticate)
+            headers = [Header(each.nonce, description=each.description) for each in contexts]
+            sealed = seal(headers, out, keys, self.authenticate)
         # no file of others has what it would publish unrounded
-        return Published(out.images, headers, to_floats(out.images))
+        return Published(out, sealed, to_floats(out))
 
     def recover(self, published: Published, keys: Sequence[Key]) -> Image:
         """Raises BadHeader and BadMethod."""
         pixels = published.images
         secrets: list[str] = []
         if self.secret is not None:
-            headers = unseal(published.headers, pixels, keys, self.authenticate)
-            secrets = self.secrets(keys, [header.nonce for header in headers])
+            headers = opened(published, keys, self, self.authenticate)
+            secrets = self.secrets(keys, [header.context for header in headers])
         names = [
             # under the key: the name is shown, and must not be a test of guessed keys
-            whole_number(key.stream(hashlib.sha256(picture.numpy().tobytes() + header).digest(), "external|name", 8))
+            whole_number(
+                key.stream(Context(hashlib.sha256(picture.numpy().tobytes() + header).digest()), "external|name", 8)
+            )
             for key, picture, header in zip(keys, pixels, published.headers, strict=True)
         ]
         labels = [f"picture {i + 1} of {len(names)}" for i in range(len(names))]
@@ -383,14 +390,17 @@ class Ready:
 
 @dataclass(frozen=True, kw_only=True)
 class ReversibleReady(Ready):
-    """Ready-made pictures with ready-made recoveries. The header says whose picture it is; its tag is always looked at, and the
-    pixels have to be the published ones: what comes back under another key, or from a damaged file, is in no folder.
+    """Ready-made pictures with ready-made recoveries.
+
+    The header says, encrypted, whose picture it is. Its tag is always looked at, and the pixels have to be the published ones: what
+    comes back under another key, or from a damaged file, is in no folder.
 
     Args:
         recovered: folder of the recovered pictures. Nobody here can tell whether they were made from the published files.
     """
 
     recovered: str | None
+    senders: ClassVar = ("files", "size")
 
     @property
     def folders(self) -> dict[str, str | None]:
@@ -399,22 +409,41 @@ class ReversibleReady(Ready):
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Raises BadMethod."""
         out = super().anonymize(images, keys, ids).images
+        contexts = contexts_of(self, nonce_for, keys, ids, to_floats(out))
         headers = [
-            Header(nonce_for(key, id, picture), sent=id.encode())
-            for key, id, picture in zip(keys, ids, to_floats(out), strict=True)
+            Header(each.nonce, sent=ciphered(padded(id), key, each, "id"), description=each.description)
+            for each, key, id in zip(contexts, keys, ids, strict=True)
         ]
         return Published(out, seal(headers, out, keys, authenticate=True))
 
     def recover(self, published: Published, keys: Sequence[Key]) -> Image:
         """Raises BadHeader and BadMethod."""
         try:
-            headers = unseal(published.headers, published.images, keys, authenticate=True)
+            headers = opened(published, keys, self, authenticate=True)
         except BadHeader as error:
             raise BadHeader(
                 f"ready-made pictures come back from the published file with the right key alone; start with attacks=[] ({error})"
             ) from error
-        ids = [header.sent.decode() for header in headers]
+        ids = [id_of(header, key) for header, key in zip(headers, keys, strict=True)]
         return to_floats(torch.stack([self.picture(self.recovered, id, published.images.shape[-2:]) for id in ids]))
+
+
+def padded(id: str) -> bytes:
+    """A picture's id with nothing to be seen of its length, but for ids of more than 253 bytes."""
+    data = id.encode("utf-8", "surrogateescape")
+    return len(data).to_bytes(2, "little") + data.ljust(ID_BYTES - 2, b"\0")
+
+
+def id_of(header: Header, key: Key) -> str:
+    """The id in a header of ready-made pictures, which is in clear in header version 2; BadHeader where there is none."""
+    data = header.sent
+    if header.description is not None:
+        told = ciphered(data, key, header.context, "id")
+        data = told[2 : 2 + int.from_bytes(told[:2], "little")]
+    id = data.decode("utf-8", "surrogateescape")
+    if not id or not set(id).isdisjoint("\0") or Path(id).is_absolute() or ".." in Path(id).parts:
+        raise BadHeader("the header names no picture: the file was published by another method")
+    return id
 
 
 def one_picture(what: str, folder: Path, stem: str, size: Sequence[int], remedy: str) -> PictureBytes:

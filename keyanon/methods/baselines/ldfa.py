@@ -140,7 +140,7 @@ class Ldfa:
         m = interpolate(soft, z0.shape[-2:], mode="area")
         timesteps, levels = self.grid(self.backbone.schedule)
         eta = ETA[self.sampler]
-        noise = keyed_normals(keys, ids, images, purpose, (self.executed + 1 if eta else 1, *z0.shape[1:]))
+        noise = keyed_normals(self, keys, ids, images, purpose, (self.executed + 1 if eta else 1, *z0.shape[1:]))
         a, s = levels[-1]
         z = a * z0 + s * noise[:, 0]
         for i in range(self.executed, 0, -1):

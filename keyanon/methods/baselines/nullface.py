@@ -211,7 +211,9 @@ class NullFace:
             push = self.guidance * (self.eps(z, t, self.identity * embeddings) - u)
             return u + (push * mask if t in masked else push)
 
-        noise = keyed_normals(keys, ids, images, purpose, (self.inversion.steps - self.inversion.skip, *z0.shape[1:]))
+        noise = keyed_normals(
+            self, keys, ids, images, purpose, (self.inversion.steps - self.inversion.skip, *z0.shape[1:])
+        )
         start, stored = self.inversion.invert(lambda z, t: self.eps(z, t, nobody), schedule, z0, noise)
         out = self.backbone.decode(self.inversion.replay(guided, schedule, start, stored))
         return resized(out, (images.shape[-2], images.shape[-1]))
@@ -285,7 +287,7 @@ class NullFaceCore:
         timesteps, _ = self.inversion.grid(schedule)
         masked = delayed(timesteps, self.mask_delay)
         noise, fresh = (
-            keyed_normals(keys, ids, images, purpose, (len(timesteps), *z0.shape[1:]))
+            keyed_normals(self, keys, ids, images, purpose, (len(timesteps), *z0.shape[1:]))
             for purpose in ("nullface", "fresh")
         )
         start, stored = self.inversion.invert(self.backbone.eps, schedule, z0, noise)

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -32,10 +32,12 @@ from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, pixel_shuffle, pixel_unshuffle
 
 from keyanon.batching import CHUNK, in_chunks
-from keyanon.channel.headers import Header, seal, unseal
-from keyanon.channel.nonces import Nonces, nonce_for
+from keyanon.channel.description import opened
+from keyanon.channel.headers import Header, seal
+from keyanon.channel.nonces import Nonces, contexts_of, nonce_for
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.channel.streams import signs
+from keyanon.context import Context
 from keyanon.errors import BadSetting
 from keyanon.finite import finite
 from keyanon.measures.scorers import psnr, ssim
@@ -81,6 +83,7 @@ class ProFaceS:
     authenticate: bool = True
     device: str = "cpu"
     chunk: int = CHUNK
+    senders: ClassVar = ("obfuscator",)
 
     def __post_init__(self) -> None:
         if self.kdf not in ("hkdf", "authors"):
@@ -89,19 +92,20 @@ class ProFaceS:
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Published pictures of `images` under one key each; `measured` is how like the mere obfuscation they are."""
         _check_even(images)
-        nonces = [self.nonces(key, id, picture) for key, id, picture in zip(keys, ids, images, strict=True)]
+        contexts = contexts_of(self, self.nonces, keys, ids, images)
         everywhere = torch.ones_like(images[:, :1], dtype=torch.bool)
         covers = self.obfuscator(images, everywhere)
-        hidden = torch.cat([covers, images, self.signs(keys, nonces, images)], 1).to(self.device)
+        hidden = torch.cat([covers, images, self.signs(keys, contexts, images)], 1).to(self.device)
         floats = finite(in_chunks(self._hide, hidden, chunk=self.chunk), "the hiding network")
         floats, published = floats.cpu(), to_bytes(floats).cpu()
-        headers = seal([Header(nonce) for nonce in nonces], published, keys, self.authenticate)
+        headers = [Header(each.nonce, description=each.description) for each in contexts]
+        sealed = seal(headers, published, keys, self.authenticate)
         view, covers, everywhere = to_floats(published), covers.cpu(), everywhere.cpu()
         measured = {
             "obfuscated_psnr": psnr(view, covers, everywhere),
             "obfuscated_ssim": ssim(view, covers, everywhere),
         }
-        return Published(published, headers, floats, measured)
+        return Published(published, sealed, floats, measured)
 
     def wrong_size(self, size: int) -> str | None:
         """What a preflight says of a size that the network cannot take."""
@@ -118,8 +122,8 @@ class ProFaceS:
 
     def receive(self, images: Image, published: Published, keys: Sequence[Key]) -> Image:
         _check_even(images)
-        headers = unseal(published.headers, published.images, keys, self.authenticate)
-        return self.reveal(images, self.signs(keys, [header.nonce for header in headers], images))
+        headers = opened(published, keys, self, self.authenticate)
+        return self.reveal(images, self.signs(keys, [header.context for header in headers], images))
 
     def without_key(self, published: Published) -> Image:
         """What the network reveals for zeros, the mean of all keys: the face between stripes."""
@@ -131,11 +135,11 @@ class ProFaceS:
         out = in_chunks(self._reveal, torch.cat([images, signs], 1).to(self.device), chunk=self.chunk)
         return finite(out, "the revealing network").cpu()
 
-    def signs(self, keys: Sequence[Key], nonces: Sequence[bytes], images: Image) -> Signs:
+    def signs(self, keys: Sequence[Key], contexts: Sequence[Context], images: Image) -> Signs:
         """One secret sign for each pixel."""
         draw = {"hkdf": signs, "authors": authors_signs}[self.kdf]
         shape = (1, *images.shape[-2:])
-        return torch.stack([draw(key, nonce, shape) for key, nonce in zip(keys, nonces, strict=True)]).to(images)
+        return torch.stack([draw(key, each, shape) for key, each in zip(keys, contexts, strict=True)]).to(images)
 
     def _hide(self, pictures: Tensor) -> Image:
         covers, originals, key = pictures.split([3, 3, 1], 1)
@@ -256,10 +260,11 @@ def unhaar(bands: Bands) -> Float[Tensor, "b c h w"]:
     return pixel_shuffle(torch.einsum("ij,bcjuv->bciuv", HAAR.to(cells), cells).flatten(1, 2), 2)
 
 
-def authors_signs(key: Key, nonce: bytes, shape: tuple[int, ...]) -> Int8[Tensor, "..."]:
+def authors_signs(key: Key, context: Context, shape: tuple[int, ...]) -> Int8[Tensor, "..."]:
     """The same signs for all nonces: PBKDF2 as the authors set it."""
+    everybody = Context(b"", None if context.description is None else b"")
     d = math.prod(shape)
-    password = key.stream(b"", "password", PASSWORD_BYTES)
+    password = key.stream(everybody, "password", PASSWORD_BYTES)
     derived = hashlib.pbkdf2_hmac("sha512", password, AUTHORS_SALT, AUTHORS_ITERATIONS, -(-d // 8))
     bits = np.unpackbits(np.frombuffer(derived, np.uint8))[:d]
     return torch.from_numpy(2 * bits.astype(np.int8) - 1).view(shape)

@@ -147,7 +147,7 @@ class Salar:
         wanted = self.farl.tokens(self.face.to(work)[None])
         timesteps, levels = self.grid(self.backbone.schedule)
         z = self.backbone.encode(work)
-        noise = keyed_normals(keys, ids, images, "salar", (1 + len(timesteps), *z.shape[1:]))
+        noise = keyed_normals(self, keys, ids, images, "salar", (1 + len(timesteps), *z.shape[1:]))
         abar = self.backbone.schedule.abar[-1]
         z = abar**0.5 * z + (1 - abar) ** 0.5 * noise[:, 0]
         for i in range(len(timesteps), 0, -1):

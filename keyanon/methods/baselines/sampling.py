@@ -16,11 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from keyanon.channel.nonces import nonce_for
+from keyanon.channel.nonces import contexts_of, nonce_for
 from keyanon.channel.streams import normals
 from keyanon.diffusion.model import BadModel, LatentDiffusion
 from keyanon.diffusion.solvers import move
-from keyanon.types import Denoiser, Image, Key, Latent, Mask
+from keyanon.types import Anonymizer, Denoiser, Image, Key, Latent, Mask
 
 Level = tuple[float, float]  # (a, s)
 
@@ -62,16 +62,14 @@ def denoiser(backbone: LatentDiffusion, images: Image, mask: Mask) -> Denoiser:
 
 
 def keyed_normals(
-    keys: Sequence[Key], ids: Sequence[str], images: Image, purpose: str, shape: tuple[int, ...]
+    method: Anonymizer, keys: Sequence[Key], ids: Sequence[str], images: Image, purpose: str, shape: tuple[int, ...]
 ) -> Tensor:
-    """Standard normal numbers (b, *shape): each picture's from its own key, id and pixels, whatever its batch.
+    """Standard normal numbers (b, *shape): each picture's from its own key, id and pixels, and the method, whatever its batch.
 
     The rivals draw theirs from a seed that they forget. Ours come from the key so that a run repeats; nothing recovers with it.
     """
-    noise = [
-        normals(key, nonce_for(key, id, picture), purpose, shape)
-        for key, id, picture in zip(keys, ids, images, strict=True)
-    ]
+    contexts = contexts_of(method, nonce_for, keys, ids, images)
+    noise = [normals(key, context, purpose, shape) for key, context in zip(keys, contexts, strict=True)]
     return torch.stack(noise).to(images.device, torch.float32)
 
 

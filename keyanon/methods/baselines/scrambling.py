@@ -11,16 +11,19 @@ systems against extended jigsaw puzzle solver attacks, IEICE Transactions on Inf
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
-from keyanon.channel.headers import BadHeader, Header, seal, unseal
-from keyanon.channel.nonces import Nonces, nonce_for
+from keyanon.channel.description import opened
+from keyanon.channel.headers import BadHeader, Header, seal
+from keyanon.channel.nonces import Nonces, contexts_of, nonce_for
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.channel.streams import signs
+from keyanon.context import Context
 from keyanon.errors import BadSetting
 from keyanon.types import About, Bytes, FaceParser, Image, Key, Published
 
@@ -47,6 +50,7 @@ class Scrambling:
     negative: bool = False
     nonces: Nonces = nonce_for
     authenticate: bool = True
+    senders: ClassVar = ("parser",)  # the mask is in the header
 
     @property
     def about(self) -> About:
@@ -55,22 +59,24 @@ class Scrambling:
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         pixels = to_bytes(images).cpu()
         images = to_floats(pixels)
-        nonces = [self.nonces(key, id, picture) for key, id, picture in zip(keys, ids, images, strict=True)]
+        contexts = contexts_of(self, self.nonces, keys, ids, images)
         mask = self.parser.mask(images, self.grid(images)).cpu()
         blocks = cut(pixels, self.block)
-        for picture, cells, key, nonce in zip(blocks, mask[:, 0], keys, nonces, strict=True):
+        for picture, cells, key, context in zip(blocks, mask[:, 0], keys, contexts, strict=True):
             face = picture[cells]
-            order, inner, inverted = self.lock(key, nonce, face)
+            order, inner, inverted = self.lock(key, context, face)
             face = face[order].gather(1, inner)
             picture[cells] = torch.where(inverted, 255 - face, face)
         published = joined(blocks, self.block)
-        headers = [Header(nonce, cells) for nonce, cells in zip(nonces, mask, strict=True)]
+        headers = [
+            Header(each.nonce, cells, description=each.description) for each, cells in zip(contexts, mask, strict=True)
+        ]
         # what would be published unrounded is just the same
         return Published(published, seal(headers, published, keys, self.authenticate), to_floats(published))
 
     def recover(self, published: Published, keys: Sequence[Key]) -> Image:
         """The originals, to the bit where the files are as published; raises BadHeader."""
-        headers = unseal(published.headers, published.images, keys, self.authenticate)
+        headers = opened(published, keys, self, self.authenticate)
         grid = self.grid(published.images)
         blocks = cut(published.images, self.block).clone()  # with blocks of one pixel it would be a view
         for picture, header, key in zip(blocks, headers, keys, strict=True):
@@ -81,21 +87,21 @@ class Scrambling:
                 )
             cells = header.mask[0]
             face = picture[cells]
-            order, inner, inverted = self.lock(key, header.nonce, face)
+            order, inner, inverted = self.lock(key, header.context, face)
             face = torch.where(inverted, 255 - face, face)
             face = face.scatter(1, inner, face)
             picture[cells] = torch.empty_like(face).index_copy_(0, order, face)
         return to_floats(joined(blocks, self.block))
 
     def lock(
-        self, key: Key, nonce: bytes, face: UInt8[Tensor, "n p 3"]
+        self, key: Key, context: Context, face: UInt8[Tensor, "n p 3"]
     ) -> tuple[Int64[Tensor, " n"], Int64[Tensor, "n p 3"], Bool[Tensor, "n 1 1"]]:
         """The order of the face's n blocks, that of the p pixels of each, and which of them are inverted."""
         n, p, _ = face.shape
-        inner = orders(key, nonce, "scrambling|pixels", n, p) if self.inside else torch.arange(p).expand(n, p)
-        inverted = signs(key, nonce, (n,)) < 0 if self.negative else torch.zeros(n, dtype=torch.bool)
+        inner = orders(key, context, "scrambling|pixels", n, p) if self.inside else torch.arange(p).expand(n, p)
+        inverted = signs(key, context, (n,)) < 0 if self.negative else torch.zeros(n, dtype=torch.bool)
         return (
-            orders(key, nonce, "scrambling|blocks", 1, n)[0],
+            orders(key, context, "scrambling|blocks", 1, n)[0],
             inner[..., None].expand(n, p, 3),
             inverted[:, None, None],
         )
@@ -120,9 +126,9 @@ class Scrambling:
         return height // self.block, width // self.block
 
 
-def orders(key: Key, nonce: bytes, purpose: str, rows: int, n: int) -> Int64[Tensor, "rows n"]:
+def orders(key: Key, context: Context, purpose: str, rows: int, n: int) -> Int64[Tensor, "rows n"]:
     """A secret order of n things for each row: that of 64-bit words, as in keyanon.methods.transforms.orders."""
-    words = np.frombuffer(key.stream(nonce, purpose, 8 * rows * n), "<u8").reshape(rows, n)
+    words = np.frombuffer(key.stream(context, purpose, 8 * rows * n), "<u8").reshape(rows, n)
     return torch.from_numpy(words.argsort(axis=1, kind="stable"))
 
 

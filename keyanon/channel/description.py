@@ -1,0 +1,130 @@
+"""How a file was made, as its header says it: the method with all that its receiver has to set alike, as JSON.
+
+    {"keyanon": version of the code,  "method": {"class": ..., its fields},  "sender": {what else the sender used, by class}}
+
+Models and weights are their SHA-256, 32 hex digits of it. A field that says where or how fast something runs is left out, and so
+is what the sender alone uses: a class names these fields in `senders`. So no path and no name of a picture stands in a header.
+
+A key stream belongs to the description as it stands in the header (keyanon/context.py). What is left out is in the nonce, which is
+a function of everything (keyanon/channel/nonces.py).
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import partial
+from typing import Any
+
+from keyanon.channel.headers import BadHeader, Header, canonical, placed, unseal
+from keyanon.types import Key, Model, Published
+from keyanon.version import __version__
+from keyanon.weights import Card, named
+
+# Where a thing lies, how fast it runs, what is said of it: not what comes out, but for rounding.
+PLACES = frozenset(
+    {"device", "chunk", "compile", "weights", "source", "subfolder", "revision", "licence", "root", "names"}
+    | {"folder", "obtain", "about", "logs", "timeout", "environment", "anonymized", "recovered"}
+)
+# What chooses among pictures, or adds to the file, and changes none of them.
+CHOICES = frozenset({"authenticate", "floor", "attempts", "nonces"})
+DIGITS = 32  # hex digits of a SHA-256
+SHOWN, LONGEST = 3, 60  # differences in a message, characters of a value
+
+
+def described(method: Any) -> bytes:
+    """The description of a method's files: canonical JSON in ASCII."""
+    parts = ((name, getattr(method, name)) for name in senders(method))
+    about = {
+        "keyanon": __version__,
+        "method": settings(method, public=True),
+        "sender": {name: type(part).__name__ for name, part in parts if is_dataclass(part)},
+    }
+    return canonical(about)
+
+
+def everything(method: Any) -> bytes:
+    """All that decides which picture a method makes of another one, secret or not: for the nonce, not for a header."""
+    return canonical({"keyanon": __version__, "method": settings(method, public=False)})
+
+
+def senders(part: Any) -> Sequence[str]:
+    """The fields that a receiver needs nothing of."""
+    return getattr(part, "senders", ())
+
+
+def settings(part: Any, public: bool) -> Any:
+    """What decides the outcome of a part, as JSON has it; `public` leaves out what the sender alone uses."""
+    if isinstance(part, float) and part.is_integer():
+        return int(part)  # 1.0 is 1
+    if part is None or isinstance(part, bool | int | float | str):
+        return part
+    if isinstance(part, Card):
+        return part.sha256[:DIGITS] if part.sha256 else part.name
+    if isinstance(part, Mapping):
+        return {str(name): settings(value, public) for name, value in part.items()}
+    if isinstance(part, Sequence):
+        return [settings(value, public) for value in part]
+    if isinstance(part, partial):
+        return {"class": name_of(part.func), **settings(part.keywords, public)}
+    out: dict[str, Any] = {"class": name_of(part)}
+    if isinstance(part, Model):
+        out["sha256"] = part.sha256[:DIGITS]
+    if not is_dataclass(part):
+        return out
+    left_out = PLACES | CHOICES | (set(senders(part)) if public else set())
+    for field in fields(part):
+        if field.init and field.name not in left_out:
+            value = getattr(part, field.name)
+            out[field.name] = settings(named(value) if field.name == "card" else value, public)
+    return out
+
+
+def name_of(part: Any) -> str:
+    """Of a function or of an object's class; with its module where it is none of ours."""
+    kind = part if hasattr(part, "__qualname__") else type(part)
+    return kind.__qualname__ if kind.__module__.startswith("keyanon.") else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def match(header: Header, method: Any) -> None:
+    """Raises BadHeader, which names the differences, unless a file was made by this method with these settings.
+
+    Files of header version 2 do not say how they were made.
+    """
+    if header.description is None:
+        return
+    there, here = (dict(leaves(json.loads(each).get("method"))) for each in (header.description, described(method)))
+    names = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    if not names:
+        return
+    names = ["class"] if "class" in names else names  # of two methods nothing else is worth comparing
+    shown = "; ".join(
+        f"{name}={there.get(name, 'nothing')}, here {here.get(name, 'nothing')}" for name in names[:SHOWN]
+    )
+    more = f"; and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    raise BadHeader(
+        f"the file was published with other settings: {shown}{more}; recover it with the anonymizer's settings of then"
+    )
+
+
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """The values of nested JSON by their path, short enough for a message."""
+    if isinstance(node, dict) and node:
+        for name, value in node.items():
+            yield from leaves(value, f"{path}.{name}" if path else str(name))
+    else:
+        text = json.dumps(node)
+        yield path[:LONGEST], text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def opened(published: Published, keys: Sequence[Key], method: Any, authenticate: bool) -> list[Header]:
+    """The headers of files that this method can recover; BadHeader, which names the picture's place, where one is not such a file.
+
+    With `authenticate` each has to have a tag that fits header, pixels and key.
+    """
+    headers = unseal(published.headers, published.images, keys, authenticate)
+    for i, header in enumerate(headers):
+        try:
+            match(header, method)
+        except BadHeader as error:
+            raise BadHeader(f"{placed(i, len(headers))}{error}") from None
+    return headers
