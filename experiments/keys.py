@@ -106,8 +106,8 @@ def salt_of(name: str, digits: str | None) -> bytes:
 def password_key(variable: str, salt: str | None, kept: str | None, passes: int, memory: int, lanes: int) -> MasterKey:
     """The key of the password in an environment variable, or of the one that is asked for. See keyanon.channel.keys.Recipe.
 
-    Without a `salt` that of the file `kept` is taken, which the first of a run's processes writes. BadKey where passes and memory are
-    less than the default's.
+    Without a `salt` that of the file `kept` is taken, which the first of a run's processes writes. BadKey where guesses would cost
+    less than by default.
     """
     where = "key.salt" if salt is not None else f"key.kept: {kept}"
     salt = salt_of_run(Path(kept)) if salt is None and kept is not None else salt

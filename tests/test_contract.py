@@ -17,8 +17,9 @@ from experiments.harness import preflight
 from experiments.harness.errors import user_error
 from keyanon.attacks.views import by_view, without_authentication
 from keyanon.channel.headers import BadHeader, Header
-from keyanon.channel.keys import NONCE_BYTES, MasterKey, experiment_key, write_new_key
+from keyanon.channel.keys import MasterKey, experiment_key, write_new_key
 from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.context import NONCE_BYTES, Context
 from keyanon.diffusion.solvers import DDIM, Known, NoiseSchedule
 from keyanon.errors import UserError
 from keyanon.faces.datasets import bundled_faces
@@ -403,16 +404,16 @@ def test_a_dataset_that_is_not_here_says_what_to_do(name, tmp_path):
 def test_key(name, tmp_path, monkeypatch):
     monkeypatch.setenv("KEYANON_PASSWORD", "what key=password reads")
     node = composed(f"key={name}").key
-    cheap = {"passes": 1, "memory": 64, "lanes": 1, "salt": bytes(16).hex(), "path": str(tmp_path / "key")}
+    cheap = {"salt": bytes(16).hex(), "path": str(tmp_path / "key")}
     write_new_key(tmp_path / "key")
     key, again = (instantiate(node, **{name: value for name, value in cheap.items() if name in node}) for _ in range(2))
     assert isinstance(key, Key)
     assert isinstance(key, MasterKey)
-    stream = key.stream(bytes(NONCE_BYTES), "signs", 33)
+    stream = key.stream(Context(bytes(NONCE_BYTES)), "signs", 33)
     assert len(stream) == 33
-    assert again.stream(bytes(NONCE_BYTES), "signs", 33) == stream
-    others = [key.stream(bytes(23) + b"\1", "signs", 33), key.stream(bytes(NONCE_BYTES), "norms", 33)]
-    assert len({stream, *others, experiment_key(7).stream(bytes(NONCE_BYTES), "signs", 33)}) == 4
+    assert again.stream(Context(bytes(NONCE_BYTES)), "signs", 33) == stream
+    others = [key.stream(Context(bytes(23) + b"\1"), "signs", 33), key.stream(Context(bytes(NONCE_BYTES)), "norms", 33)]
+    assert len({stream, *others, experiment_key(7).stream(Context(bytes(NONCE_BYTES)), "signs", 33)}) == 4
     assert key.secret.hex() not in repr(key)
 
 
@@ -434,8 +435,8 @@ class TwoPeople:
 def test_nonces(name, faces):
     node = composed(f"nonce={name}").nonce
     nonces = instantiate(node, **({"dataset": TwoPeople()} if "dataset" in node else {}))
-    first, again, same_person = (nonces(KEY, id, faces[0]) for id in ("a1", "a1", "a2"))
+    first, again, same_person = (nonces(KEY, b"", id, faces[0]) for id in ("a1", "a1", "a2"))
     assert len(first) == NONCE_BYTES
     assert first == again
-    assert nonces(OTHER, "a1", faces[0]) != first
-    assert (nonces(KEY, "b1", faces[1]) == first) <= (same_person == first)
+    assert nonces(OTHER, b"", "a1", faces[0]) != first
+    assert (nonces(KEY, b"", "b1", faces[1]) == first) <= (same_person == first)

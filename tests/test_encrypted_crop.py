@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from keyanon.attacks.views import NoKey
+from keyanon.channel.description import described
 from keyanon.channel.headers import MAX_PARTS, BadHeader, Header, seal
 from keyanon.channel.keys import MasterKey, Nobody
 from keyanon.channel.nonces import OneForAll
@@ -158,8 +159,13 @@ def test_a_changed_picture_is_refused_and_its_face_comes_back_without_the_tag():
 
 def test_files_of_other_methods_are_refused():
     pixels = to_bytes(faces())
-    for header in (Header(bytes(24)), Header(bytes(24), sent=bytes(99))):
-        with pytest.raises(BadHeader, match="no encrypted face"):
+    ours = described(METHOD)
+    for header, message in (
+        (Header(bytes(24)), "another method: which it does not name, not"),
+        (Header(bytes(24), description=None), "no encrypted face"),
+        (Header(bytes(24), sent=bytes(99), description=ours), "no encrypted face"),
+    ):
+        with pytest.raises(BadHeader, match=message):
             METHOD.recover(Published(pixels, seal([header], pixels, [KEY], authenticate=True)), [KEY])
 
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from keyanon.attacks.views import FloatChannel, NoKey, WrongKey, without_authentication
+from keyanon.channel.description import described
 from keyanon.channel.headers import BadHeader, Header
 from keyanon.channel.keys import Nobody, experiment_key
-from keyanon.channel.nonces import nonce_for
+from keyanon.channel.nonces import contexts_of, nonce_for
 from keyanon.channel.pixels import read_png, to_bytes, to_floats, write_png
+from keyanon.context import Context
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import DDIM
 from keyanon.faces.datasets import bundled_faces
@@ -68,10 +70,13 @@ def test_contract(method, pictures, published, face):
 
 def test_latents_come_back_exactly(method, pictures):
     mask = method.parser.mask(pictures, (16, 16))
-    nonces = [nonce_for(key, id, picture) for key, id, picture in zip(KEYS, "ab", pictures, strict=True)]
-    known, z0 = method.known(pictures, mask, nonces), method.backbone.encode(pictures)
-    there, sent = method.turn(z0, known, KEYS, nonces)
-    headers = [Header(nonce, m, code) for nonce, m, code in zip(nonces, mask, sent, strict=True)]
+    contexts = contexts_of(method, nonce_for, KEYS, "ab", pictures)
+    known, z0 = method.known(pictures, mask, contexts), method.backbone.encode(pictures)
+    there, sent = method.turn(z0, known, KEYS, contexts)
+    headers = [
+        Header(each.nonce, m, code, description=each.description)
+        for each, m, code in zip(contexts, mask, sent, strict=True)
+    ]
     back = method.turn_back(there, known, headers, KEYS)
     error = ((back - z0) * mask).square().sum((1, 2, 3)) / (mask * z0).square().sum((1, 2, 3))
     assert (-10 * error.log10() > 80).all()
@@ -162,8 +167,8 @@ def test_below_the_floor_nonces_are_drawn_again_and_the_best_is_kept(method, pic
 def test_both_sides_know_the_same_background(method, pictures, published, background):
     one = replace(method, background=background)
     header = [Header.unpack(header) for header in published.headers]
-    mask, nonces = torch.stack([h.mask for h in header]), [h.nonce for h in header]
-    sender, receiver = one.known(pictures, mask, nonces), one.known(to_floats(published.images), mask, nonces)
+    mask, contexts = torch.stack([h.mask for h in header]), [h.context for h in header]
+    sender, receiver = one.known(pictures, mask, contexts), one.known(to_floats(published.images), mask, contexts)
     for mine, theirs in zip(sender.trajectory, receiver.trajectory, strict=True):
         assert torch.equal(mine, theirs)
 
@@ -177,9 +182,9 @@ def test_the_fill_looks_at_the_background_only(pictures, face):
 
 
 def test_public_noise_is_normal_and_a_function_of_the_nonce():
-    noise = public_noise(bytes(24), (21, 64, 64))
-    assert torch.equal(noise, public_noise(bytes(24), (21, 64, 64)))
-    assert not torch.equal(noise, public_noise(bytes(23) + b"\1", (21, 64, 64)))
+    noise = public_noise(Context(bytes(24)), (21, 64, 64))
+    assert torch.equal(noise, public_noise(Context(bytes(24)), (21, 64, 64)))
+    assert not torch.equal(noise, public_noise(Context(bytes(23) + b"\1"), (21, 64, 64)))
     assert noise.mean().abs() < 0.02
     assert (noise.std() - 1).abs() < 0.01
     assert ((noise**4).mean() - 3).abs() < 0.1
@@ -188,7 +193,9 @@ def test_public_noise_is_normal_and_a_function_of_the_nonce():
 def test_headers_without_a_mask_and_cropped_pictures_are_refused(method, published):
     cropped, tagless = replace(published, images=published.images[..., :120, :120]), without_authentication(method)
     with pytest.raises(BadHeader, match="no face mask"):
-        tagless.recover(replace(published, headers=(Header(bytes(24)).pack(),) * 2), KEYS)
+        tagless.recover(
+            replace(published, headers=(Header(bytes(24), description=described(method)).pack(),) * 2), KEYS
+        )
     with pytest.raises(BadHeader, match="resized or cropped"):
         tagless.recover(cropped, KEYS)
     with pytest.raises(BadHeader, match="cannot tell which"):

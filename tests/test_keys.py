@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import io
+import re
 import subprocess
 import sys
 import unicodedata
@@ -22,11 +23,12 @@ from hypothesis import strategies as st
 
 from experiments import keys as command
 from keyanon.attacks.views import FlippedSigns
-from keyanon.channel.headers import BadHeader, Header, seal
+from keyanon.channel.headers import BadHeader, Header, seal, unseal
 from keyanon.channel.keys import BadKey, MasterKey, Recipe, experiment_key, read_key, write_key, write_new_key
 from keyanon.channel.nonces import OneForAll, PerIdentity, nonce_for
 from keyanon.channel.pixels import write_png
 from keyanon.channel.streams import normals, signs
+from keyanon.context import Context, joined
 from tests.conftest import ROOT
 
 SECRETS, NONCES = st.binary(min_size=32, max_size=32), st.binary(min_size=24, max_size=24)
@@ -85,7 +87,7 @@ def test_a_password_gives_the_same_key_however_it_is_typed():
 def test_known_answer_of_a_password():
     """The default costs, those of RFC 9106's second recommendation."""
     assert (Recipe(SALT).passes, Recipe(SALT).memory, Recipe(SALT).lanes) == (3, 65536, 4)
-    assert Recipe(SALT).derive("correct horse battery staple").fingerprint == "ecdd51d02c533fc5"
+    assert Recipe(SALT).derive("correct horse battery staple").fingerprint == "0ae5209940f2a750"
 
 
 @given(st.binary(max_size=40) | st.binary(min_size=23, max_size=23).map(lambda rest: b"\x13" + rest))
@@ -122,48 +124,64 @@ def test_absurd_recipes_are_refused_before_anything_is_allocated(costs, message)
         CHEAP.derive("secret\udcff")
 
 
-def test_stream_is_hkdf_then_chacha20(key):
+@pytest.mark.parametrize(
+    ("description", "salt", "info"),
+    [
+        (None, bytes(range(24)), b"keyanon/1|signs"),  # header version 2
+        (b"{}", b"keyanon/3", b"\5" + bytes(7) + b"signs\x18" + bytes(7) + bytes(range(24)) + b"\2" + bytes(7) + b"{}"),
+    ],
+)
+def test_stream_is_hkdf_then_chacha20(key, description, salt, info):
     """The construction spelled out with hmac (RFC 5869) instead of the library's HKDF."""
-    nonce, info = bytes(24), b"keyanon/1|signs"
-    extracted = hmac.digest(nonce, key.secret, "sha256")
+    extracted = hmac.digest(salt, key.secret, "sha256")
     expanded = hmac.digest(extracted, info + b"\x01", "sha256")
     expected = Cipher(algorithms.ChaCha20(expanded, bytes(16)), mode=None).encryptor().update(bytes(100))
-    assert key.stream(nonce, "signs", 100) == expected
+    assert key.stream(Context(bytes(range(24)), description), "signs", 100) == expected
 
 
 def test_known_answers(key):
     """Committed bits: a change of library or platform that alters a key stream must not pass."""
-    assert key.stream(bytes(range(24)), "signs", 16).hex() == "bc4a4d638eeed854a622bd1347f4e3ba"
-    assert key.fingerprint == "3806e947210045e7"
-    k = signs(key, bytes(24), (3, 64, 64))
-    assert hashlib.sha256(k.numpy().tobytes()).hexdigest()[:16] == "96975f2b297a0d59"
+    here, silent = Context(bytes(range(24)), b"{}"), Context(bytes(24), None)
+    assert key.stream(here, "signs", 16).hex() == "dc7332dea2a354356c75e8fbeb2c283f"
+    assert key.fingerprint == "8c031bca33c9e184"
+    k = signs(key, here, (3, 64, 64))
+    assert hashlib.sha256(k.numpy().tobytes()).hexdigest()[:16] == "8f7975582c6d98de"
     picture = torch.arange(48).view(3, 4, 4) / 24 - 1
-    assert nonce_for(key, "id", picture).hex() == "4aa89f939c5401d2277b97c4f453245154bd83a3c381a3e0"
-    assert nonce_for(key, "id", picture, 1).hex() == "49b38c5ae7f28876b513b963b3b9a06bf39b3144483b6b73"
-    assert OneForAll()(key, "id", picture).hex() == "7c168fb12b64ee3ebbf9a523d7dd959a1adce88d36e7eaa1"
-    assert [f"{x:.9f}" for x in normals(key, bytes(24), "rotation", (2,))] == ["0.124040409", "-1.707882311"]
+    assert nonce_for(key, b"settings", "id", picture).hex() == "0f02b9be3bb9df748518fdcddddee5da71cf3cc82cebd29d"
+    assert nonce_for(key, b"settings", "id", picture, 1).hex() == "d390e5efa346e5b40df1afc69a2cbca72e179a7698699138"
+    assert OneForAll()(key, b"settings", "id", picture).hex() == "00c3bb8b1d130bf295d44ac775f1343b6a60564a80970faf"
+    assert [f"{x:.9f}" for x in normals(key, here, "rotation", (2,))] == ["-1.827415395", "0.382956084"]
+    # of header version 2
+    assert key.stream(replace(silent, nonce=bytes(range(24))), "signs", 16).hex() == "bc4a4d638eeed854a622bd1347f4e3ba"
+    k = signs(key, silent, (3, 64, 64))
+    assert hashlib.sha256(k.numpy().tobytes()).hexdigest()[:16] == "96975f2b297a0d59"
+    assert [f"{x:.9f}" for x in normals(key, silent, "rotation", (2,))] == ["0.124040409", "-1.707882311"]
 
 
 @given(SECRETS, NONCES)
 def test_signs_are_signs_and_their_own_inverse(secret, nonce):
-    k = signs(MasterKey(secret), nonce, (3, 8, 8))
+    k = signs(MasterKey(secret), Context(nonce), (3, 8, 8))
     assert set(k.unique().tolist()) == {-1, 1}
     assert (k * k == 1).all()
 
 
 def test_signs_are_balanced_and_unrelated_between_nonces_and_near_keys(key):
-    k = signs(key, bytes(24), (100_000,)).float()
+    k = signs(key, Context(bytes(24)), (100_000,)).float()
     assert abs(k.mean()) < 4 / np.sqrt(100_000)
-    for other in (signs(key, b"1" * 24, (100_000,)), signs(key.with_bit_flipped(), bytes(24), (100_000,))):
+    for other in (
+        signs(key, Context(b"1" * 24), (100_000,)),
+        signs(key, Context(bytes(24), b"{}"), (100_000,)),
+        signs(key.with_bit_flipped(), Context(bytes(24)), (100_000,)),
+    ):
         assert abs((k * other).mean()) < 4 / np.sqrt(100_000)
 
 
 @given(SECRETS, NONCES, st.sampled_from([0.0, 0.01, 0.25, 1.0]))
 def test_flipped_signs_flip_that_fraction(secret, nonce, fraction):
-    key = MasterKey(secret)
-    wrong = signs(FlippedSigns(key, fraction), nonce, (4000,)) != signs(key, nonce, (4000,))
+    key, here = MasterKey(secret), Context(nonce)
+    wrong = signs(FlippedSigns(key, fraction), here, (4000,)) != signs(key, here, (4000,))
     assert wrong.float().mean() == pytest.approx(fraction, abs=1e-9)
-    assert FlippedSigns(key, fraction).stream(nonce, "other", 8) == key.stream(nonce, "other", 8)
+    assert FlippedSigns(key, fraction).stream(here, "other", 8) == key.stream(here, "other", 8)
 
 
 @given(SECRETS, st.integers(0, 255))
@@ -172,13 +190,24 @@ def test_near_key_differs_in_one_bit(secret, bit):
     assert sum((a ^ b).bit_count() for a, b in zip(secret, near.secret, strict=True)) == 1
 
 
-def test_nonce_is_a_function_of_key_id_and_pixels(key):
-    picture = torch.zeros(3, 4, 4)
-    nonce = nonce_for(key, "a", picture)
-    assert nonce == nonce_for(key, "a", picture.clone())
-    others = [nonce_for(key, "b", picture), nonce_for(key, "a", picture + 1), nonce_for(experiment_key(), "a", picture)]
-    assert len({nonce, *others}) == 4
+def test_nonce_is_a_function_of_key_settings_id_pixels_and_attempt(key):
+    """As joined strings: no id is taken for an attempt ("a|1" was), no shape for another one."""
+    picture = torch.zeros(3, 4, 6)
+    nonce = nonce_for(key, b"s", "a", picture)
+    assert nonce == nonce_for(key, b"s", "a", picture.clone())
+    others = [
+        nonce_for(key, b"s", "b", picture),
+        nonce_for(key, b"t", "a", picture),
+        nonce_for(key, b"s", "a", picture, 1),
+        nonce_for(key, b"s", "a|1", picture),
+        nonce_for(key, b"s", "a", picture + 1),
+        nonce_for(key, b"s", "a", picture.reshape(3, 6, 4)),
+        nonce_for(experiment_key(), b"s", "a", picture),
+    ]
+    assert len({nonce, *others}) == 8
     assert len(nonce) == 24
+    told = joined(b"s", b"a", b"0", b"(3, 4, 6)", picture.numpy().tobytes())
+    assert nonce == key.stream(Context(hashlib.sha256(told).digest()), "nonce", 24)
 
 
 @dataclass(frozen=True)
@@ -195,19 +224,19 @@ def test_scopes_share_key_streams_as_they_say_and_warn_once(key, caplog):
     with caplog.at_level("WARNING"):
         one, person = OneForAll(), PerIdentity(Album())
         for scope, streams in ((nonce_for, 3), (person, 2), (one, 1)):
-            nonces = [scope(key, id, picture) for id, picture in zip(ids, pictures, strict=True)]
+            nonces = [scope(key, b"", id, picture) for id, picture in zip(ids, pictures, strict=True)]
             assert len(set(nonces)) == streams
             assert {len(nonce) for nonce in nonces} == {24}
-            assert not {scope(experiment_key(), id, pictures[0]) for id in ids} & set(nonces)
-            again = scope(key, ids[0], pictures[0], 1)
+            assert not {scope(experiment_key(), b"", id, pictures[0]) for id in ids} & set(nonces)
+            again = scope(key, b"", ids[0], pictures[0], 1)
             assert (again == nonces[0]) is (streams < 3)
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
         "one key stream for all pictures",
         "one key stream for each person",
     ]
-    assert person(key, "ann-1", pictures[0]) == person(key, "ann-2", pictures[1])
+    assert person(key, b"", "ann-1", pictures[0]) == person(key, b"", "ann-2", pictures[1])
     with pytest.raises(ValueError, match="does not say who is on -3; take nonce=per_image"):
-        person(key, "-3", pictures[0])
+        person(key, b"", "-3", pictures[0])
 
 
 def test_secret_is_not_in_repr(key):
@@ -272,13 +301,13 @@ def run(monkeypatch, capsys):
 
 
 def test_the_command_runs_as_a_module(tmp_path):
-    line = [sys.executable, "-m", "experiments.keys", "derive", tmp_path / "key", "--memory", "64"]
+    line = [sys.executable, "-m", "experiments.keys", "derive", tmp_path / "key", "--passes", "4"]
     done = subprocess.run(line, input="my secret\n", cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == (read_key(tmp_path / "key").fingerprint + "\n", "")
 
 
 def test_the_commands_make_keys_and_print_only_fingerprints(run, tmp_path):
-    costs = ("--passes", 1, "--memory", 64, "--lanes", 1)
+    costs = ("--passes", 4, "--lanes", 2)
     made = [
         run("new", tmp_path / "random"),
         run("derive", tmp_path / "derived", *costs, stdin="my secret\n"),
@@ -296,6 +325,8 @@ def test_the_commands_make_keys_and_print_only_fingerprints(run, tmp_path):
     told = run("derive", tmp_path / "again", "--picture", tmp_path / "True.png", stdin="my secret")
     assert told == made[1]
     assert (tmp_path / "again").read_bytes() == (tmp_path / "derived").read_bytes()
+    salt = read_key(tmp_path / "derived").recipe.salt.hex()
+    assert run("derive", tmp_path / "salted", *costs, "--salt", salt, stdin="my secret") == made[1]
 
     for arguments, stdin, message in (
         (("new", tmp_path / "random"), "", "never overwritten"),
@@ -303,6 +334,14 @@ def test_the_commands_make_keys_and_print_only_fingerprints(run, tmp_path):
         (("derive", tmp_path / "x", *costs), "\n", "password is empty"),
         (("derive", tmp_path / "x", "--memory", 2**33), "?\n", "KiB of memory"),
         (("derive", tmp_path / "x", "--picture", tmp_path / "True.png"), "other", "not the picture's key"),
+        (
+            ("derive", tmp_path / "x", "--picture", tmp_path / "False.png"),
+            "my secret",
+            "no tag tells who wrote the recipe",
+        ),
+        (("derive", tmp_path / "x", "--memory", 8, "--lanes", 1), "?\n", "guesses are cheap"),
+        (("derive", tmp_path / "x", "--passes", 2), "?\n", "guesses are cheap"),
+        (("derive", tmp_path / "x", "--salt", "ab"), "?\n", "--salt: expected 32 hex digits"),
         (("derive", tmp_path / "x", "--picture", tmp_path / "random"), "?", "not a readable picture"),
         (("fingerprint", tmp_path / "x"), "", "no key file"),
     ):
@@ -316,9 +355,6 @@ def test_the_commands_make_keys_and_print_only_fingerprints(run, tmp_path):
 def test_keys_of_published_pictures(tmp_path, key):
     pixels = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     path = tmp_path / "x.png"
-    write_png(path, pixels[0], seal([Header(bytes(24))], pixels, [CHEAP.derive("p")], False)[0])
-    assert command.key_of(path, "p") == CHEAP.derive("p")
-    assert command.key_of(path, "q") == CHEAP.derive("q")  # tagless: nothing tells
     write_png(path, pixels[0], seal([Header(bytes(24))], pixels, [key], True)[0])
     with pytest.raises(BadKey, match="does not come from a password"):
         command.key_of(path, "p")
@@ -336,6 +372,54 @@ def test_a_terminal_is_asked_twice(monkeypatch):
         command.asked_password()
 
 
+def test_the_recipe_of_a_strangers_file_is_not_taken(tmp_path, run):
+    """Somebody takes the tag off a published file, and writes a recipe in whose guesses cost nothing, or a salt that he knows."""
+    pixels, path = torch.zeros(1, 3, 8, 8, dtype=torch.uint8), tmp_path / "x.png"
+    own = Recipe(SALT).derive("my secret")
+    (sealed,) = seal([Header(bytes(24))], pixels, [own], authenticate=True)
+    for recipe in (Recipe(SALT[::-1], 1, 8, 1), Recipe(SALT[::-1])):
+        forged = replace(Header.unpack(sealed), recipe=recipe, tag=b"")
+        for header in (forged, replace(forged, tag=bytes(32))):
+            write_png(path, pixels[0], header.pack())
+            for weak in ([], ["--weak"]):
+                printed, message = run("derive", tmp_path / "key", "--picture", path, *weak, stdin="my secret")
+                assert printed == ""
+                assert re.search("no tag tells|guesses are cheap|not the picture's key", message)
+                assert not (tmp_path / "key").exists()
+
+
+def test_a_weak_recipe_opens_files_and_publishes_none(tmp_path, run, monkeypatch):
+    pixels, path = torch.zeros(1, 3, 8, 8, dtype=torch.uint8), tmp_path / "x.png"
+    key = CHEAP.derive("p")
+    with pytest.raises(BadKey, match="nothing is published under this key: .* 1 passes over 64 KiB"):
+        seal([Header(bytes(24))], pixels, [key], authenticate=True)
+    with monkeypatch.context() as before:  # as an earlier version published it
+        before.setattr(Recipe, "weak", False)
+        (sealed,) = seal([Header(bytes(24), description=None)], pixels, [key], authenticate=True)
+    write_png(path, pixels[0], sealed)
+    assert unseal([sealed], pixels, [key], authenticate=True)
+    assert (
+        "guesses are cheap; the default is 3 passes over 65536 KiB"
+        in run("derive", tmp_path / "key", "--picture", path, stdin="p")[1]
+    )
+    assert run("derive", tmp_path / "key", "--picture", path, "--weak", stdin="p") == (key.fingerprint + "\n", None)
+    assert read_key(tmp_path / "key") == key
+
+
+@pytest.mark.parametrize(
+    ("costs", "weak"),
+    [
+        ((3, 65536, 4), False),
+        ((3, 65536, 1), False),
+        ((1, 2**21, 4), False),
+        ((2, 65536, 4), True),
+        ((9, 32768, 4), True),
+    ],
+)
+def test_weak_is_less_memory_or_less_work_than_the_default(costs, weak):
+    assert Recipe(SALT, *costs).weak is weak
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
@@ -344,13 +428,15 @@ class Terminal(io.StringIO):
 def test_a_password_from_the_environment(monkeypatch, caplog, tmp_path):
     monkeypatch.setattr("sys.stdin", io.StringIO())
     kept = str(tmp_path / "run" / "salt")
-    settings = {"variable": "SOME_PASSWORD", "kept": kept, "passes": 1, "memory": 64, "lanes": 2}
+    settings = {"variable": "SOME_PASSWORD", "kept": kept, "passes": 3, "memory": 65536, "lanes": 4}
     with pytest.raises(BadKey, match="set the environment variable SOME_PASSWORD"):
         command.password_key(salt=SALT.hex(), **settings)
     monkeypatch.setenv("SOME_PASSWORD", "hush hush")
-    assert command.password_key(salt=SALT.hex(), **settings) == CHEAP.derive("hush hush")
+    assert command.password_key(salt=SALT.hex(), **settings) == Recipe(SALT).derive("hush hush")
     with pytest.raises(BadKey, match="expected 32 hex digits"):
         command.password_key(salt="salt", **settings)
+    with pytest.raises(BadKey, match="key.passes=3, key.memory=64: .*guesses are cheap"):
+        command.password_key(salt=SALT.hex(), **settings | {"memory": 64})
     with caplog.at_level("INFO"):
         fresh = command.password_key(salt=None, **settings)
     assert (tmp_path / "run" / "salt").read_text().strip() == fresh.recipe.salt.hex()

@@ -17,6 +17,7 @@ from keyanon.attacks.views import FloatChannel, NoKey, PartialKey, WrongKey
 from keyanon.channel.headers import BadHeader, Header
 from keyanon.channel.keys import Nobody, experiment_key
 from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.context import Context
 from keyanon.faces.datasets import bundled_faces
 from keyanon.measures.scorers import psnr, ssim
 from keyanon.methods.baselines.classical import GaussianBlur
@@ -116,7 +117,7 @@ def test_gain():
 
 def test_signs_of_a_picture_are_its_own_and_even():
     method = ProFaceS(BLUR)
-    first, second = method.signs([KEY, KEY], [b"a" * 24, b"b" * 24], torch.zeros(2, 3, 128, 128))
+    first, second = method.signs([KEY, KEY], [Context(b"a"), Context(b"b")], torch.zeros(2, 3, 128, 128))
     assert first.shape == (1, 128, 128)
     assert set(first.unique().tolist()) == {-1, 1}
     for each in (first, second, first * second):
@@ -125,10 +126,12 @@ def test_signs_of_a_picture_are_its_own_and_even():
 
 def test_authors_signs_are_the_same_for_all_pictures_of_a_key():
     method = ProFaceS(BLUR, kdf="authors")
-    first, second, other = method.signs([KEY, KEY, experiment_key(1)], [b"a", b"b", b"a"], torch.zeros(3, 3, 16, 16))
+    first, second, other = method.signs(
+        [KEY, KEY, experiment_key(1)], [Context(b"a"), Context(b"b"), Context(b"a")], torch.zeros(3, 3, 16, 16)
+    )
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
-    derived = hashlib.pbkdf2_hmac("sha512", KEY.stream(b"", "password", 32), b"\x01", 10, 32)
+    derived = hashlib.pbkdf2_hmac("sha512", KEY.stream(Context(b""), "password", 32), b"\x01", 10, 32)
     bits = [byte >> (7 - i) & 1 for byte in derived for i in range(8)]
     assert first.flatten().tolist() == [2 * bit - 1 for bit in bits]
 

@@ -101,7 +101,7 @@ def test_people_stay_who_they_are(tmp_path):
     dataset = opened(TwoPeople, "hash", str(tmp_path))
     assert [dataset.identity(id) for id in [*dataset.ids, *dataset.gallery]] == ["a", "a", "b", "a"]
     nonces, picture = PerIdentity(dataset), torch.zeros(3, 2, 2)
-    first, second, other = (nonces(experiment_key(), id, picture) for id in dataset.ids)
+    first, second, other = (nonces(experiment_key(), b"", id, picture) for id in dataset.ids)
     assert first == second != other
 
 

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from keyanon.attacks.views import NoKey
+from keyanon.channel.description import described
 from keyanon.channel.headers import BadHeader, Header, seal
 from keyanon.channel.keys import MasterKey, Nobody
 from keyanon.channel.nonces import OneForAll
 from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.context import Context
 from keyanon.methods.baselines.scrambling import Scrambling, cut, joined, orders
 from keyanon.types import Image, Mask, Published, Reversible
 from tests.conftest import CentreFace
@@ -97,14 +99,14 @@ def test_about_half_of_the_blocks_are_inverted():
 
 def test_orders_are_orders_and_hang_on_key_nonce_and_purpose():
     drawn = [
-        orders(key, nonce, purpose, 3, 50)
+        orders(key, Context(nonce), purpose, 3, 50)
         for key, nonce, purpose in ((KEY, b"a", "p"), (OTHER, b"a", "p"), (KEY, b"b", "p"), (KEY, b"a", "q"))
     ]
     for order in drawn:
         assert torch.equal(order.sort(1).values, torch.arange(50).expand(3, 50))
     rows = [tuple(row) for order in drawn for row in order.tolist()]
     assert len(set(rows)) == len(rows)
-    assert torch.equal(drawn[0], orders(KEY, b"a", "p", 3, 50))
+    assert torch.equal(drawn[0], orders(KEY, Context(b"a"), "p", 3, 50))
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
@@ -165,7 +167,11 @@ def test_a_picture_without_a_face_stays_as_it_is():
 def test_files_of_other_methods_are_refused():
     pixels = to_bytes(noise(1, 3, 64, 64))
     method = Scrambling(CentreFace())
-    for header in (Header(bytes(24)), Header(bytes(24), torch.ones(1, 16, 16, dtype=torch.bool))):
+    ours = described(method)
+    for header in (
+        Header(bytes(24), description=None),
+        Header(bytes(24), torch.ones(1, 16, 16, dtype=torch.bool), description=ours),
+    ):
         with pytest.raises(BadHeader, match="no mask of the 8x8 blocks"):
             method.recover(Published(pixels, seal([header], pixels, [KEY], authenticate=True)), [KEY])
 

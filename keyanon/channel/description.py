@@ -23,7 +23,7 @@ from keyanon.weights import Card, named
 # Where a thing lies, how fast it runs, what is said of it: not what comes out, but for rounding.
 PLACES = frozenset(
     {"device", "chunk", "compile", "weights", "source", "subfolder", "revision", "licence", "root", "names"}
-    | {"folder", "obtain", "about", "logs", "timeout", "environment", "anonymized", "recovered"}
+    | {"folder", "needs", "outputs", "obtain", "about", "logs", "timeout", "environment", "anonymized", "recovered"}
 )
 # What chooses among pictures, or adds to the file, and changes none of them.
 CHOICES = frozenset({"authenticate", "floor", "attempts", "nonces"})
@@ -96,7 +96,9 @@ def match(header: Header, method: Any) -> None:
     names = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
     if not names:
         return
-    names = ["class"] if "class" in names else names  # of two methods nothing else is worth comparing
+    if "class" in names:
+        other = there.get("class", "which it does not name")
+        raise BadHeader(f"the file was published by another method: {other}, not {here['class']}")
     shown = "; ".join(
         f"{name}={there.get(name, 'nothing')}, here {here.get(name, 'nothing')}" for name in names[:SHOWN]
     )

@@ -42,7 +42,7 @@ from keyanon.errors import BadSetting
 from keyanon.types import Key, Latent, Mask, Secret
 
 # log r over channels of inverted photographs: LOG_NORM plus LOG_NORM_SCALE times a number of Student's t, 4 degrees of freedom.
-LOG_NORM, LOG_NORM_SCALE = 0.13, 0.11
+LOG_NORM, LOG_NORM_SCALE, MOST = 0.13, 0.10, 10.0  # of |log r|
 CODE_BYTES = 6
 SILENT_SCALE, SILENT_BYTES = 0.085, 3  # of header version 2, which took it for logistic
 
@@ -238,7 +238,7 @@ def rotations(key: Key, context: Context, channels: int, d: int) -> Tensor:
 def coded(norms: Tensor) -> bytes:
     """The distribution function of log r in 48 bits a channel."""
     steps = 256**CODE_BYTES
-    x = (norms.double().clamp(min=1e-9).log() - LOG_NORM) / LOG_NORM_SCALE
+    x = (norms.double().log().clamp(-MOST, MOST) - LOG_NORM) / LOG_NORM_SCALE
     u = x / (4 + x.square()).sqrt()
     codes = ((0.5 + (3 * u - u**3) / 4) * steps).long().clamp(0, steps - 1).tolist()
     return b"".join(code.to_bytes(CODE_BYTES, "little") for code in codes)
@@ -247,7 +247,8 @@ def coded(norms: Tensor) -> bytes:
 def decoded(code: bytes) -> Tensor:
     """Norms whose code this is; the sender divides by these too, so that nothing is lost by their rounding."""
     u = 2 * ((2 * shares(code, CODE_BYTES) - 1).asin() / 3).sin()
-    norms: Tensor = (LOG_NORM + LOG_NORM_SCALE * 2 * u / (1 - u.square()).sqrt()).exp()
+    logs = LOG_NORM + LOG_NORM_SCALE * 2 * u / (1 - u.square()).sqrt()
+    norms: Tensor = logs.clamp(-MOST, MOST).exp()
     return norms
 
 

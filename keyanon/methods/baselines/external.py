@@ -296,7 +296,7 @@ class ReversibleExternal(External):
 
     recovery: Sequence[str]
     authenticate: bool = True
-    senders: ClassVar = ("command", "recovery", "needs", "outputs")  # each has the programs of their own machine
+    senders: ClassVar = ("command", "recovery")  # each has the programs of their own machine
 
     @property
     def commands(self) -> list[Sequence[str]]:
