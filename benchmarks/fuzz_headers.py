@@ -18,8 +18,19 @@ from collections.abc import Callable
 
 import torch
 
-from keyanon.channel.headers import MAGIC, MAX_BYTES, VERSION, BadHeader, Header, seal, unseal
-from keyanon.channel.keys import NONCE_BYTES, MasterKey, Recipe, experiment_key
+from keyanon.channel.headers import (
+    MAGIC,
+    MAX_BYTES,
+    SILENT_VERSION,
+    VERSION,
+    BadHeader,
+    Header,
+    canonical,
+    seal,
+    unseal,
+)
+from keyanon.channel.keys import MasterKey, Recipe, experiment_key
+from keyanon.context import NONCE_BYTES
 
 KEY = MasterKey(experiment_key().secret, Recipe(bytes(16)))
 PIXELS = torch.arange(192, dtype=torch.uint8).view(1, 3, 8, 8)
@@ -77,11 +88,12 @@ def specimen(nonce: bytes = bytes(24)) -> bytes:
     """A header with every part, as PIXELS would be published with."""
     mask = torch.zeros(1, 16, 16, dtype=torch.bool)
     mask[:, 4:12, 4:12] = True
-    return seal([Header(nonce, mask, bytes(63), bytes(96))], PIXELS, [KEY], authenticate=True)[0]
+    told = canonical({"method": {"class": "Any", "solver": {"steps": 50}}})
+    header = Header(nonce, mask, bytes(63), bytes(96), residual=bytes(range(80)), description=told)
+    return seal([header], PIXELS, [KEY], authenticate=True)[0]
 
 
 SPECIMEN = specimen()
-BEGINNING = MAGIC + bytes([VERSION])
 
 
 def anything(draw: random.Random) -> bytes:
@@ -89,7 +101,11 @@ def anything(draw: random.Random) -> bytes:
 
 
 def begun(draw: random.Random) -> bytes:
-    return BEGINNING + bytes([draw.randrange(32)]) + draw.randbytes(draw.randrange(300))
+    return (
+        MAGIC
+        + bytes([draw.choice([SILENT_VERSION, VERSION]), draw.randrange(64)])
+        + draw.randbytes(draw.randrange(300))
+    )
 
 
 def truncated(draw: random.Random) -> bytes:
@@ -97,9 +113,11 @@ def truncated(draw: random.Random) -> bytes:
 
 
 def oversized(draw: random.Random) -> bytes:
-    """Bytes added, up to beyond the limit; or a mask that would inflate to 50 MB."""
+    """Bytes added, up to beyond the limit; or a mask or a description that would inflate to 50 MB."""
     if draw.random() < 0.1:
-        return BEGINNING + b"\x01" + draw.randbytes(NONCE_BYTES + 2) + BOMB
+        start = MAGIC + bytes([SILENT_VERSION, 1]) + draw.randbytes(NONCE_BYTES + 2)
+        told = MAGIC + bytes([VERSION, 0]) + draw.randbytes(NONCE_BYTES) + len(BOMB).to_bytes(2, "little")
+        return draw.choice([start, told]) + BOMB
     size = draw.choice([10, 1000, MAX_BYTES, 4 * MAX_BYTES])
     return SPECIMEN + draw.randbytes(1 + draw.randrange(size))
 

@@ -4,6 +4,7 @@ import hmac
 import zlib
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
@@ -13,8 +14,20 @@ from hypothesis.extra.numpy import arrays
 
 from benchmarks.fuzz_headers import KEY, PIXELS, fuzz, specimen
 from keyanon.attacks.views import FlippedSigns
-from keyanon.channel.headers import FIXED, MAX_BYTES, MAX_PARTS, TAG_BYTES, BadHeader, Header, seal, unseal
+from keyanon.channel.headers import (
+    FIXED,
+    MAX_BYTES,
+    MAX_DESCRIPTION,
+    MAX_PARTS,
+    TAG_BYTES,
+    BadHeader,
+    Header,
+    canonical,
+    seal,
+    unseal,
+)
 from keyanon.channel.keys import MasterKey, Recipe, experiment_key
+from keyanon.context import Context
 
 NONCES = st.binary(min_size=24, max_size=24)
 MASKS = st.tuples(st.integers(1, 64), st.integers(1, 64)).flatmap(lambda size: arrays(bool, (1, *size)))
@@ -32,10 +45,13 @@ def same(a: Header, b: Header) -> bool:
 PARTS = st.binary(max_size=99)
 
 
-@given(NONCES, st.none() | MASKS, PARTS, PARTS, st.none() | RECIPES, st.booleans(), PARTS)
-def test_round_trip(nonce, mask, sent, seam, recipe, tagged, residual):
+DESCRIPTIONS = st.none() | st.dictionaries(st.text(max_size=9), st.integers() | st.text(max_size=9)).map(canonical)
+
+
+@given(NONCES, st.none() | MASKS, PARTS, PARTS, st.none() | RECIPES, st.booleans(), PARTS, DESCRIPTIONS)
+def test_round_trip(nonce, mask, sent, seam, recipe, tagged, residual, description):
     cells = None if mask is None else torch.from_numpy(mask)
-    header = Header(nonce, cells, sent, seam, recipe, bytes(32 * tagged), residual)
+    header = Header(nonce, cells, sent, seam, recipe, bytes(32 * tagged), residual, description)
     assert same(Header.unpack(header.pack()), header)
 
 
@@ -47,7 +63,11 @@ def test_masks_of_every_size_travel(size):
 
 def test_what_would_not_be_read_back_is_not_packed():
     noise = torch.rand(1, 256, 256) > 0.5
-    assert len(Header(bytes(24), noise, bytes(MAX_PARTS), b"", Recipe(bytes(16)), bytes(32)).pack()) <= MAX_BYTES
+    told = canonical({"": np.random.default_rng(0).bytes(MAX_DESCRIPTION // 2 - 4).hex() + "x"})
+    assert len(told) == MAX_DESCRIPTION
+    full = Header(bytes(24), noise, bytes(MAX_PARTS - 9), b"seam", Recipe(bytes(16)), bytes(32), b"added", told)
+    assert len(full.pack()) <= MAX_BYTES
+    assert same(Header.unpack(full.pack()), full)
     with pytest.raises(BadHeader, match="no room"):
         Header(bytes(24), None, b"", bytes(MAX_PARTS + 1)).pack()
 
@@ -55,7 +75,7 @@ def test_what_would_not_be_read_back_is_not_packed():
 @given(st.binary(max_size=200), st.integers(0, 255))
 @example(bytes(24) + b"\xff\xff" + zlib.compress(bytes(10**7)), 1)
 def test_any_bytes_give_a_header_or_a_message(data, flags):
-    for candidate in (data, b"KA\x02" + bytes([flags]) + data):
+    for candidate in (data, *(b"KA" + bytes([version, flags]) + data for version in (2, 3))):
         try:
             Header.unpack(candidate)
         except BadHeader as error:
@@ -90,11 +110,15 @@ def test_a_bomb_inflates_no_further_than_its_mask(monkeypatch):
     inflated = []
     monkeypatch.setattr(zlib, "decompressobj", lambda make=zlib.decompressobj: Counting(make(), inflated))
     for rows, columns in ((0, 0), (255, 255)):
-        bomb = Header(bytes(24), torch.ones(1, 1, 1, dtype=torch.bool)).pack()[:FIXED]
+        bomb = Header(bytes(24), torch.ones(1, 1, 1, dtype=torch.bool), description=None).pack()[:FIXED]
         bomb += bytes([rows, columns]) + zlib.compress(bytes(30_000_000), 9)
         with pytest.raises(BadHeader, match="mask cannot be read"):
             Header.unpack(bomb)
     assert inflated == [2, 8193]
+    bomb = zlib.compress(bytes(30_000_000), 9)
+    with pytest.raises(BadHeader, match="cannot be read"):
+        Header.unpack(b"KA\3\0" + bytes(24) + len(bomb).to_bytes(2, "little") + bomb)
+    assert inflated[2:] == [MAX_DESCRIPTION + 1]
 
 
 class Counting:
@@ -114,16 +138,19 @@ class Counting:
 
 def test_messages():
     recipe = Recipe(bytes(16), 1, 64, 1)
-    with_recipe = Header(bytes(24), None, b"", b"", recipe).pack()
+    with_recipe = Header(bytes(24), None, b"", b"", recipe, description=None).pack()
+    silent = Header(bytes(24), description=None)
     greedy = with_recipe[: FIXED + 4] + (2**32 - 1).to_bytes(4, "little") + with_recipe[FIXED + 8 :]
     for data, message in (
         (b"", "no keyanon header"),
         (b"KA", "does not begin as one"),
-        (b"KA\x01" + bytes(40), "version 1: this program reads version 2"),
+        (b"KA\x01" + bytes(40), "version 1: this program reads versions 2 and 3"),
         (b"KA\x09" + bytes(40), "version 9"),
         (b"KA\x02\x80" + bytes(24), "flags 128 mean nothing"),
         (Header(bytes(24)).pack()[:-1], "cut short"),
+        (silent.pack()[:-1], "cut short"),
         (Header(bytes(24)).pack() + b"!", "does not end where it should"),
+        (silent.pack() + b"!", "does not end where it should"),
         (Header(bytes(24), None, b"sent").pack()[:-1], "cut short"),
         (Header(bytes(24), torch.ones(1, 4, 4, dtype=torch.bool)).pack() + b"!", "mask cannot be read"),
         (bytes(MAX_BYTES + 1), "65537 bytes; it can have at most 65536"),
@@ -144,14 +171,48 @@ KNOWN = bytes.fromhex(
 
 
 def test_known_answer(key):
-    """Committed bytes: files published today have to be read tomorrow."""
+    """Committed bytes of version 2: files published today have to be read tomorrow."""
     pixels = torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4)
     (header,) = unseal([KNOWN], pixels, [key], authenticate=True)
     mask = torch.zeros(1, 4, 4, dtype=torch.bool)
     mask[:, 1:3, 1:3] = True
-    assert same(header, Header(bytes(range(24)), mask, b"sent", b"seam", Recipe(bytes(range(16))), KNOWN[-32:]))
+    assert same(
+        header, Header(bytes(range(24)), mask, b"sent", b"seam", Recipe(bytes(range(16))), KNOWN[-32:], b"", None)
+    )
     (packed,) = seal([header], pixels, [MasterKey(key.secret, header.recipe)], authenticate=True)
     assert packed[:66] == KNOWN[:66]  # then zlib, of which there are several
+
+
+KNOWN_3 = bytes.fromhex(
+    "4b41033f000102030405060708090a0b0c0d0e0f1011121314151617"  # KA, version 3, all flags, nonce
+    "200078daab56ca4d2dc9c84f51b2aa564ace492c2e56b2528a50aaad0500686f0820"  # what the file says of itself
+    "1304030000000100000102030405060708090a0b0c0d0e0f"  # Argon2 0x13, 4 lanes, 3 passes, 64 MiB, salt
+    "040073656e7404007365616d0800726573696475616c"  # "sent", "seam", "residual"
+    "030378da634b0000006e0067"  # a mask of 4 x 4
+    "1ba4fd810ac6f3478b516771c17da5030bcc1ee873d40db94fb1b59dfc5cd164"
+)
+
+
+def test_known_answer_of_version_3(key):
+    pixels = torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4)
+    (header,) = unseal([KNOWN_3], pixels, [key], authenticate=True)
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[:, 1:3, 1:3] = True
+    parts = (b"sent", b"seam", Recipe(bytes(range(16))), KNOWN_3[-32:], b"residual", b'{"method":{"class":"X"}}')
+    assert same(header, Header(bytes(range(24)), mask, *parts))
+    assert header.context == Context(bytes(range(24)), b'{"method":{"class":"X"}}')
+    (packed,) = seal([header], pixels, [MasterKey(key.secret, header.recipe)], authenticate=True)
+    assert same(replace(Header.unpack(packed), tag=b""), replace(header, tag=b""))
+
+
+def test_the_tag_of_version_3_is_bound_to_what_the_file_says(key):
+    """The construction spelled out with hmac (RFC 2104, RFC 5869); another description is another key of the tag."""
+    nonce, body, told = bytes(range(24)), KNOWN_3[:-32], b'{"method":{"class":"X"}}'
+    info = b"".join(len(part).to_bytes(8, "little") + part for part in (b"tag", nonce, told))
+    subkey = hmac.digest(hmac.digest(b"keyanon/3", key.secret, "sha256"), info + b"\x01", "sha256")
+    stream = Cipher(algorithms.ChaCha20(subkey, bytes(16)), mode=None).encryptor().update(bytes(32))
+    sizes = [number.to_bytes(4, "little") for number in (len(body), 4, 4)]
+    assert hmac.digest(stream, sizes[0] + body + sizes[1] + sizes[2] + bytes(range(48)), "sha256") == KNOWN_3[-32:]
 
 
 def test_the_tag_is_hmac_of_header_and_pixels_under_a_key_of_its_own(key):
@@ -167,7 +228,7 @@ def test_a_tag_accepts_only_its_key_its_header_and_its_pixels(key):
     pixels = torch.randint(0, 256, (2, 3, 8, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     headers = [Header(bytes(24)), Header(b"1" * 24, None, b"sent")]
     first, second = seal(headers, pixels, [key, key], authenticate=True)
-    assert len(first) == FIXED + TAG_BYTES
+    assert len(first) == FIXED + 2 + len(zlib.compress(b"{}", 9)) + TAG_BYTES
     assert unseal([first, second], pixels, [key, key], authenticate=True)[1].sent == b"sent"
     one = pixels.clone()
     one[1, 2, 7, 5] ^= 1
@@ -202,7 +263,7 @@ def test_a_tag_cannot_be_taken_off(key):
 
 
 def test_a_passwords_recipe_travels(key):
-    recipe = Recipe(b"0123456789abcdef", 1, 64, 1)
+    recipe = Recipe(b"0123456789abcdef")
     for authenticate in (True, False):
         (packed,) = seal([Header(bytes(24))], PIXELS, [replace(key, recipe=recipe)], authenticate)
         assert Header.unpack(packed).recipe == recipe
