@@ -157,9 +157,7 @@ def webp(size: int) -> bytes:
 def exif(size: int, tag: int = 0x0112) -> bytes:
     """EXIF data of one tag, by default the orientation, of as many values as there is room for."""
     return (
-        b"II*\0"
-        + struct.pack("<LHHHLLL", 8, 1, tag, 3, size // 2, 26, 0)
-        + np.arange(size // 2, dtype="<u2").tobytes()
+        b"II*\0" + struct.pack("<LHHHLLL", 8, 1, tag, 3, size // 2, 26, 0) + np.arange(size // 2, dtype="<u2").tobytes()
     )
 
 

@@ -164,7 +164,7 @@ def draw_sheets(originals: Any, files: Any, ids: Sequence[str]) -> dict[str, Pat
     sheets = {"all": files.folder / "contact_sheet.png", "anonymized": files.folder / "anonymized_sheet.png"}
     columns = {view: list(at.read_all(view, shown)) for view, at in there.items()}
     contact_sheet(columns, sheets["all"])
-    contact_sheet({ANONYMIZED: columns[ANONYMIZED]}, sheets["anonymized"])
+    contact_sheet({ANONYMIZED: columns[ANONYMIZED]}, sheets["anonymized"], public=True)
     return sheets
 
 

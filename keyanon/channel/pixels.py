@@ -254,9 +254,9 @@ def from_pil(picture: PIL.Image.Image) -> Picture:
     return to_floats(pixels[None])[0]
 
 
-def write_png(path: Path, pixels: PictureBytes, header: bytes = b"") -> None:
-    """Write one picture (3 h w, uint8) so that the file appears whole or not at all."""
-    write_whole(path, png_bytes(pixels, header))
+def write_png(path: Path, pixels: PictureBytes, header: bytes = b"", *, public: bool = False) -> None:
+    """Write one picture (3 h w, uint8) so that the file appears whole or not at all, for its owner alone unless `public`."""
+    write_whole(path, png_bytes(pixels, header), public=public)
 
 
 def png_bytes(pixels: PictureBytes, header: bytes = b"") -> bytes:
