@@ -282,6 +282,7 @@ def begin(cfg: DictConfig, choices: Mapping[str, Any], command: Sequence[str], *
     tracker: Tracker = instantiate(cfg.wandb)
     problems = preflight.missing_parts(*parts, parser, recognizers, scorers, tracker)
     problems += preflight.wrong_sizes(cfg.dataset.size, *parts)
+    problems += preflight.passwords_handed_on(cfg.get("key"), *parts)
     dataset = preflight.open_dataset(cfg.dataset, choices["dataset"], problems)
     preflight.stop_if(problems)
     assert dataset is not None
