@@ -52,6 +52,7 @@ from keyanon.types import COSINE, Bytes, Image, Key, KeyedNoise, Mask, Observed,
 
 log = logging.getLogger(__name__)
 
+KNOWN_KEY = "its files are for this experiment alone, give them to nobody"
 TENSORS = ".safetensors"
 DICTIONARY = "Argon2id"  # the row of what a password costs, which is no method's
 
@@ -67,7 +68,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
         raise BadSetting(f"files={cfg.files}: it takes two files of a picture to link them")
     methods, attackers = (instantiate(part, _convert_="all") for part in (cfg.methods, cfg.security))
     dictionary = attackers.pop("password_dictionary", None)  # of passwords, whatever the method: a row of its own
-    session = begin(cfg, choices, command, methods)
+    session = begin(cfg, choices, command, methods, known_key=KNOWN_KEY)
     skipped = session.prepare(session.ids)
     ids = [id for id in session.ids if id not in skipped]
     people = people_of(session, ids)

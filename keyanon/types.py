@@ -160,6 +160,14 @@ class Synthetic(Protocol):
 
 
 @runtime_checkable
+class Benchmark(Protocol):
+    """A dataset that says whether its pictures are those of a benchmark, which anyone can have: they need no protection."""
+
+    @property
+    def is_benchmark(self) -> bool: ...
+
+
+@runtime_checkable
 class ListsFolder(Protocol):
     """A dataset of what it finds in a folder, which tells what it passes over there."""
 

@@ -18,7 +18,7 @@ from keyanon.channel.keys import BadKey, MasterKey, read_key, write_new_key
 from keyanon.channel.whole import write_first, write_whole
 from keyanon.errors import BadPicture, BadSetting
 from keyanon.sheets import csv_text
-from keyanon.types import Dataset, ListsFolder, Picture, Source, Synthetic
+from keyanon.types import Benchmark, Dataset, ListsFolder, Picture, Source, Synthetic
 
 ID_BYTES = 10  # among a million pictures two share an id with probability 4e-13
 
@@ -79,6 +79,10 @@ class Renamed:
     @property
     def synthetic(self) -> bool:
         return isinstance(self.dataset, Synthetic) and self.dataset.synthetic
+
+    @property
+    def is_benchmark(self) -> bool:
+        return isinstance(self.dataset, Benchmark) and self.dataset.is_benchmark
 
     @cached_property
     def table(self) -> Path:
