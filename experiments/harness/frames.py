@@ -22,4 +22,5 @@ def read_csv(path: Path, **options: Any) -> pd.DataFrame:
     """As pandas.read_csv, with the texts that `csv_of` was given."""
     frame = pd.read_csv(path, **options)
     texts = frame.select_dtypes(exclude="number").columns
-    return frame.assign(**{name: frame[name].map(restored) for name in texts})
+    back: pd.DataFrame = frame.assign(**{name: frame[name].map(restored) for name in texts})
+    return back
