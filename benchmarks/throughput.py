@@ -417,7 +417,7 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
     writer.writeheader()
     writer.writerows(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, buffer.getvalue().encode())
+    write_whole(path, buffer.getvalue().encode(), public=True)
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -157,8 +157,8 @@ def main() -> None:
         rule = {"largest_cosine_between": DISTINCT, "largest_cosine_to_training": UNSEEN}
         report["bundled"] = {"kept": len(chosen), **rule}
         write_faces(args.out, samples, chosen)
-    write_whole(args.report / "report.json", json.dumps(report, indent=2).encode() + b"\n")
-    contact_sheet({f"{c}": list(samples[c:64:8]) for c in range(8)}, args.report / "samples.webp")
+    write_whole(args.report / "report.json", json.dumps(report, indent=2).encode() + b"\n", public=True)
+    contact_sheet({f"{c}": list(samples[c:64:8]) for c in range(8)}, args.report / "samples.webp", public=True)
     print(json.dumps(report, indent=2))
 
 
@@ -168,7 +168,7 @@ def write_faces(folder: Path, samples: Bytes, chosen: Sequence[int]) -> None:
     for old in folder.glob("*.webp"):
         old.unlink()
     for i in chosen:
-        write_whole(folder / f"{i:04d}.webp", webp(samples[i]))
+        write_whole(folder / f"{i:04d}.webp", webp(samples[i]), public=True)
 
 
 if __name__ == "__main__":

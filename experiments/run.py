@@ -19,6 +19,7 @@ from experiments.harness.errors import FacesInClear
 log = logging.getLogger(__name__)
 
 MEASURES = ("attacks", "recognizers", "scorers")
+KNOWN_KEY = "take key=file key.path=PATH, and make the file with: python -m experiments.keys new PATH"
 SHEET_ROWS = 8
 SHOWN_IN_CLEAR = 10
 SHEET_VIEWS = ("original", "mask", "anonymized", "recovered", "wrong_key")
@@ -46,6 +47,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     from experiments.harness.statistics import averages, scores_of_enrolled, verification
     from keyanon import runner
     from keyanon.attacks.views import by_view
+    from keyanon.channel.keys import experiment_key
     from keyanon.measures import clear
     from keyanon.measures.scorers import Against
     from keyanon.run_folder import ANONYMIZED, MASK, ORIGINAL, RECOVERED
@@ -54,7 +56,9 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     method, attacks = (instantiate(part, _convert_="all") for part in (cfg.anonymizer, cfg.attacks))
     attacks = by_view(attacks)
     second = instantiate(cfg.second_detector)
-    session = begin(cfg, choices, command, method, second)
+    # by what it is: a file may hold it, too
+    known = KNOWN_KEY if key == experiment_key(cfg.key.get("seed", 0)) else None
+    session = begin(cfg, choices, command, method, second, known_key=known)
     settings = {"anonymizer": plain(cfg.anonymizer), "key": key.fingerprint}
     measures = {group: plain(cfg[group]) for group in MEASURES}
     row = row_label(choices["anonymizer"], swept)
@@ -164,7 +168,7 @@ def draw_sheets(originals: Any, files: Any, ids: Sequence[str]) -> dict[str, Pat
     sheets = {"all": files.folder / "contact_sheet.png", "anonymized": files.folder / "anonymized_sheet.png"}
     columns = {view: list(at.read_all(view, shown)) for view, at in there.items()}
     contact_sheet(columns, sheets["all"])
-    contact_sheet({ANONYMIZED: columns[ANONYMIZED]}, sheets["anonymized"])
+    contact_sheet({ANONYMIZED: columns[ANONYMIZED]}, sheets["anonymized"], public=True)
     return sheets
 
 

@@ -52,6 +52,7 @@ from keyanon.types import COSINE, Bytes, Image, Key, KeyedNoise, Mask, Observed,
 
 log = logging.getLogger(__name__)
 
+KNOWN_KEY = "its files are for this experiment alone, give them to nobody"
 TENSORS = ".safetensors"
 DICTIONARY = "Argon2id"  # the row of what a password costs, which is no method's
 
@@ -67,7 +68,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
         raise BadSetting(f"files={cfg.files}: it takes two files of a picture to link them")
     methods, attackers = (instantiate(part, _convert_="all") for part in (cfg.methods, cfg.security))
     dictionary = attackers.pop("password_dictionary", None)  # of passwords, whatever the method: a row of its own
-    session = begin(cfg, choices, command, methods)
+    session = begin(cfg, choices, command, methods, known_key=KNOWN_KEY)
     skipped = session.prepare(session.ids)
     ids = [id for id in session.ids if id not in skipped]
     people = people_of(session, ids)
@@ -89,7 +90,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
         written.append(fill(session, cells[-1], lambda _: None, lambda _: result(session, list(dictionary()))))
     if all(written):
         beside = methods_beside(cfg.name, [cell.row for cell in cells], place)
-        write_whole(place / "tables" / f"{cfg.name}.beside.md", beside.encode())
+        write_whole(place / "tables" / f"{cfg.name}.beside.md", beside.encode(), public=True)
         statistics = pd.read_parquet(place / "scores" / f"{cfg.name}.parquet")
         share_curve(statistics, "right signs ", place / "plots" / f"{cfg.name}.svg")
         show(session, cells)
@@ -324,7 +325,9 @@ def methods_beside(experiment: str, methods: Sequence[str], place: Path) -> str:
         line = lines.setdefault((row.view, row.scorer, row.statistic), dict.fromkeys(columns, ""))
         line[column_of(row)] = f"{layout.ours_text(row, np.nan)}; {row.n}"
     body = [[layout.celled(text) for text in (*cell, *line.values())] for cell, line in lines.items()]
-    table = tabulate(body, ["attack", "by", "statistic", *columns], tablefmt="pipe", disable_numparse=True)
+    table = tabulate(
+        body, ["attack", "by", "statistic", *map(layout.celled, columns)], tablefmt="pipe", disable_numparse=True
+    )
     about = "Each cell: value [95 % interval]; n. keyanon/attacks/attackers.py says what each attacker knows and does."
     return f"# {experiment}: methods side by side\n\n{about}\n\n{table}\n"
 

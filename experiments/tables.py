@@ -52,7 +52,7 @@ def copy_drawn(folder: Path, results: Path) -> None:
     for path in (*folder.glob("tables/*.beside.md"), *folder.glob("plots/*.svg")):
         place = results / path.parent.name / path.name
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(place, path.read_bytes())
+        write_whole(place, path.read_bytes(), public=True)
 
 
 def refuse_uncommitted(experiment: str) -> None:

@@ -192,7 +192,7 @@ def write(source: Path, part: Part, report: Sequence[Row], out: Path) -> None:
     table = csv.DictWriter(text, list(dict.fromkeys(name for row in report for name in row)), lineterminator="\n")
     table.writeheader()
     table.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in report)
-    write_whole(partial / "training.csv", text.getvalue().encode())
+    write_whole(partial / "training.csv", text.getvalue().encode(), public=True)
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
 

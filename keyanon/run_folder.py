@@ -8,8 +8,6 @@ number of processes may work in one folder at once, each on pictures of its own:
 costs, skipped pictures) are part files, named by their content, which nobody writes again.
 """
 
-import csv
-import io
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +27,7 @@ from keyanon.channel.pixels import png_bytes, read_png, to_floats
 from keyanon.channel.whole import write_whole
 from keyanon.finite import bounded, within
 from keyanon.parts import Damaged, digest, read_parts, write_part
+from keyanon.sheets import csv_text
 from keyanon.sources import Digests
 from keyanon.types import BadPicture, Bytes, Image, Picture, PictureBytes, Place, Published, Scores, Source
 
@@ -103,10 +102,10 @@ class RunFiles:
         return [*(view for view in (ANONYMIZED, RECOVERED) if view in found), *sorted(rest)]
 
     def write(self, view: str, id: str, data: bytes, suffix: str = ".png") -> None:
-        """Write a file; `keep_files` writes down that it is there."""
+        """Write a file, which others can read if it is of what is published; `keep_files` writes down that it is there."""
         path = self.path(view, id, suffix)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, data)
+        write_whole(path, data, public=view == ANONYMIZED)
         written = Written(self.contents.get(id, ""), self._by(view), digest(data), len(data))
         with self._lock:
             self._files[view, id].append(written)
@@ -311,11 +310,7 @@ class RunFiles:
 
     def list_skipped(self, skipped: Mapping[str, str]) -> None:
         """Write skipped.csv, for people to read."""
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(["id", "reason"])
-        writer.writerows(sorted(skipped.items()))
-        write_whole(self.folder / "skipped.csv", buffer.getvalue().encode())
+        write_whole(self.folder / "skipped.csv", csv_text(["id", "reason"], sorted(skipped.items())).encode())
 
     def _key(self, id: str) -> dict[str, str]:
         return {"id": id, "content": self.contents.get(id, "")}

@@ -4,6 +4,7 @@ Everything hangs on a picture's id, never on its position in a batch: keys, nonc
 is in a Protocol below; what a part can do besides its first one, it shows by meeting another.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field
@@ -31,6 +32,7 @@ Embeddings = Float[Tensor, "b d"]  # unit rows; a row of NaN where no face was f
 Scores = Float[Tensor, " b"]  # one number per picture, NaN where it cannot be measured
 Place = tuple[str, str]  # of a number in a table: view and scorer
 Denoiser = Callable[[Latent, int], Latent]  # eps(z, t): the noise in z at the integer timestep t
+MAX_FILE = 2**28  # bytes of a picture's file: MAX_PIXELS of 24 bits as they are, and some
 Secret = Literal["signs of cells", "signs of frequencies", "flips of cells", "order of cells", "rotation", "none"]
 
 
@@ -111,11 +113,16 @@ class Source:
     size: int | None = None
 
     def read(self) -> bytes:
-        """The bytes; raises BadPicture where they cannot be had."""
+        """The bytes; raises BadPicture where they cannot be had, or are more than any picture has, which are not read."""
         try:
             with self.path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size if self.size is None else self.size
+                if size > MAX_FILE:
+                    raise BadPicture(
+                        f"{self.path}: it has {size:,} bytes, and at most {MAX_FILE:,} are read; make the picture smaller"
+                    )
                 file.seek(self.offset)
-                return file.read(-1 if self.size is None else self.size)
+                return file.read(size)
         except OSError as error:
             raise BadPicture(f"{self.path}: not to be read ({error.strerror or error})") from error
 
@@ -151,6 +158,14 @@ class Synthetic(Protocol):
 
     @property
     def synthetic(self) -> bool: ...
+
+
+@runtime_checkable
+class Benchmark(Protocol):
+    """A dataset that says whether its pictures are those of a benchmark, which anyone can have: they need no protection."""
+
+    @property
+    def is_benchmark(self) -> bool: ...
 
 
 @runtime_checkable

@@ -1,6 +1,8 @@
 """Methods of others: what their programs (here tests/stub_method.py) are given and may leave behind, and ready-made pictures."""
 
 import json
+import os
+import random
 import re
 import shutil
 import sys
@@ -20,7 +22,9 @@ from keyanon.channel.keys import MasterKey, Nobody
 from keyanon.channel.nonces import OneForAll
 from keyanon.channel.pixels import from_pil, to_bytes, to_floats, write_png
 from keyanon.context import Context
+from keyanon.errors import BadSetting
 from keyanon.methods.baselines.external import (
+    ENVIRONMENT,
     BadMethod,
     External,
     Ready,
@@ -199,7 +203,6 @@ def test_what_else_a_program_leaves_does_not_count(method):
 
 
 def test_the_key_is_in_a_file_for_its_owner_alone_and_nowhere_else(method, monkeypatch):
-    monkeypatch.setenv("KEYANON_PASSWORD", "the master password")
     published = sent(method)
     found = seen(method)
     contexts = [Header.unpack(header).context for header in published.headers]
@@ -211,13 +214,81 @@ def test_the_key_is_in_a_file_for_its_owner_alone_and_nowhere_else(method, monke
     back(method, published)
     for shown in (*map(str, seen(method)["arguments"]), *found["environment"].values(), *logs(method)):
         assert not any(secret in shown.lower() for secret in secrets)
-    assert not any(name.startswith("KEYANON_") for name in found["environment"])
     assert len(logs(method)) == 2
     for log in logs(method):
         assert "THE KEY IS" in log.upper()
         assert log.count("[key]") == 3
         assert "read 3 pictures" in log
         assert "exit code 0" in log
+
+
+ALLOWED = {*ENVIRONMENT, "PYTHONUNBUFFERED", "LC_CTYPE"}  # the last is set by Python itself
+SECRET_NAMES = [
+    "KEYANON_PASSWORD",
+    "MYPASS",
+    "HF_TOKEN",
+    "WANDB_API_KEY",
+    "https_proxy",
+    "PATHS",
+    "path",
+    "A B",
+    "PYTHONPATH",
+]
+
+
+def test_a_program_is_handed_no_variable_but_the_named_ones(method, monkeypatch):
+    """Whatever the variable of a password is called."""
+    draw = random.Random(0)
+    for name in [*SECRET_NAMES, *("".join(draw.choices("ABCxyz_019", k=draw.randint(1, 9))) for _ in range(200))]:
+        if name not in ALLOWED:
+            monkeypatch.setenv(name, "the master password")
+    for name in ENVIRONMENT:
+        if name not in os.environ:
+            monkeypatch.setenv(name, "1")
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    sent(method)
+    found = seen(method)["environment"]
+    assert set(found) <= ALLOWED
+    assert set(ENVIRONMENT) - set(found) <= {"LD_LIBRARY_PATH"}
+    assert "the master password" not in found.values()
+
+
+def test_a_variable_that_is_asked_for_is_handed_on(method, monkeypatch):
+    monkeypatch.setenv("MY_CACHE", "there")
+    sent(replace(method, environment=["MY_CACHE", "NOT_SET"]))
+    found = seen(method)["environment"]
+    assert found["MY_CACHE"] == "there"
+    assert "NOT_SET" not in found
+    with pytest.raises(BadSetting, match=r"environment='MY_CACHE' is no list of names, as \[MY_CACHE\] is"):
+        replace(method, environment="MY_CACHE")
+
+
+COPYING = """
+import json, os, pathlib, shutil, sys
+pathlib.Path("seen.json").write_text(json.dumps(dict(os.environ)))
+for path in pathlib.Path(sys.argv[1]).iterdir():
+    shutil.copy(path, sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("variable", ["KEYANON_PASSWORD", "MYPASS"])
+def test_the_password_of_a_run_does_not_reach_a_program(command_in_process, tmp_path, monkeypatch, variable):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "driver.py").write_text(COPYING)
+    monkeypatch.setenv(variable, "the master password")
+    asked = [
+        "name=tiny", "parser=ellipse", "recognizers=[]", "scorers=[mae]", "attacks=[]", "limit=1", "allow_faces_in_clear=true",
+        "key=password", f"key.variable={variable}", "key.memory=64", "key.lanes=1", "key.passes=1", "anonymizer=external",
+        f"anonymizer.folder={tmp_path / 'code'}", f"anonymizer.command=[{sys.executable},driver.py,'{{images}}','{{output}}']",
+    ]  # fmt: skip
+    done = command_in_process(*asked)
+    assert done.returncode == 0, done.stderr
+    assert "the master password" not in json.loads((tmp_path / "code" / "seen.json").read_text()).values()
+    done = command_in_process(*asked, f"anonymizer.environment=[{variable}]")
+    assert done.returncode != 0
+    assert (
+        f"anonymizer.environment names {variable}, which holds the password (key.variable); take it out" in done.stderr
+    )
 
 
 def test_no_folder_holds_the_key_while_the_program_runs(method, tmp_path):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # Of the library. A room imports only rooms above it; the first and the last line are files.
 ROOMS = [
-    {"errors", "version", "context", "torchvision_shim", "types", "finite", "batching", "weights"},
+    {"sheets", "errors", "version", "context", "torchvision_shim", "types", "finite", "batching", "weights"},
     {"channel"},
     {"faces"},
     {"diffusion"},

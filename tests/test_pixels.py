@@ -3,7 +3,6 @@
 import io
 import random
 import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -198,7 +197,7 @@ def test_a_gif_of_one_frame_is_read(tmp_path):
 def test_several_frames_are_refused(tmp_path, name):
     first, second = PIL.Image.new("RGB", (20, 20), "red"), PIL.Image.new("RGB", (20, 20), "blue")
     first.save(tmp_path / name, save_all=True, append_images=[second])
-    with pytest.raises(BadPicture, match=r"it has 2 frames or pages"):
+    with pytest.raises(BadPicture, match=r"it has several frames or pages"):
         open_rgb(tmp_path / name)
 
 
@@ -319,14 +318,6 @@ def test_a_damaged_file_is_a_picture_or_a_bad_picture(tmp_path, name):
             assert str(tmp_path / name) in str(error)
 
 
-@pytest.mark.parametrize("mode", ["I;16", "RGBA", "LA", "CMYK"])
-def test_a_published_file_of_other_numbers_is_refused(tmp_path, mode):
-    picture = PIL.Image.fromarray(DEEP[..., 0]) if mode == "I;16" else PIL.Image.new(mode, (20, 20))
-    picture.save(tmp_path / "x.png", "TIFF" if mode == "CMYK" else "PNG")
-    with pytest.raises(BadPicture, match=r"x\.png: .*mode"):
-        read_png(tmp_path / "x.png")
-
-
 @pytest.mark.parametrize("mode", ["L", "P"])
 def test_what_optimizers_leave_of_a_published_file_is_read(tmp_path, mode):
     picture = PIL.Image.fromarray(COLOURS).convert(mode)
@@ -366,15 +357,7 @@ def test_unreadable_files_are_bad_pictures(tmp_path, read):
         read(tmp_path / "gone.png")
 
 
-@pytest.mark.parametrize("read", [open_rgb, read_png])
-def test_a_decompression_bomb_is_a_bad_picture(tmp_path, read, monkeypatch):
-    write_png(tmp_path / "bomb.png", noise(64))
-    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(BadPicture, match=r"bomb\.png"):
-        read(tmp_path / "bomb.png")
-
-
-@pytest.mark.parametrize("header", [b"", b"\x00", bytes(range(256)) * 300])
+@pytest.mark.parametrize("header", [b"", b"\x00", bytes(range(256)) * 256])
 def test_png_round_trip_with_header(tmp_path, header):
     write_png(tmp_path / "x.png", noise(), header)
     pixels, back = read_png(tmp_path / "x.png")
@@ -395,47 +378,10 @@ def test_header_chunk_is_ancillary_private_and_dies_with_an_edit(tmp_path):
     assert torch.equal(read_png(tmp_path / "edited.png")[0], noise())
 
 
-def test_header_after_the_pixels_is_found_too(tmp_path):
-    write_png(tmp_path / "x.png", noise())
-    data = (tmp_path / "x.png").read_bytes()
-    body = HEADER_CHUNK + b"late"
-    chunk = struct.pack(">I", 4) + body + struct.pack(">I", zlib.crc32(body))
-    end = data.index(b"IEND") - 4
-    (tmp_path / "x.png").write_bytes(data[:end] + chunk + data[end:])
-    assert read_png(tmp_path / "x.png")[1] == b"late"
-
-
-def with_chunks(data, *chunks):
-    """A PNG's bytes with chunks put before its end."""
-    added = b""
-    for name, body in chunks:
-        added += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-    end = data.index(b"IEND") - 4
-    return data[:end] + added + data[end:]
-
-
-def test_oversized_and_ambiguous_headers_are_bad_pictures(tmp_path, monkeypatch):
-    path = tmp_path / "x.png"
-    write_png(path, noise(), b"header")
-    data = path.read_bytes()
-    huge_claim = data[: data.index(b"IEND") - 4] + struct.pack(">I", 2**31 - 1) + HEADER_CHUNK + b"and then nothing"
-    for broken, message in (
-        (with_chunks(data, (HEADER_CHUNK, b"another")), "it has 2 headers"),
-        (huge_claim, "not a readable picture"),
-        (with_chunks(data, (b"iCCP", b"")), "not a readable picture"),  # an IndexError in Pillow
-    ):
-        path.write_bytes(broken)
-        with pytest.raises(BadPicture, match=message):
-            read_png(path)
-    write_png(path, noise())
-    path.write_bytes(with_chunks(path.read_bytes(), (HEADER_CHUNK, bytes(2**20 + 1))))
-    with pytest.raises(BadPicture, match="header has 1048577 bytes"):
-        read_png(path)
-    monkeypatch.setattr("keyanon.channel.pixels.MAX_FILE", 1000)
-    with pytest.raises(BadPicture, match="are more than 1000"):
-        read_png(path)
-    with pytest.raises(ValueError, match="header would have 1048577 bytes"):
-        write_png(path, noise(), bytes(2**20 + 1))
+def test_a_header_that_no_reader_takes_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="header would have 65537 bytes"):
+        write_png(tmp_path / "x.png", noise(), bytes(2**16 + 1))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_png_with_bytes_changed_at_random_is_read_or_a_bad_picture(tmp_path):
@@ -457,7 +403,7 @@ def test_a_png_with_bytes_changed_at_random_is_read_or_a_bad_picture(tmp_path):
     assert read < 1000
 
 
-def test_other_formats_and_greys_read_as_rgb_without_header(tmp_path):
+def test_greys_read_as_rgb_without_header(tmp_path):
     grey = noise()[0].numpy()
     PIL.Image.fromarray(grey).save(tmp_path / "x.png")
     pixels, header = read_png(tmp_path / "x.png")

@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.utils import instantiate
 
+from experiments.harness.names import file_name, row_label
 from experiments.harness.plots import contact_sheet
 from experiments.harness.tracking import Off, Pictures, Wandb, public_config, wandb_id, without_places
 from keyanon.errors import BadSetting
@@ -56,6 +57,52 @@ def test_public_config_keeps_settings_and_drops_secrets_at_any_depth():
         "dataset": {"name": "lfw"},
         "sizes": [1, 2.5, True],
     }
+
+
+PROGRAM = {
+    "_target_": "keyanon.methods.baselines.external.ReversibleExternal",
+    "name": "external",
+    "command": ["python", "driver.py", "--api=tok-command", "{images}", "{output}", "{key}"],
+    "recovery": ["python", "driver.py", "tok-recovery", "{images}", "{output}", "{key}"],
+    "needs": ["janes_model.pt"],
+    "environment": ["JANES_PROXY"],
+    "obtain": "ask jane for it",
+    "logs": "janes_logs",
+    "source": "https://jane:tok-url@example.org/x/y?sig=tok-query#tok-fragment",
+    "size": 256,
+}
+PRIVATE = ("tok-", "jane", "Jane", "JANE")
+
+
+def test_no_word_of_a_program_and_no_credential_of_an_address_leaves():
+    config = {
+        "question": {
+            "settings": {"anonymizer": {"visible": PROGRAM}},
+            "dataset": {"list": "janes_list", "names": "runs/names"},
+        },
+        "about": {"recovery_input": "8-bit file", "source": "git+ssh://tok-user:x@example.org/repository"},
+        "anonymizer": "external,anonymizer.command=[python,jane.py,tok-1],anonymizer.size=64",
+        "title_notes": ["see ftp://jane:tok-2@example.org/z?tok-3 there", "https://example.org/public/page"],
+    }
+    public = public_config(config)
+    assert not any(private in repr(public) for private in PRIVATE)
+    assert public["question"]["settings"]["anonymizer"]["visible"] == {
+        "_target_": PROGRAM["_target_"], "name": "external", "source": "https://...@example.org/x/y?...", "size": 256,
+    }  # fmt: skip
+    assert public["about"] == {"recovery_input": "8-bit file", "source": "git+ssh://...@example.org/repository"}
+    assert public["anonymizer"] == "external,anonymizer.command=...,anonymizer.size=64"
+    assert public["title_notes"][1] == "https://example.org/public/page"
+
+
+@pytest.mark.parametrize(
+    "setting", ["anonymizer.command", "anonymizer.recovery", "anonymizer.environment", "key.seed", "key.variable"]
+)
+def test_a_row_and_its_folder_tell_no_word_of_it(setting):
+    row = row_label("external", [f"{setting}=[python,jane.py,'tok-1, x',tok-2]", "solver.steps=2"])
+    for text in (row, file_name(f"folder-{row}"), file_name(row) + "-0123abcd"):
+        shown = without_places(text)
+        assert not any(private in shown for private in PRIVATE)
+        assert shown.endswith(f"external,{setting}=...,solver.steps=2") or "~" in text or text.endswith("-0123abcd")
 
 
 def test_public_config_leaves_its_argument_alone():

@@ -217,7 +217,7 @@ def legend(rows: pd.DataFrame, meanings: Meanings) -> str:
     strange = [name for column, names in known.items() for name in sorted(set(rows[column]) - names.keys())]
     lines = [f"Scorers. {'; '.join(parts)}."] if parts else []
     lines += [f"Not declared, and so without an arrow: {', '.join(strange)}."] if strange else []
-    return "\n\n".join(lines)
+    return "\n\n".join(map(inline, lines))
 
 
 def ours_text(row: Any, spread: float) -> str:
@@ -301,9 +301,9 @@ def markdown(
         grid = consumed(methods, rows)
         parts += [f"## {grid.title}", piped(grid)]
     for heading, found in shown:
-        parts.append(f"## {heading}")
+        parts.append(f"## {inline(heading)}")
         for grid in found:
-            parts += [f"### {grid.title}", piped(grid)]
+            parts += [f"### {inline(grid.title)}", piped(grid)]
     if paper:
         parts += ["## Where the published numbers are from", origins(paper)]
     return "\n\n".join(parts) + "\n"
@@ -316,10 +316,20 @@ def piped(grid: Grid) -> str:
 
 
 def celled(text: str) -> str:
-    """A text as Markdown shows it within a cell, where a bar would begin another one and `<` a tag."""
-    for special in "\\|<":
+    """A text as Markdown shows it within a cell, where a bar would begin another one."""
+    return inline(text).replace("|", "\\|")
+
+
+def inline(text: str) -> str:
+    """A text as Markdown shows it, where `<` would begin a tag and `](` a link."""
+    for special in "\\<":
         text = text.replace(special, f"\\{special}")
-    return text
+    return on_one_line(text).replace("](", "]\\(")
+
+
+def on_one_line(text: str) -> str:
+    """A line's end within a cell would end the table in Markdown, and the paragraph in LaTeX."""
+    return " ".join(text.splitlines())
 
 
 def origins(paper: Sequence[Reference]) -> str:
@@ -349,8 +359,11 @@ def latex(experiment: str, shown: Sequence[tuple[str, list[Grid]]]) -> str:
     parts = ["% needs \\usepackage{booktabs,graphicx}"]
     for heading, found in shown:
         for grid in found:
-            tabular = tabulate(grid.rows, grid.header, tablefmt="latex_booktabs", disable_numparse=True)
-            caption = "".join(LATEX_ESCAPE_RULES.get(c, c) for c in f"{experiment}, {heading}. {grid.title}.")
+            lines = [list(map(on_one_line, line)) for line in (grid.header, *grid.rows)]
+            tabular = tabulate(lines[1:], lines[0], tablefmt="latex_booktabs", disable_numparse=True)
+            caption = "".join(
+                LATEX_ESCAPE_RULES.get(c, c) for c in on_one_line(f"{experiment}, {heading}. {grid.title}.")
+            )
             fitted = f"\\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{%\n{tabular}}}"
             parts.append(f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n{fitted}\n\\end{{table}}")
     symbols = str.maketrans({"↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$"})

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import pandas as pd
 
+from experiments.harness.frames import csv_of, read_csv
 from keyanon import runner
 from keyanon.errors import BadData
 from keyanon.measures.biometrics import AVERAGES, verification_summaries
@@ -60,7 +61,7 @@ class Meanings:
             for what, group in groups.items()
             for name, meaning in sorted(group.items())
         ]
-        return pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False, lineterminator="\n").encode()
+        return csv_of(pd.DataFrame(rows, columns=COLUMNS))
 
 
 def meanings(
@@ -89,7 +90,7 @@ def read_meanings(path: Path) -> Meanings:
     if not path.is_file():
         return Meanings()
     groups: dict[str, dict[str, Any]] = {"view": {}, "scorer": {}, "statistic": {}}
-    rows = pd.read_csv(path, dtype=str, keep_default_na=False)[COLUMNS].to_dict("records")
+    rows = read_csv(path, dtype=str, keep_default_na=False)[COLUMNS].to_dict("records")
     for row in rows:
         if row["what"] not in READERS:
             raise BadData(f"{path}: {row['name']} is a {row['what']!r}; expected one of {', '.join(READERS)}")

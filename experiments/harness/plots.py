@@ -18,12 +18,13 @@ GAP = 4
 FONT_SIZE = 14
 
 
-def contact_sheet(columns: Mapping[str, Sequence[Tensor]], path: Path) -> None:
+def contact_sheet(columns: Mapping[str, Sequence[Tensor]], path: Path, *, public: bool = False) -> None:
     """Write a labelled grid: a column for each view, a row for each picture; as PNG every pixel as it is.
 
     Args:
         columns: pictures (3 h w, uint8) of each view, the same ones in the same order.
         path: a PNG, or a smaller, lossy WebP by its suffix; its folder is made if it does not exist.
+        public: it shows no original, and others may read it.
 
     Raises:
         ValueError: no pictures, or a view has more of them than another.
@@ -52,7 +53,7 @@ def contact_sheet(columns: Mapping[str, Sequence[Tensor]], path: Path) -> None:
     buffer = io.BytesIO()
     sheet.save(buffer, path.suffix[1:], quality=85)  # of WebP; PNG has none
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue(), public=public)
 
 
 def share_curve(statistics: pd.DataFrame, prefix: str, path: Path) -> bool:
@@ -94,4 +95,4 @@ def write_svg(figure: Figure, path: Path) -> None:
     with rc_context({"svg.hashsalt": "keyanon"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue(), public=True)

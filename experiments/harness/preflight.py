@@ -35,6 +35,16 @@ GROUPS = ("anonymizer", "methods", "parser", "finder", "second_detector", "recog
 BYTES_PER_VALUE = 1.2  # a PNG of a photograph, against its 3 h w raw bytes, with some air
 
 
+def passwords_handed_on(key: Mapping[str, Any] | None, *parts: Any) -> list[str]:
+    """A message for each program of others that asks for the variable of the password."""
+    variable = (key or {}).get("variable")
+    programs = [part for part in walk(parts) if variable in getattr(part, "environment", ())]
+    return [
+        f"{part.name}: anonymizer.environment names {variable}, which holds the password (key.variable); take it out"
+        for part in programs
+    ]
+
+
 class WholeSweep(Callback):
     """All that any cell of a sweep lacks, and cells that would be one row, told before its first cell starts (hydra.callbacks).
 

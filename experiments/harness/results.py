@@ -26,7 +26,8 @@ import pandas as pd
 from tabulate import tabulate
 
 from experiments.harness.command import CHECKOUT
-from experiments.harness.layout import BITS, METHODS, latex, markdown, sections, titles
+from experiments.harness.frames import csv_of, read_csv
+from experiments.harness.layout import BITS, METHODS, celled, latex, markdown, sections, titles
 from experiments.harness.meaning import Meanings, read_meanings
 from experiments.harness.paper import CELL, Reference, read_paper
 from experiments.harness.provenance import PRESENTATION
@@ -65,12 +66,12 @@ def build(
     paper = read_paper(references) if references.is_file() else []
     path = results / "scores" / f"{experiment}.methods.csv"
     if runs and not (found := collect_methods(runs)).empty:
-        write_whole(path, found.to_csv(index=False).encode())
-    methods = pd.read_csv(path, dtype=BITS) if path.is_file() else pd.DataFrame(columns=METHODS)
+        write_whole(path, csv_of(found), public=True)
+    methods = read_csv(path, dtype=BITS) if path.is_file() else pd.DataFrame(columns=METHODS)
     path = results / "scores" / f"{experiment}.costs.csv"
     if runs and not (spent := collect_costs(runs)).empty:
-        write_whole(path, spent.to_csv(index=False, float_format="%.4g").encode())
-    costs = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=COSTS)
+        write_whole(path, csv_of(spent, float_format="%.4g"), public=True)
+    costs = read_csv(path) if path.is_file() else pd.DataFrame(columns=COSTS)
     if not costs.empty:
         write_costs(experiment, costs, results)
     meanings = read_meanings(numbers / "meanings.csv") if paper else Meanings()
@@ -89,8 +90,8 @@ def commit(
     """Write what a table is made from, with the columns STATISTICS and SCORES."""
     (results / "scores").mkdir(parents=True, exist_ok=True)
     for table, suffix in ((statistics, "parquet"), (scores, "scores.parquet")):
-        write_whole(results / "scores" / f"{experiment}.{suffix}", table.to_parquet(index=False))
-    write_whole(results / "scores" / f"{experiment}.meanings.csv", meanings.csv())
+        write_whole(results / "scores" / f"{experiment}.{suffix}", table.to_parquet(index=False), public=True)
+    write_whole(results / "scores" / f"{experiment}.meanings.csv", meanings.csv(), public=True)
 
 
 def write(
@@ -108,26 +109,27 @@ def write(
     texts = {
         "md": markdown(rows, shown, paper, methods, meanings),
         "tex": latex(experiment, shown),
-        "csv": rows.to_csv(index=False, float_format="%.6g", lineterminator="\n"),
     }
     for suffix, text in texts.items():
-        write_whole(folder / f"{experiment}.{suffix}", text.encode())
+        write_whole(folder / f"{experiment}.{suffix}", text.encode(), public=True)
+    write_whole(folder / f"{experiment}.csv", csv_of(rows, float_format="%.6g"), public=True)
 
 
 def write_nothing(experiment: str, rows: pd.DataFrame, folder: Path) -> None:
     """The table of a run that only made files: it says so."""
     folder.mkdir(parents=True, exist_ok=True)
     text = f"# {experiment}\n\nNothing was measured: no recognizers, scorers or attackers were asked for.\n"
-    write_whole(folder / f"{experiment}.md", text.encode())
-    write_whole(folder / f"{experiment}.csv", rows.to_csv(index=False, lineterminator="\n").encode())
+    write_whole(folder / f"{experiment}.md", text.encode(), public=True)
+    write_whole(folder / f"{experiment}.csv", csv_of(rows), public=True)
 
 
 def write_costs(experiment: str, costs: pd.DataFrame, results: Path = RESULTS) -> None:
     """The table of committed costs: they are of one machine and one moment, and no part of the paper's tables."""
-    shown = tabulate(costs.values.tolist(), COSTS, tablefmt="pipe", floatfmt=".4g")
+    cells = costs.map(lambda cell: celled(cell) if isinstance(cell, str) else cell)
+    shown = tabulate(cells.values.tolist(), COSTS, tablefmt="pipe", floatfmt=".4g")
     (results / "tables").mkdir(parents=True, exist_ok=True)
     title = f"# {experiment}: cost of a picture\n\nSeconds and network evaluations, means over the pictures.\n\n"
-    write_whole(results / "tables" / f"{experiment}.costs.md", f"{title}{shown}\n".encode())
+    write_whole(results / "tables" / f"{experiment}.costs.md", f"{title}{shown}\n".encode(), public=True)
 
 
 def known_experiments(results: Path = RESULTS) -> list[str]:

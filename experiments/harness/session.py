@@ -39,6 +39,7 @@ from keyanon.sources import Digests, combined
 from keyanon.types import (
     About,
     Anonymizer,
+    Benchmark,
     Dataset,
     FaceParser,
     ListsFolder,
@@ -271,8 +272,13 @@ class Cell:
         return sum(model.evaluations.total() for model in self.models)
 
 
-def begin(cfg: DictConfig, choices: Mapping[str, Any], command: Sequence[str], *parts: Any) -> Session:
-    """The session of a run, if nothing is missing that it needs: weights of its `parts`, pictures."""
+def begin(
+    cfg: DictConfig, choices: Mapping[str, Any], command: Sequence[str], *parts: Any, known_key: str | None = None
+) -> Session:
+    """The session of a run, if nothing is missing that it needs: weights of its `parts`, pictures.
+
+    `known_key` says what to do about it that anyone can compute the key; None where that is not so, or no picture is published.
+    """
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     # "all": plain containers, or OmegaConf would take the dataclasses in them for structured configs
@@ -282,9 +288,15 @@ def begin(cfg: DictConfig, choices: Mapping[str, Any], command: Sequence[str], *
     tracker: Tracker = instantiate(cfg.wandb)
     problems = preflight.missing_parts(*parts, parser, recognizers, scorers, tracker)
     problems += preflight.wrong_sizes(cfg.dataset.size, *parts)
+    problems += preflight.passwords_handed_on(cfg.get("key"), *parts)
     dataset = preflight.open_dataset(cfg.dataset, choices["dataset"], problems)
     preflight.stop_if(problems)
     assert dataset is not None
+    if known_key is not None and not (isinstance(dataset, Benchmark) and dataset.is_benchmark):
+        log.warning(
+            "anyone can compute the key of this run (key=experiment), and its pictures are no benchmark's: it protects nobody; %s",
+            known_key,
+        )
     tell_passed_over(dataset)
     ids = list(dataset.ids[: cfg.limit])
     return Session(cfg, choices, command, dataset, parser, recognizers, scorers, tracker, ids)

@@ -22,10 +22,14 @@ from keyanon.types import Dataset, Synthetic
 
 SECRET = re.compile(r"key|pass|secret|token|credential|auth|seed|salt|nonce", re.IGNORECASE)
 PLACE = re.compile(r"(^|_)(path|root|dir|folder|file|home|cache)s?($|_)", re.IGNORECASE)
+# Words of a command may be tokens; files, lists and variables are named as their owner likes.
+OWNS = {"command", "recovery", "environment", "needs", "obtain", "logs", "list", "names"}
 PATH_LIKE = re.compile(r"~|\.{0,2}[/\\]|[A-Za-z]:[/\\]|file:")
 VALUE_IN_ROW = re.compile(
-    r"""([\w.]+)=('.*'|".*"|\[.*\]|\{.*\}|[^,]*)"""
+    r"""([\w.]+)=('.*'|".*"|\[.*\]|\{.*\}|.*?(?=,[\w.]+=|$))"""
 )  # rather too much of a row's name than too little
+# What stands before the host of an address, and behind its path, may be a password or a token.
+USER_IN_URL, QUERY_IN_URL = re.compile(r"(\w://)[^/\s]*@"), re.compile(r"(\w://[^\s?#]*)[?#]\S*")
 REMEDY = "pip install 'keyanon[wandb]', or run with wandb=off"
 PICTURES = ("anonymizer.anonymized", "anonymizer.recovered", "anonymizer.target")  # folders and files of the user
 LONGEST_NAME = 128  # characters that wandb shows
@@ -113,14 +117,14 @@ def wandb_id(signature: str) -> str:
 
 
 def without_places(text: str) -> str:
-    """A row's name without the places on a disk that it may tell of."""
+    """A text, such as a row's name, without the places on a disk, the words of commands and the secrets that it may tell of."""
 
     def shown(setting: re.Match[str]) -> str:
         name, value = setting.groups()
-        hidden = set(value) & set("/\\~") or PLACE.search(name.rpartition(".")[2]) or name in PICTURES
-        return f"{name}=..." if hidden else setting[0]
+        hidden = set(value) & set("/\\~") or not is_named_publicly(name.rpartition(".")[2]) or name in PICTURES
+        return f"{name}=..." if hidden or name.startswith("key.") else setting[0]
 
-    return VALUE_IN_ROW.sub(shown, text)
+    return VALUE_IN_ROW.sub(shown, QUERY_IN_URL.sub(r"\1?...", USER_IN_URL.sub(r"\1...@", text)))
 
 
 def shown_outside(pictures: Pictures | None, dataset: Dataset) -> Pictures:
@@ -134,7 +138,7 @@ def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy without the entries that could hold a secret or tell of this machine, at any depth.
 
     Left out: names that speak of keys, passwords, tokens or seeds (a key's fingerprint stays), names and values that
-    are places on a disk, and values that are not plain numbers, texts, lists or mappings.
+    are places on a disk, what starts a program of others, and values that are not plain numbers, texts, lists or mappings.
     """
     return {str(name): public_value(value) for name, value in config.items() if is_public(str(name), value)}
 
@@ -148,8 +152,13 @@ def public_value(value: Any) -> Any:
 
 
 def is_public(name: str, value: object) -> bool:
+    return is_named_publicly(name) and is_plain(value)
+
+
+def is_named_publicly(name: str) -> bool:
+    """Whether a setting of this name holds no secret, no place, and nothing that its owner worded."""
     secret = SECRET.search(name) and not name.endswith("fingerprint")
-    return not secret and not PLACE.search(name) and is_plain(value)
+    return not secret and not PLACE.search(name) and name not in OWNS
 
 
 def is_plain(value: object) -> bool:

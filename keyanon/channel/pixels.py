@@ -7,6 +7,7 @@ safe to copy after the pixels were edited), so any viewer shows the picture and 
 import functools
 import io
 import struct
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,30 +22,43 @@ from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
+from keyanon.channel.chunks import HEADER_CHUNK, MAX_PIXELS, public_header, too_large
+from keyanon.channel.headers import MAX_BYTES
 from keyanon.channel.whole import write_whole
 from keyanon.finite import finite
-from keyanon.types import BadPicture, Picture, PictureBytes
+from keyanon.types import BadPicture, Picture, PictureBytes, Source
 
-HEADER_CHUNK = b"kaNO"  # the capital O is the bit "not safe to copy"
-MAX_HEADER, MAX_FILE = 2**20, 2**29  # bytes
+# Of what Pillow knows, these alone are opened: others start programs (EPS), or nobody here has tried them on hostile files.
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")  # MPO among JPEG
+READS, BYTES_A_READ = 2**17, 2**10  # a reader may ask so many times, and once more for so many bytes of the file
+PASSES = 4  # and for all the file's bytes so many times
+MAX_SCANS = 100  # of a progressive JPEG, each of which goes over all pixels; encoders write some ten
+MAX_EXIF, MAX_EXIF_BYTES = 16, 2**20  # blocks in a JPEG, which Pillow joins one by one, and bytes of all
+MAX_AVIF = 2**25  # bytes: Pillow makes a number of each two of the EXIF data before anyone can look at them
+MAX_TAG_VALUES = 2**20  # numbers in the tags of a TIFF, each of which becomes an object
 UNREADABLE = (  # what Pillow raises on bad files
     OSError,
     SyntaxError,
     ValueError,
-    IndexError,
+    LookupError,
     TypeError,
-    struct.error,
-    PIL.Image.DecompressionBombError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
     RuntimeError,
     EOFError,
-    KeyError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    PIL.Image.DecompressionBombError,
 )
 HEAD = 16  # bytes that tell a format
 HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
 PROFILE_MODES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK", "LAB": "LAB"}  # of Pillow, by an ICC profile's colour space
 PLAIN_MODES = {"1": "L", "P": "RGB", "YCbCr": "RGB", "HSV": "RGB"}
-BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF 6.0
+BITS_PER_SAMPLE, PHOTOMETRIC, TILE_WIDTH, TILE_LENGTH, SAMPLE_FORMAT = 258, 262, 322, 323, 339  # tags of TIFF 6.0
 WHITE_IS_ZERO, UNSIGNED = 0, 1
+BYTE_LIKE = (1, 2, 6, 7)  # types of TIFF 6.0 of one byte
 
 
 def to_bytes(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
@@ -72,26 +86,87 @@ def open_rgb(path: Path, data: bytes | None = None) -> PIL.Image.Image:
     A colour profile is applied. Transparent pixels show white behind them. 16 bits are brought to 8. What has no one reading is
     refused: several frames or pages (but for the second pictures in a camera's MPO), floats, and whole numbers of 32 bits.
 
+    The file may come from a stranger: refused before it is decoded is what has more bytes, pixels, scans or pieces than any
+    picture needs (benchmarks/hostile_pictures.py).
+
     Args:
         path: of the file.
         data: its bytes where `path` only names it, as inside an archive.
     """
+    data = Source(path).read() if data is None else data
     try:
-        with PIL.Image.open(path if data is None else io.BytesIO(data)) as picture:
-            frames = getattr(picture, "n_frames", 1)
-            if frames > 1 and picture.format != "MPO":
-                raise ValueError(f"it has {frames} frames or pages; save the one that is meant as a file of its own")
+        refuse_floods(data)
+        with PIL.Image.open(Measured(data), formats=FORMATS) as picture:
+            too_large(picture.size)
+            # `is_animated` looks for a second one, `n_frames` would count them all
+            if getattr(picture, "is_animated", False) and picture.format != "MPO":
+                raise ValueError("it has several frames or pages; save the one that is meant as a file of its own")
             if isinstance(picture, TiffImageFile):
                 refuse_odd_numbers(picture.tag_v2)
+            picture.load()  # EXIF may stand behind the pixels
+            if len(picture.info.get("exif", b"")) > MAX_EXIF_BYTES:
+                raise ValueError(f"its EXIF data have more than {MAX_EXIF_BYTES:,} bytes; save it without them")
             profile = picture.info.get("icc_profile")
             return on_white(PIL.ImageOps.exif_transpose(picture), profile)
     except PIL.UnidentifiedImageError as error:
-        head = path.read_bytes()[:HEAD] if data is None else data[:HEAD]
         what = "it is a HEIC picture; save it as PNG or JPEG, for instance with the package pillow-heif"
-        what = what if is_heic(head) else "of no format that is read here, or damaged at its beginning"
+        known = f"of no format that is read here ({', '.join(FORMATS)}), or damaged at its beginning"
+        what = what if is_heic(data[:HEAD]) else known
         raise BadPicture(f"{path}: not a readable picture ({what})") from error
+    except PIL.Image.DecompressionBombError as error:
+        few = f"{error} At most {MAX_PIXELS:,} are read; make it smaller, or crop it"
+        raise BadPicture(f"{path}: not a readable picture ({few})") from error
     except UNREADABLE as error:
         raise BadPicture(f"{path}: not a readable picture ({error})") from error
+
+
+class Measured(io.BytesIO):
+    """A picture's bytes, of which no reader can make endless work: ValueError for one that takes them in too many pieces.
+
+    Floods of chunks, markers, blocks or pages cost a reader some calls each, whatever the format.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.calls, self.bytes = READS + len(data) // BYTES_A_READ, PASSES * len(data) + READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        found = super().read(size)
+        self.calls -= 1
+        self.bytes -= len(found)
+        if self.calls < 0 or self.bytes < 0:
+            raise ValueError("it is in more pieces than any picture needs; save it anew, as PNG or JPEG")
+        return found
+
+
+def refuse_floods(data: bytes) -> None:
+    """ValueError for what costs Pillow much more than the bytes that it reads."""
+    if data.startswith(b"\xff\xd8"):
+        for what, mark, most in (("scans", b"\xff\xda", MAX_SCANS), ("blocks of EXIF", b"Exif\0\0", MAX_EXIF)):
+            if (count := data.count(mark)) > most:
+                raise ValueError(f"it has {count} {what}, and at most {most} are read; save it anew, as PNG or JPEG")
+    if data[4:8] == b"ftyp" and len(data) > MAX_AVIF:
+        raise ValueError(f"an AVIF of more than {MAX_AVIF:,} bytes; save it anew, as PNG or JPEG")
+    if data[:2] in (b"II", b"MM"):
+        values = tag_values(data)
+        if values > MAX_TAG_VALUES:
+            raise ValueError(f"its tags have {values:,} values, and at most {MAX_TAG_VALUES:,} are read; save it anew")
+
+
+def tag_values(data: bytes) -> int:
+    """How many numbers the tags of a TIFF's first page claim to hold, less those that stay bytes; 0 where there is no page."""
+    order, big = {b"II": "<", b"MM": ">"}[data[:2]], 43 in (data[2], data[3])
+    first, count, entry = ("Q", "Q", "HHQ8x") if big else ("L", "H", "HHL4x")
+    place = 8 if big else 4
+    try:
+        (place,) = struct.unpack_from(order + first, data, place)
+        (entries,) = struct.unpack_from(order + count, data, place)
+        begin, size = place + struct.calcsize(order + count), struct.calcsize(order + entry)
+        page = data[begin : begin + min(entries, len(data)) * size]
+    except (struct.error, OverflowError):
+        return 0
+    whole = struct.iter_unpack(order + entry, page[: len(page) // size * size])
+    return sum(values for _, kind, values in whole if kind not in BYTE_LIKE)
 
 
 def refuse_odd_numbers(tags: Mapping[int, Any]) -> None:
@@ -101,6 +176,8 @@ def refuse_odd_numbers(tags: Mapping[int, Any]) -> None:
         raise ValueError(
             "its pixels are signed numbers or floats, and nothing tells which is white; save it with 8 or 16 bits"
         )
+    if tags.get(TILE_WIDTH, 0) * tags.get(TILE_LENGTH, 0) > MAX_PIXELS:
+        raise ValueError("its tiles are larger than any picture that is read; save it anew")
     if not np.isin(bits, (1, 2, 4, 8, 16)).all():
         raise ValueError(f"its pixels have {bits.max()} bits; save it with 8 or 16")
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO and bits.max() == 16:
@@ -115,8 +192,8 @@ def is_heic(head: bytes) -> bool:
 def on_white(picture: PIL.Image.Image, profile: bytes | None) -> PIL.Image.Image:
     """A picture of any mode as RGB, with white behind transparent pixels; ValueError where its numbers have no one reading."""
     if picture.mode.startswith("I;16") and "transparency" not in picture.info:
-        sixteen = np.asarray(picture).astype(np.float64)
-        return in_srgb(PIL.Image.fromarray((sixteen / 257).round().astype(np.uint8)), profile)
+        nearest = (np.asarray(picture).astype(np.uint32) + 128) // 257
+        return in_srgb(PIL.Image.fromarray(nearest.astype(np.uint8)), profile)
     if picture.mode[0] in "IF":
         raise ValueError(
             f"its pixels are numbers of mode {picture.mode}, and nothing tells which is white; save it with 8 or 16 bits"
@@ -140,6 +217,8 @@ def in_srgb(picture: PIL.Image.Image, profile: bytes | None) -> PIL.Image.Image:
         if picture.mode == "LAB":
             own, space = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")), "LAB"
         else:
+            if b"mpet" in (profile or b""):
+                raise ValueError("it has chains of multi-process elements, of any length for each pixel")
             own = ImageCms.getOpenProfile(io.BytesIO(profile or b""))
             space = own.profile.xcolor_space.strip()
         if picture.mode == "L" and space == "RGB":
@@ -175,15 +254,15 @@ def from_pil(picture: PIL.Image.Image) -> Picture:
     return to_floats(pixels[None])[0]
 
 
-def write_png(path: Path, pixels: PictureBytes, header: bytes = b"") -> None:
-    """Write one picture (3 h w, uint8) so that the file appears whole or not at all."""
-    write_whole(path, png_bytes(pixels, header))
+def write_png(path: Path, pixels: PictureBytes, header: bytes = b"", *, public: bool = False) -> None:
+    """Write one picture (3 h w, uint8) so that the file appears whole or not at all, for its owner alone unless `public`."""
+    write_whole(path, png_bytes(pixels, header), public=public)
 
 
 def png_bytes(pixels: PictureBytes, header: bytes = b"") -> bytes:
     """One picture (3 h w, uint8) as a PNG file with a public header."""
-    if len(header) > MAX_HEADER:
-        raise ValueError(f"its header would have {len(header)} bytes; it can have at most {MAX_HEADER}")
+    if len(header) > MAX_BYTES:
+        raise ValueError(f"its header would have {len(header)} bytes; it can have at most {MAX_BYTES}")
     info = PngInfo()
     if header:
         info.add(HEADER_CHUNK, header)
@@ -195,27 +274,22 @@ def png_bytes(pixels: PictureBytes, header: bytes = b"") -> bytes:
 def read_png(path: Path, data: bytes | None = None) -> tuple[PictureBytes, bytes]:
     """One picture (3 h w, uint8) and its public header, b"" where the file has none; BadPicture names the file.
 
-    `data` are the file's bytes where they are already read.
-    A file of more than 512 MiB is not looked into; two headers, or one of more than 1 MiB, are refused.
+    Its chunks have to be those that a published file may hold (keyanon/channel/chunks.py), which is looked at before it is decoded.
+
+    Args:
+        path: of the file.
+        data: its bytes where they are already read.
     """
+    data = Source(path).read() if data is None else data
     try:
-        size = path.stat().st_size if data is None else len(data)
-        if size > MAX_FILE:
-            raise ValueError(f"its {size} bytes are more than {MAX_FILE}")
-        with PIL.Image.open(path if data is None else io.BytesIO(data)) as picture:
-            picture.load()
-            headers = [chunk[1] for chunk in getattr(picture, "private_chunks", []) if chunk[0] == HEADER_CHUNK]
-            if len(headers) > 1:
-                raise ValueError(f"it has {len(headers)} headers, and nothing tells which is the picture's")
-            if headers and len(headers[0]) > MAX_HEADER:
-                raise ValueError(f"its header has {len(headers[0])} bytes; it can have at most {MAX_HEADER}")
-            # what optimizers of files leave of 8-bit RGB without loss, and nothing else
-            if picture.mode not in ("RGB", "L", "P", "1") or picture.has_transparency_data:
-                raise ValueError(f"it has pixels of mode {picture.mode}, or transparent ones; published files are RGB")
+        header = public_header(data)
+        with PIL.Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            if picture.mode == "P" and np.asarray(picture).max() >= len(picture.getpalette() or []) // 3:
+                raise ValueError("it has pixels of colours that its palette lacks, which viewers show as they like")
             pixels = np.array(picture.convert("RGB"), dtype=np.uint8)
     except UNREADABLE as error:
         raise BadPicture(f"{path}: not a readable picture ({error})") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1), headers[0] if headers else b""
+    return torch.from_numpy(pixels).permute(2, 0, 1), header
 
 
 def jpeg(pixels: PictureBytes, quality: int) -> PictureBytes:

@@ -51,6 +51,10 @@ class CelebAHQ:
     def gallery(self) -> Sequence[str]:
         return ()
 
+    @property
+    def is_benchmark(self) -> bool:
+        return True
+
     def identity(self, id: str) -> str | None:
         return None
 
@@ -82,6 +86,10 @@ class FFHQ:
     @property
     def gallery(self) -> Sequence[str]:
         return ()
+
+    @property
+    def is_benchmark(self) -> bool:
+        return True
 
     def identity(self, id: str) -> str | None:
         return None
@@ -143,6 +151,10 @@ class LFW:
     def gallery(self) -> Sequence[str]:
         return tuple(dict.fromkeys(first for first, _ in self.comparisons))
 
+    @property
+    def is_benchmark(self) -> bool:
+        return True
+
     def identity(self, id: str) -> str | None:
         return person(id)
 
@@ -178,6 +190,10 @@ class PairsFolder:
     @cached_property
     def gallery(self) -> Sequence[str]:
         return tuple(first for first, _ in self._pairs)
+
+    @property
+    def is_benchmark(self) -> bool:
+        return is_committed(self.list)
 
     def identity(self, id: str) -> str | None:
         return person(id)
@@ -226,6 +242,10 @@ class Folder:
     @property
     def gallery(self) -> Sequence[str]:
         return ()
+
+    @property
+    def is_benchmark(self) -> bool:
+        return self.synthetic or is_committed(self.list)
 
     def identity(self, id: str) -> str | None:
         return None
@@ -277,6 +297,10 @@ class InstalledPhotographs:
     def gallery(self) -> Sequence[str]:
         return ()
 
+    @property
+    def is_benchmark(self) -> bool:
+        return True
+
     def identity(self, id: str) -> str | None:
         return None
 
@@ -300,6 +324,11 @@ class InstalledPhotographs:
     @cached_property
     def _detector(self) -> MtcnnDetector:
         return MtcnnDetector()
+
+
+def is_committed(name: str | None) -> bool:
+    """Whether a list is one of those in LISTS: of a benchmark's pictures, not of somebody's own."""
+    return name is not None and (LISTS / f"{name}.txt").is_file()
 
 
 def read_list(name: str) -> tuple[str, ...]:

@@ -6,8 +6,6 @@
 FOLDER/HASH.csv says which id is which name, so that the owner finds a picture again. It belongs to no published folder.
 """
 
-import csv
-import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +18,8 @@ from keyanon.channel.keys import BadKey, MasterKey, read_key, write_new_key
 from keyanon.channel.whole import write_first, write_whole
 from keyanon.context import Context
 from keyanon.errors import BadPicture, BadSetting
-from keyanon.types import Dataset, ListsFolder, Picture, Source, Synthetic
+from keyanon.sheets import csv_text
+from keyanon.types import Benchmark, Dataset, ListsFolder, Picture, Source, Synthetic
 
 ID_BYTES = 10  # among a million pictures two share an id with probability 4e-13
 
@@ -82,14 +81,15 @@ class Renamed:
     def synthetic(self) -> bool:
         return isinstance(self.dataset, Synthetic) and self.dataset.synthetic
 
+    @property
+    def is_benchmark(self) -> bool:
+        return isinstance(self.dataset, Benchmark) and self.dataset.is_benchmark
+
     @cached_property
     def table(self) -> Path:
         """The file that says which id is which name: id,name."""
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(["id", "name"])
-        writer.writerows((id, name) for name, id in sorted(self._ids.items()))
-        data = buffer.getvalue().encode("utf-8", "surrogateescape")
+        rows = [(id, name) for name, id in sorted(self._ids.items())]
+        data = csv_text(["id", "name"], rows).encode("utf-8", "surrogateescape")
         path = self.names / f"{sha256(data).hexdigest()[:12]}.csv"
         if not path.exists() or path.read_bytes() != data:
             write_whole(path, data)

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from keyanon.channel.description import opened
 from keyanon.channel.headers import MAX_PARTS, BadHeader, Header, seal
 from keyanon.channel.nonces import Nonces, contexts_of, nonce_for
-from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.channel.pixels import UNREADABLE, to_bytes, to_floats
 from keyanon.context import Context
 from keyanon.errors import BadSetting
 from keyanon.methods.baselines.classical import bounds
@@ -105,19 +105,21 @@ def packed(original: PictureBytes, published: PictureBytes, quality: int | None)
 
 
 def with_crop(picture: PictureBytes, crop: bytes) -> PictureBytes:
-    """The picture with a packed crop put back; raises BadHeader where it reaches beyond the picture."""
+    """The picture with a packed crop put back; raises BadHeader where it is none, or reaches beyond the picture."""
     if not crop:
         return picture
     top, left = int.from_bytes(crop[:2], "little"), int.from_bytes(crop[2:4], "little")
-    with PIL.Image.open(io.BytesIO(crop[4:])) as opened:
-        rgba = torch.from_numpy(np.array(opened.convert("RGBA"))).permute(2, 0, 1)
-    _, height, width = rgba.shape
     out = picture.clone()
-    place = out[:, top : top + height, left : left + width]
-    if place.shape[1:] != rgba.shape[1:]:
-        raise BadHeader(
-            "the encrypted face reaches beyond the picture: it was resized or cropped after it was published"
-        )
+    try:
+        with PIL.Image.open(io.BytesIO(crop[4:]), formats=["WEBP"]) as opened:
+            place = out[:, top : top + opened.height, left : left + opened.width]
+            if place.shape[1:] != (opened.height, opened.width):
+                raise BadHeader(
+                    "the encrypted face reaches beyond the picture: it was resized or cropped after it was published"
+                )
+            rgba = torch.from_numpy(np.array(opened.convert("RGBA"))).permute(2, 0, 1)
+    except UNREADABLE as error:
+        raise BadHeader(f"the encrypted face cannot be read ({error}): the file was made by another program") from error
     place[:] = torch.where(rgba[3] > 0, rgba[:3], place)
     return out
 

@@ -3,8 +3,11 @@
     x  --PNG-->  {images}/NAME.png  --the program, with the key of {key}-->  {output}/NAME.png  --checked-->  x'
 
 A program is a list of words in which {images}, {output} and {key} stand for paths; no shell reads them. It is started in
-`folder`, is given an empty {output}, has no input and none of keyanon's environment variables, and ends with exit code 0. NAME is
-a whole number, as some official scripts take names for numbers. What else it leaves in {output} counts for nothing.
+`folder`, is given an empty {output}, has no input, and ends with exit code 0. NAME is a whole number, as some official scripts take
+names for numbers. What else it leaves in {output} counts for nothing.
+
+Of the environment it gets what `ENVIRONMENT` names and what its YAML asks for (`environment`), and nothing else: a password or a
+token may be in any other variable.
 
 {key} is a file without a name in any folder, which the program opens as /dev/fd/N: the words of a command are shown to all in the
 list of processes, and a named file would stay behind if keyanon were killed. It holds the key (`Secret`): one line, or a line
@@ -50,6 +53,11 @@ from keyanon.faces.layouts import SUFFIXES
 from keyanon.types import About, BadPicture, Bytes, Image, Key, PictureBytes, Published, Source
 
 PLACES = {"images", "output", "key"}
+# What a program needs to start at all: where things are, in which language it speaks, which cards and threads it may take.
+ENVIRONMENT = (
+    "PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "VIRTUAL_ENV",
+    "CONDA_PREFIX", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS",
+)  # fmt: skip
 SHOWN_LINES, SHOWN_FILES = 10, 5  # in a message
 ID_BYTES = 255  # of an encrypted id, as long as most file systems let names be
 
@@ -106,6 +114,7 @@ class External:
         size: in pixels, of the square pictures that the program reads and writes; others are resized (Lanczos) on the way there and
             back. None: as they are.
         outputs: a picture's file below {output}, less its suffix; any format will do.
+        environment: names of variables that the program gets besides `ENVIRONMENT`, as of a proxy or of a cache of weights.
         timeout: seconds that one start may take.
         logs: folder of what the program printed, a file each start.
     """
@@ -120,6 +129,7 @@ class External:
     nonces: Nonces = nonce_for
     size: int | None = None
     outputs: str = "{name}"
+    environment: Sequence[str] = ()
     timeout: float = 3600
     logs: str
 
@@ -132,6 +142,10 @@ class External:
                     f"{self.name}: the command {' '.join(command)!r} has the places {', '.join(sorted(found)) or 'none'}; expected "
                     f"{', '.join(sorted(wanted))}, each in braces"
                 )
+        if isinstance(self.environment, str):
+            raise BadSetting(
+                f"{self.name}: environment={self.environment!r} is no list of names, as [{self.environment}] is"
+            )
         if "{name}" not in self.outputs:
             raise BadSetting(f"{self.name}: outputs={self.outputs!r} does not say where a picture's {{name}} stands")
 
@@ -241,8 +255,8 @@ class External:
 
     def watch(self, action: str, words: Sequence[str], printed: Path, secrets: Mapping[str, str], key: int) -> Path:
         """Start a command and wait for its end; its log. BadMethod where it fails or takes too long."""
-        # a master password may be among them, and the program is not ours
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("KEYANON_")}
+        handed_on = (*ENVIRONMENT, *self.environment)
+        environment = {name: os.environ[name] for name in handed_on if name in os.environ}
         environment["PYTHONUNBUFFERED"] = "1"  # so that the log of a program that was killed has its last lines
         begun = perf_counter()
         try:
