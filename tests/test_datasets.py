@@ -582,12 +582,10 @@ def test_half_of_the_middle_turns_white_and_nothing_gets_darker():
     assert brighter.max() == 1
     assert (brighter >= picture - 1e-6).all()
     dark = brighter[brighter < 1]  # below white it is one gain for all
-    torch.testing.assert_close(
-        (dark + 1) / (picture[brighter < 1] + 1), torch.full_like(dark, 2 / float(gain_of(picture)))
-    )
+    torch.testing.assert_close(dark + 1, (picture[brighter < 1] + 1) * 2 / light_of_white(picture))
 
 
-def gain_of(picture: torch.Tensor) -> torch.Tensor:
+def light_of_white(picture: torch.Tensor) -> torch.Tensor:
     return torch.quantile((picture + 1)[:, 8:24, 8:24].amin(0).flatten(), 0.5)
 
 

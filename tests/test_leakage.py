@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp, mannwhitneyu, permutation_test
 
-from keyanon.attacks import leakage
+from keyanon.attacks import leakage, pairs
 from keyanon.attacks.leakage import (
     NonceOff,
     OneStream,
@@ -28,6 +28,7 @@ from keyanon.attacks.leakage import (
     linkage_statistics,
     one_bit_off_headers,
     one_bit_off_pictures,
+    published_norms,
     rotated_back,
     seed_search,
     share_needed,
@@ -454,3 +455,39 @@ def test_intervals_are_of_people_not_of_their_pictures():
     together = linkage_statistics(np.repeat(np.repeat(scores, 3, 1), 3, 2), np.repeat(np.arange(12), 3))[0]
     separate = linkage_statistics(np.repeat(np.repeat(scores, 3, 1), 3, 2), range(36))[0]
     assert together.high - together.low > 0.8 * (statistic.high - statistic.low) > separate.high - separate.low
+
+
+# Scores of pairs
+
+
+def test_rounding_keeps_what_a_table_shows():
+    generator = np.random.default_rng(0)
+    for scale in (1e-4, 0.07, 9.0):
+        scores = scale * (generator.standard_normal((1, 60, 60)) + np.eye(60))
+        coarse = pairs.rounded(scores)
+        assert np.abs(coarse - scores).max() <= scale / 25
+        assert np.unique(coarse).size < 400
+        for exact, kept in zip(
+            linkage_statistics(scores, range(60)), linkage_statistics(coarse, range(60)), strict=True
+        ):
+            assert kept.value == pytest.approx(exact.value, abs=0.05 if "d_sys" in kept.statistic else 0.005)
+    assert np.isnan(pairs.rounded(np.full((1, 2, 2), np.nan))).all()
+    assert not pairs.rounded(np.zeros((1, 2, 2))).any()
+
+
+def test_a_persons_impostors_are_some_of_them():
+    values = np.random.default_rng(0).standard_normal(1299)
+    chosen = pairs.quantiles(np.append(values, math.nan))
+    assert set(chosen) <= set(values)
+    assert ks_2samp(chosen, values).statistic <= 1 / pairs.QUANTILES
+    np.testing.assert_array_equal(np.unique(pairs.quantiles(values[:3])), np.sort(values[:3]))
+    assert np.isnan(pairs.quantiles(values[:0])).all()
+
+
+@pytest.mark.parametrize(("transform", "hidden"), [(SignFlipping(), False), (BandRotation(), True)])
+def test_norms_that_a_transform_gives_out_are_what_its_noise_shows(transform, hidden):
+    z, mask = 1.2 * normal(4, 3, 8, 8), everywhere(4)
+    turned, _ = transform.apply(z.double(), mask, KEYS[:4], NONCES[:4])
+    given = published_norms(z.double(), mask, transform.secret)
+    np.testing.assert_allclose(channel_norms(turned, mask), given, atol=1e-11)
+    assert bool(np.abs(given).max() < 1e-6) == hidden

@@ -40,6 +40,7 @@ RESULTS = CHECKOUT / "results"  # wherever a command is started
 PAPER = RESULTS / "paper"
 # Of a finished run, besides run.json, which has their digests.
 KEPT = ("statistics.parquet", "scores.parquet", "pairs.parquet", "meanings.csv")
+PAIRS_AT_ONCE = 100_000  # rows of pairs that share a dictionary in a file: few enough to be of few comparisons
 PATIENCE = 20  # tenths of a second
 STATISTICS = ["experiment", "dataset", "anonymizer", "notes", *CELL[2:], "n", "undefined", "value", "low", "high"]
 COSTS = ["dataset", "anonymizer", "view", "pictures", "seconds", "evaluations", "device", "processor", "threads"]
@@ -71,7 +72,7 @@ def build(
     methods = pd.read_csv(path, dtype=BITS) if path.is_file() else pd.DataFrame(columns=METHODS)
     path = results / "scores" / f"{experiment}.pairs.parquet"
     if runs and not (compared := collect_pairs(runs)).empty:
-        write_whole(path, compared.to_parquet(index=False, compression="zstd"))
+        write_whole(path, compared.to_parquet(index=False, compression="zstd", row_group_size=PAIRS_AT_ONCE))
     path = results / "scores" / f"{experiment}.costs.csv"
     if runs and not (spent := collect_costs(runs)).empty:
         write_whole(path, spent.to_csv(index=False, float_format="%.4g").encode())

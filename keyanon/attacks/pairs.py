@@ -20,14 +20,14 @@ COMPARED = ("anonymized", *WRONG_KEYS, "face blanked, its place known")
 IMPOSTORS = "impostors"
 CONTROLS = (IMPOSTORS, "strangers", "fresh face")
 QUANTILES = 100  # that stand for a person's impostors
-FINENESS = 20  # steps of a rounded score to a deviation of all, at least
+FINENESS = 25  # steps of a rounded score to a deviation of all, about
 
 
 def rounded(scores: Floats) -> NDArray[np.float32]:
-    """Scores to the first decimal place that is at most 1 / FINENESS of their spread, so that files of them are small."""
-    spread = np.nanstd(scores) if np.isfinite(scores).any() else 0
-    decimals = int(np.ceil(-np.log10(spread / FINENESS))) if spread > 0 else 6
-    return np.round(scores, decimals).astype(np.float32)
+    """Scores in whole steps of one digit, about FINENESS to their spread, so that files of them are small."""
+    spread = float(np.nanstd(scores)) if np.isfinite(scores).any() else 0.0
+    step = float(f"{spread / FINENESS:.0e}") if spread > 0 else 1.0
+    return (np.round(scores / step) * step).astype(np.float32)
 
 
 def numbered(names: Sequence[str]) -> NDArray[np.intp]:
