@@ -57,10 +57,11 @@ test: $(INSTALLED) ## Run the tests on all cores; the library has to be covered 
 	$(RUN) pytest -n logical --dist loadfile --cov=keyanon --cov-fail-under=95
 
 .PHONY: check
-check: $(INSTALLED) shapes ## Lint, formatting, types, and shapes at run time
+check: $(INSTALLED) shapes ## Lint, formatting, types, shapes at run time, and the documents' claims beside the tables
 	$(RUN) ruff check
 	$(RUN) ruff format --check
 	$(RUN) mypy
+	$(RUN) experiments.claims
 
 # Files whose tests call most of what has shapes; to check every call of every test would take twice the time of the tests.
 SHAPED := solvers transforms pixels headers seams residuals scorers block_dct signflip refinement leakage learned parsing classical \

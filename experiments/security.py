@@ -2,7 +2,8 @@
 
 The paper's method and the exact one, side by side, under the attackers of keyanon/attacks/attackers.py. Published files, what each
 attacker knows, and what it took down of each picture are kept in a run folder for each method. Per-picture values go to
-scores/NAME.scores.parquet below results/runs/NAME, the shares of right signs to plots/ there, and the table is made as any other.
+scores/NAME.scores.parquet below results/runs/NAME, scores of pairs to scores/NAME.pairs.parquet (experiments/pairs.py makes their
+numbers again), the shares of right signs to plots/ there, and the table is made as any other.
 """
 
 import logging
@@ -38,8 +39,9 @@ from experiments.harness.session import (
 )
 from experiments.harness.shards import Incomplete
 from keyanon import runner
-from keyanon.attacks.attackers import VIEWS, distribution_tests, published_key, summaries
-from keyanon.attacks.case import Attacker, Case, Files, Found, Knowledge, Learns, People, Taken, Victims, publish
+from keyanon.attacks.attackers import VIEWS, published_key, summaries
+from keyanon.attacks.case import Attacker, Case, Files, Found, Knowledge, Learns, Pairs, People, Taken, Victims, publish
+from keyanon.attacks.pairs import compared_cosines, statistics_of_pairs
 from keyanon.batching import batches, filled
 from keyanon.channel.keys import experiment_key
 from keyanon.channel.pixels import png_bytes, to_floats
@@ -172,7 +174,7 @@ def attacked(
             )
 
     def conclude(ids: Sequence[str]) -> Result | None:
-        found: list[Found] = []
+        made: list[Found | Pairs] = []
         if len(set(people.of(ids).names)) < 2:  # of the shards that are done
             log.warning("%s: fewer than two people so far; nothing to conclude yet", cell.row)
             return None
@@ -182,8 +184,10 @@ def attacked(
             if lost := set(chosen) - notes[name].measured():
                 raise Incomplete(sorted(lost))
             if chosen:
-                found += attacker.conclude(case, taken_from(notes[name], chosen))
-        return result(session, [*found, *distribution_tests(case, found)])
+                made += attacker.conclude(case, taken_from(notes[name], chosen))
+        found = [one for one in made if isinstance(one, Found)]
+        pairs = [*(one for one in made if isinstance(one, Pairs)), *compared_cosines(case, found)]
+        return result(session, [*found, *statistics_of_pairs(pairs)], pairs)
 
     return fill(session, cell, work, conclude)
 
@@ -226,7 +230,7 @@ def taken_from(notes: RunFiles, ids: Sequence[str]) -> Taken:
     return Taken(ids, values, vectors)
 
 
-def result(session: Session, found: Sequence[Found]) -> Result:
+def result(session: Session, found: Sequence[Found], pairs: Sequence[Pairs] = ()) -> Result:
     scores = pd.DataFrame(
         [(id, one.view, one.scorer, value) for one in found for id, value in one.values.items()],
         columns=["id", "view", "scorer", "value"],
@@ -236,7 +240,7 @@ def result(session: Session, found: Sequence[Found]) -> Result:
         {one.scorer: COSINE if one.scorer in session.recognizers else one.measure for one in found},
         summaries(session.cfg.far),
     )
-    return Result([(one.view, one.scorer, one.statistic) for one in found], scores, said)
+    return Result([(one.view, one.scorer, one.statistic) for one in found], scores, said, pairs=pairs)
 
 
 def keys(count: int) -> list[Key]:

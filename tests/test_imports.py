@@ -25,6 +25,8 @@ COMMANDS = {
     "run",
     "tables",
     "security",
+    "pairs",
+    "claims",
     "gaussianity",
     "diversity",
     "train",

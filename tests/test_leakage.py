@@ -2,15 +2,16 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import mannwhitneyu
+from scipy.stats import ks_2samp, mannwhitneyu, permutation_test
 
-from keyanon.attacks import leakage
+from keyanon.attacks import leakage, pairs
 from keyanon.attacks.leakage import (
     NonceOff,
     OneStream,
@@ -27,6 +28,7 @@ from keyanon.attacks.leakage import (
     linkage_statistics,
     one_bit_off_headers,
     one_bit_off_pictures,
+    published_norms,
     rotated_back,
     seed_search,
     share_needed,
@@ -76,7 +78,7 @@ def linked(transform, likeness) -> dict:
     zT, mask = normal(8, 6, 8, 8) * (0.13 + 0.18 * normal(8, 6, 1, 1, seed=1)).exp(), everywhere(8)
     a, b = (transform.apply(zT, mask, [experiment_key(10 * k + i) for i in range(8)], CONTEXTS)[0] for k in (1, 2))
     a, b = (z + 1e-3 * normal(*zT.shape, seed=seed) for seed, z in enumerate((a, b), start=2))
-    return by_name(linkage_statistics(likeness(a, b, mask)[None]))
+    return by_name(linkage_statistics(likeness(a, b, mask)[None], range(8)))
 
 
 def by_layout(a, b, mask):
@@ -118,7 +120,7 @@ def test_each_transform_is_linked_by_what_it_leaks_and_by_nothing_else(transform
 
 
 def test_independent_scores_do_not_link():
-    found = by_name(linkage_statistics(np.random.default_rng(0).standard_normal((6, 40, 40))))
+    found = by_name(linkage_statistics(np.random.default_rng(0).standard_normal((6, 40, 40)), range(40)))
     assert found["auc"].n == 240
     assert found["auc"].value == pytest.approx(0.5, abs=0.06)
     assert found["d_sys"].value == pytest.approx(found["d_sys by chance"].value, abs=0.1)
@@ -126,7 +128,7 @@ def test_independent_scores_do_not_link():
 
 def test_d_sys_is_1_where_scores_never_overlap():
     scores = np.random.default_rng(0).random((10, 20, 20)) + 3 * np.eye(20)
-    found = by_name(linkage_statistics(scores))
+    found = by_name(linkage_statistics(scores, range(20)))
     assert (found["auc"].value, found["d_sys"].value, found["d_sys"].n) == (1, 1, 200)
 
 
@@ -139,7 +141,7 @@ def test_auc_is_the_chance_to_be_above():
     a, b = np.random.default_rng(1).integers(0, 9, (2, 50))
     assert auc(a, b[:30]) == pytest.approx(mannwhitneyu(a, b[:30]).statistic / (50 * 30), abs=1e-12)
     generator = np.random.default_rng(0)  # Phi(1 / sqrt 2)
-    shifted = auc_statistic(generator.standard_normal((300, 2)) + 1, generator.standard_normal((300, 3)))
+    shifted = auc_statistic(generator.standard_normal((300, 2)) + 1, generator.standard_normal((300, 3)), range(300))
     assert shifted.value == pytest.approx(0.7602, abs=0.03)
     assert shifted.low < 0.7602 < shifted.high
 
@@ -158,7 +160,7 @@ def test_a_picture_without_a_face_is_undefined():
     z, mask = normal(3, 2, 8, 8), everywhere(3)
     mask[1] = False
     for likeness in (by_layout, by_norms, by_values):
-        found = by_name(linkage_statistics(likeness(z, z, mask)[None]))
+        found = by_name(linkage_statistics(likeness(z, z, mask)[None], range(3)))
         assert (found["auc"].n, found["auc"].undefined, found["auc"].value) == (2, 1, 1)
 
 
@@ -230,15 +232,89 @@ def test_the_seed_is_found_from_one_noisy_pair():
 # Wrong keys, blanked faces, passwords
 
 
-def test_kolmogorov_smirnov():
-    generator = np.random.default_rng(0)
-    alike = by_name(kolmogorov_smirnov(generator.standard_normal(200), [*generator.standard_normal(200), math.nan]))
-    assert alike["ks_p"].value > 0.01
-    assert (alike["ks_p"].n, alike["ks_p"].undefined) == (400, 1)
-    apart = by_name(kolmogorov_smirnov([1, 2, 3], [4, 5, 6]))
-    assert apart["ks_d"].value == 1
-    assert apart["ks_p"].value == pytest.approx(0.1)  # 2 of the 20 orders
-    assert math.isnan(kolmogorov_smirnov([], [1])[0].value)
+def dependent(generator: np.random.Generator, people: int, each: int, alike: float = 0.95) -> np.ndarray:
+    """Standard normal values (people each), those of one person with the correlation `alike`."""
+    own, rest = generator.standard_normal((people, 1)), generator.standard_normal((people, each))
+    return np.sqrt(alike) * own + np.sqrt(1 - alike) * rest
+
+
+def p_value(a: np.ndarray, b: np.ndarray, draws: int = 199) -> float:
+    whose = [np.repeat(np.arange(len(side)), side.shape[1]) for side in (a, b)]
+    return by_name(kolmogorov_smirnov(a, whose[0], b, whose[1], draws=draws))["ks_p"].value
+
+
+@pytest.mark.parametrize(("each", "pooled_at_least"), [((4, 1), 0.1), ((4, 4), 0.3)])
+def test_a_person_seen_four_times_counts_once(each, pooled_at_least):
+    """Both sides have one law: 5 % of the tests may reject it. The pooled test, as it was, rejects it far more often."""
+    generator, trials = np.random.default_rng(0), 300
+    sides = [[dependent(generator, 40, m) for m in each] for _ in range(trials)]
+    rejected = np.mean([p_value(a, b) <= 0.05 for a, b in sides])
+    assert abs(rejected - 0.05) < 3 * math.sqrt(0.05 * 0.95 / trials)
+    assert np.mean([ks_2samp(a.ravel(), b.ravel()).pvalue <= 0.05 for a, b in sides]) > pooled_at_least
+
+
+def test_a_shift_is_found():
+    generator = np.random.default_rng(1)
+    found = [p_value(dependent(generator, 40, 4) + 1, dependent(generator, 40, 1)) <= 0.05 for _ in range(30)]
+    assert np.mean(found) > 0.9
+
+
+def test_a_persons_whole_distribution_is_a_control():
+    """One value a person beside many of each, as impostors are: the level holds."""
+    generator, trials = np.random.default_rng(2), 300
+    rejected = [
+        p_value(generator.standard_normal((40, 1)), generator.standard_normal((40, 100))) <= 0.05 for _ in range(trials)
+    ]
+    assert abs(np.mean(rejected) - 0.05) < 3 * math.sqrt(0.05 * 0.95 / trials)
+
+
+def test_few_people_as_all_their_signs_have_it():
+    generator = np.random.default_rng(3)
+    a, b = generator.standard_normal((7, 3)) + 0.5, generator.standard_normal((7, 2))
+    t = np.concatenate([a.ravel(), b.ravel()])
+    gaps = (a[:, :, None] <= t).mean(1) - (b[:, :, None] <= t).mean(1)
+    every = np.array([np.abs(np.array(signs_) @ gaps / 7).max() for signs_ in product((-1, 1), repeat=7)])
+    exact = np.mean(every >= every[-1] - 1e-9)
+    found = by_name(kolmogorov_smirnov(a, np.repeat(range(7), 3), b, np.repeat(range(7), 2)))
+    assert found["ks_d"].value == pytest.approx(every[-1])
+    assert found["ks_p"].value == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 9999))
+
+
+def test_one_value_each_is_scipys_permutation_of_pairs():
+    generator = np.random.default_rng(4)
+    a, b = generator.standard_normal(9) + 0.8, generator.standard_normal(9)
+
+    def distance(x, y):
+        return ks_2samp(x, y).statistic
+
+    how = {"permutation_type": "samples", "n_resamples": np.inf, "alternative": "greater", "vectorized": False}
+    theirs = permutation_test((a, b), distance, **how)
+    ours = by_name(kolmogorov_smirnov(a, range(9), b, range(9)))
+    assert ours["ks_d"].value == pytest.approx(theirs.statistic)
+    assert ours["ks_p"].value == pytest.approx(
+        theirs.pvalue, abs=4 * math.sqrt(theirs.pvalue * (1 - theirs.pvalue) / 9999)
+    )
+
+
+def test_only_the_order_of_values_counts():
+    generator = np.random.default_rng(5)
+    a, b, whose = (
+        generator.standard_normal(1500),
+        generator.standard_normal(1500),
+        range(1500),
+    )  # more than LEVELS values
+    once, again = (kolmogorov_smirnov(f(a), whose, f(b), whose, draws=99) for f in (lambda x: x, np.exp))
+    assert once == again
+
+
+def test_people_who_lack_a_side_are_counted_and_left_out():
+    a, b = [1.0, 2.0, math.nan, 4.0], [2.0, 3.0, 9.0, 9.0]
+    found = by_name(kolmogorov_smirnov(a, ["p", "q", "r", "s"], b, ["p", "q", "r", "t"]))
+    assert (found["ks_p"].n, found["ks_p"].undefined) == (2, 3)
+    assert list(found.values()) == [replace(one, undefined=3) for one in kolmogorov_smirnov(a[:2], "pq", b[:2], "pq")]
+    nobody = by_name(kolmogorov_smirnov([math.nan], "p", [1.0], "p"))
+    assert (nobody["ks_p"].n, nobody["ks_p"].undefined) == (0, 1)
+    assert math.isnan(nobody["ks_p"].value)
 
 
 def test_share_needed():
@@ -360,8 +436,60 @@ def test_changes_are_small_and_refused():
 
 def test_jackknife_of_a_mean_is_its_standard_error():
     values = np.random.default_rng(0).random(50)
-    low, high = jackknife_interval(lambda rows: float(values[rows].mean()), 50)
+    low, high = jackknife_interval(lambda rows: float(values[rows].mean()), range(50))
     error = values.std(ddof=1) / math.sqrt(50)
     np.testing.assert_allclose((low, high), (values.mean() - 1.96 * error, values.mean() + 1.96 * error))
-    assert jackknife_interval(lambda rows: 1.0, 9) == (1.0, 1.0)
-    assert math.isnan(jackknife_interval(lambda rows: 1.0, 2)[0])
+    assert jackknife_interval(lambda rows: 1.0, range(9)) == (1.0, 1.0)
+    assert math.isnan(jackknife_interval(lambda rows: 1.0, [0, 0, 1, 1])[0])  # four pictures, but two people
+
+
+def test_intervals_are_of_people_not_of_their_pictures():
+    """Four copies of each person's picture tell nothing new: the intervals stay, where pictures alone would halve them."""
+    generator = np.random.default_rng(0)
+    own, other, whose = generator.standard_normal((40, 1)) + 0.5, generator.standard_normal((40, 1)), np.arange(40)
+    once = auc_statistic(own, other, whose)
+    four = auc_statistic(np.repeat(own, 4, 0), np.repeat(other, 4, 0), np.repeat(whose, 4))
+    assert (four.value, four.low, four.high) == pytest.approx((once.value, once.low, once.high))
+    alone = auc_statistic(np.repeat(own, 4, 0), np.repeat(other, 4, 0), range(160))
+    assert alone.high - alone.low < 0.7 * (once.high - once.low)
+    scores = generator.standard_normal((1, 12, 12)) + np.eye(12)
+    statistic, _, _ = linkage_statistics(scores, range(12))
+    together = linkage_statistics(np.repeat(np.repeat(scores, 3, 1), 3, 2), np.repeat(np.arange(12), 3))[0]
+    separate = linkage_statistics(np.repeat(np.repeat(scores, 3, 1), 3, 2), range(36))[0]
+    assert together.high - together.low > 0.8 * (statistic.high - statistic.low) > separate.high - separate.low
+
+
+# Scores of pairs
+
+
+def test_rounding_keeps_what_a_table_shows():
+    generator = np.random.default_rng(0)
+    for scale in (1e-4, 0.07, 9.0):
+        scores = scale * (generator.standard_normal((1, 60, 60)) + np.eye(60))
+        coarse = pairs.rounded(scores)
+        assert np.abs(coarse - scores).max() <= scale / 25
+        assert np.unique(coarse).size < 400
+        for exact, kept in zip(
+            linkage_statistics(scores, range(60)), linkage_statistics(coarse, range(60)), strict=True
+        ):
+            assert kept.value == pytest.approx(exact.value, abs=0.05 if "d_sys" in kept.statistic else 0.005)
+    assert np.isnan(pairs.rounded(np.full((1, 2, 2), np.nan))).all()
+    assert not pairs.rounded(np.zeros((1, 2, 2))).any()
+
+
+def test_a_persons_impostors_are_some_of_them():
+    values = np.random.default_rng(0).standard_normal(1299)
+    chosen = pairs.quantiles(np.append(values, math.nan))
+    assert set(chosen) <= set(values)
+    assert ks_2samp(chosen, values).statistic <= 1 / pairs.QUANTILES
+    np.testing.assert_array_equal(np.unique(pairs.quantiles(values[:3])), np.sort(values[:3]))
+    assert np.isnan(pairs.quantiles(values[:0])).all()
+
+
+@pytest.mark.parametrize(("transform", "hidden"), [(SignFlipping(), False), (BandRotation(), True)])
+def test_norms_that_a_transform_gives_out_are_what_its_noise_shows(transform, hidden):
+    z, mask = 1.2 * normal(4, 3, 8, 8), everywhere(4)
+    turned, _ = transform.apply(z.double(), mask, KEYS[:4], NONCES[:4])
+    given = published_norms(z.double(), mask, transform.secret)
+    np.testing.assert_allclose(channel_norms(turned, mask), given, atol=1e-11)
+    assert bool(np.abs(given).max() < 1e-6) == hidden

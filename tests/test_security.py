@@ -6,10 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 
-from experiments.harness import results
+from experiments import pairs
+from experiments.harness import results, statistics
 from experiments.security import run
 from keyanon.attacks.attackers import best_of
+from keyanon.types import Dataset
 from tests.conftest import ROOT
 
 CONF = str(ROOT / "conf")
@@ -104,13 +107,73 @@ def test_the_table_is_made_from_committed_files(made, monkeypatch):
 
 
 def test_wrong_keys_are_set_beside_people_and_fresh_faces(made):
+    """A person with four wrong keys counts as one."""
     table, _ = made
-    for control, others in (("strangers", 3), ("impostors", 6), ("fresh face", 3)):
-        rows = table.loc["exact", "wrong keys, all four", f"pixel beside {control}"]
-        assert set(rows.index) == {"ks_d", "ks_p"}
-        assert set(rows.n) == {4 * 3 + others}
-        assert table.loc["exact", "wrong key", f"pixel beside {control}", "ks_p"].n == 3 + others
-        assert 0 < rows.ours["ks_p"] <= 1
+    for control in ("strangers", "impostors", "fresh face"):
+        for view in ("wrong keys, all four", "wrong key"):
+            rows = table.loc["exact", view, f"pixel beside {control}"]
+            assert set(rows.index) == {"ks_d", "ks_p"}
+            assert set(rows.n) == {3}
+            assert 0 < rows.ours["ks_p"] <= 1
+
+
+def test_a_rotations_norms_are_hidden_and_a_flips_are_not(made):
+    table, _ = made
+    assert table.loc["exact", "norms in floats", "largest residue", "mean"].ours < 1e-2
+    assert table.loc["signflip", "norms in floats", "largest residue", "mean"].ours > 5e-2
+    assert table.loc["signflip", "linkage of two files", "norms in floats", "auc"].ours == 1
+
+
+def pairs_again(capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
+    """Exit code and lines of the command on the tiny run."""
+    code = 0
+    try:
+        pairs.main(["tiny", "--results", "results/runs/tiny"])
+    except SystemExit as error:
+        code = int(error.code) if isinstance(error.code, int) else 2
+    return code, capsys.readouterr().out.splitlines()
+
+
+def test_a_reader_makes_the_cells_of_pairs_again(made, monkeypatch, capsys):
+    """From numbers alone: every cell of linkage and of the two-sample tests, to the last digit printed."""
+    table, folder = made
+    monkeypatch.chdir(folder)
+    code, lines = pairs_again(capsys)
+    made_of_pairs = table.reset_index()
+    linkage = made_of_pairs.view.isin(["linkage of two files", "file and its photograph"])
+    tests = made_of_pairs.statistic.isin(["ks_d", "ks_p"])
+    expected = int((linkage | tests).sum())
+    assert expected > 40
+    assert (code, lines) == (
+        0,
+        [f"{expected} of {expected} cells are equal to those of results/runs/tiny/tables/tiny.csv"],
+    )
+    kept = pd.read_parquet("results/runs/tiny/scores/tiny.pairs.parquet")
+    assert list(kept.columns) == ["dataset", "anonymizer", *statistics.PAIRS]
+    assert {str(kept[name].dtype) for name in ("comparison", "first", "person", "second")} == {"int16"}
+    assert str(kept["score"].dtype) == "float32"
+
+
+def test_a_changed_score_and_a_changed_cell_are_told(made, monkeypatch, capsys):
+    _, folder = made
+    monkeypatch.chdir(folder)
+    path = Path("results/runs/tiny/scores/tiny.pairs.parquet")
+    before = path.read_bytes()
+    scores = pd.read_parquet(path)
+    flip = (
+        (scores.anonymizer == "signflip") & (scores.view == "linkage of two files") & (scores.scorer == "layout of |z|")
+    )
+    scores.loc[flip & (scores["first"] == scores.second), "score"] = -1
+    try:
+        path.write_bytes(scores.to_parquet(index=False))
+        code, lines = pairs_again(capsys)
+    finally:
+        path.write_bytes(before)
+    assert code == 1
+    assert any(
+        line.startswith("bundled, signflip, linkage of two files, layout of |z|, auc: 3 0 0 ") and "3 0 1 1 1" in line
+        for line in lines
+    )
 
 
 def test_methods_stand_side_by_side(made):
@@ -152,6 +215,19 @@ def test_default_composes_with_a_solver_for_each_method():
         cfg = compose("security")
     assert (cfg.methods.signflip.solver.steps, cfg.methods.exact.solver.spacing) == (50, "karras")
     assert set(cfg.security) == {path.stem for path in (ROOT / "conf" / "security").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("dataset", ["lfw_gray_128", "lfw_gray_overexposed"])
+def test_linkage_on_many_people_is_a_configuration(dataset):
+    with initialize_config_dir(CONF, version_base="1.3"):
+        cfg = compose("linkage", overrides=[f"dataset={dataset}"])
+    assert (cfg.name, list(cfg.security), list(cfg.methods)) == (
+        "linkage",
+        ["linkage", "identities"],
+        ["signflip", "exact"],
+    )
+    assert cfg.limit >= 340  # at least 300 of which show a face
+    assert isinstance(instantiate(cfg.dataset, _convert_="all"), Dataset)
 
 
 def test_the_best_of_no_face_is_undefined():

@@ -2,6 +2,7 @@
 
     run folders --collect--> scores/<experiment>.parquet
     scores + results/paper/<experiment>.yaml --table--> tables/<experiment>.{md,tex,csv}
+    run folders --> scores/<experiment>.pairs.parquet                (scores of pairs, of which experiments.pairs makes cells again)
     run folders --> scores/<experiment>.meanings.csv                 (what its names mean, as declared)
     run folders --> scores/<experiment>.costs.csv --> tables/<experiment>.costs.md    (of one machine)
 
@@ -31,6 +32,7 @@ from experiments.harness.layout import BITS, METHODS, celled, latex, markdown, s
 from experiments.harness.meaning import Meanings, read_meanings
 from experiments.harness.paper import CELL, Reference, read_paper
 from experiments.harness.provenance import PRESENTATION
+from experiments.harness.statistics import PAIRS
 from keyanon.channel.whole import write_whole
 from keyanon.errors import BadData, MissingData
 from keyanon.parts import Damaged, digest
@@ -38,7 +40,8 @@ from keyanon.parts import Damaged, digest
 RESULTS = CHECKOUT / "results"  # wherever a command is started
 PAPER = RESULTS / "paper"
 # Of a finished run, besides run.json, which has their digests.
-KEPT = ("statistics.parquet", "scores.parquet", "meanings.csv")
+KEPT = ("statistics.parquet", "scores.parquet", "pairs.parquet", "meanings.csv")
+PAIRS_AT_ONCE = 100_000  # rows of pairs that share a dictionary in a file: few enough to be of few comparisons
 PATIENCE = 20  # tenths of a second
 STATISTICS = ["experiment", "dataset", "anonymizer", "notes", *CELL[2:], "n", "undefined", "value", "low", "high"]
 COSTS = ["dataset", "anonymizer", "view", "pictures", "seconds", "evaluations", "device", "processor", "threads"]
@@ -68,6 +71,11 @@ def build(
     if runs and not (found := collect_methods(runs)).empty:
         write_whole(path, csv_of(found), public=True)
     methods = read_csv(path, dtype=BITS) if path.is_file() else pd.DataFrame(columns=METHODS)
+    path = results / "scores" / f"{experiment}.pairs.parquet"
+    if runs and not (compared := collect_pairs(runs)).empty:
+        write_whole(
+            path, compared.to_parquet(index=False, compression="zstd", row_group_size=PAIRS_AT_ONCE), public=True
+        )
     path = results / "scores" / f"{experiment}.costs.csv"
     if runs and not (spent := collect_costs(runs)).empty:
         write_whole(path, csv_of(spent, float_format="%.4g"), public=True)
@@ -134,7 +142,9 @@ def write_costs(experiment: str, costs: pd.DataFrame, results: Path = RESULTS) -
 
 def known_experiments(results: Path = RESULTS) -> list[str]:
     """Every experiment with scores or with numbers of the paper."""
-    scores = {path.stem for path in (results / "scores").glob("*.parquet") if not path.stem.endswith(".scores")}
+    scores = {
+        path.stem for path in (results / "scores").glob("*.parquet") if not path.stem.endswith((".scores", ".pairs"))
+    }
     return sorted(scores | {path.stem for path in (results / "paper").glob("*.yaml")})
 
 
@@ -231,6 +241,17 @@ def collect_scores(runs: Sequence[Path]) -> pd.DataFrame:
         about = read_about(run)
         frames.append(read_parquet(run, "scores").assign(dataset=about["dataset"], anonymizer=about["anonymizer"]))
     return pd.concat(frames, ignore_index=True)[SCORES]
+
+
+def collect_pairs(runs: Sequence[Path]) -> pd.DataFrame:
+    """The scores of pairs of run folders, behind the columns dataset and anonymizer; no row for runs that have none."""
+    frames = [pd.DataFrame(columns=["dataset", "anonymizer", *PAIRS])]
+    for run in runs:
+        about = read_about(run)
+        if (run / "pairs.parquet").is_file():
+            rows = read_parquet(run, "pairs").assign(dataset=about["dataset"], anonymizer=about["anonymizer"])
+            frames.append(rows[frames[0].columns])
+    return pd.concat(frames[1:] or frames, ignore_index=True)
 
 
 def collect_costs(runs: Sequence[Path]) -> pd.DataFrame:

@@ -26,6 +26,7 @@ from experiments.harness.shards import FailedShard, Incomplete, Shards, numbers,
 from experiments.harness.statistics import write_parquets
 from experiments.harness.tracking import Tracker, shown_outside
 from keyanon import runner
+from keyanon.attacks.case import Pairs
 from keyanon.channel.whole import write_whole
 from keyanon.errors import BadData
 from keyanon.faces.finding import Finder
@@ -65,6 +66,7 @@ class Result:
     scores: pd.DataFrame
     meanings: Meanings
     sheets: Mapping[str, Path] = field(default_factory=dict)  # pictures side by side: "all" views, or "anonymized" ones
+    pairs: Sequence[Pairs] = ()  # of which some of the statistics are made
 
 
 @dataclass(frozen=True)
@@ -418,7 +420,7 @@ def publish(
     of_pictures = combined(f"{id} {cell.contents[id]}" for id in ids)
     for line in [*pictures_replaced(cell, of_pictures), *moved_aside(session, cell, there, skipped)]:
         log.warning(line)
-    statistics = write_parquets(folder, result.statistics, result.scores)
+    statistics = write_parquets(folder, result.statistics, result.scores, result.pairs)
     lacking = [f"{shard} ({status['state']})" for shard, status in statuses.items() if shard not in done]
     record = {
         "experiment": cfg.name,

@@ -9,6 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from keyanon.attacks.case import Pairs
 from keyanon.channel.whole import write_whole
 from keyanon.measures import biometrics
 from keyanon.measures.biometrics import Floats, Statistic
@@ -19,15 +20,51 @@ People = Callable[[Iterable[str]], Sequence[str]]  # who is on each picture
 COLUMNS = ["view", "scorer", "statistic", "n", "undefined", "value", "low", "high"]
 
 
+PAIRS = ["view", "scorer", "comparison", "first", "person", "second", "score"]
+
+
 def write_parquets(
-    folder: Path, statistics: Sequence[tuple[str, str, Statistic]], scores: pd.DataFrame
+    folder: Path, statistics: Sequence[tuple[str, str, Statistic]], scores: pd.DataFrame, pairs: Sequence[Pairs] = ()
 ) -> pd.DataFrame:
-    """statistics.parquet, by view and scorer, and scores.parquet of a cell; returns the statistics."""
+    """statistics.parquet, by view and scorer, scores.parquet, and pairs.parquet of a cell that has any; returns the statistics."""
     rows = [{"view": view, "scorer": scorer, **asdict(statistic)} for view, scorer, statistic in statistics]
     table = pd.DataFrame(rows, columns=COLUMNS)
     for name, frame in (("scores", scores), ("statistics", table)):
         write_whole(folder / f"{name}.parquet", frame.to_parquet(index=False))
+    if pairs:
+        write_whole(folder / "pairs.parquet", pairs_table(pairs).to_parquet(index=False))
+    else:
+        (folder / "pairs.parquet").unlink(missing_ok=True)  # of another question's result, in whose place this comes
     return table
+
+
+def pairs_table(pairs: Sequence[Pairs]) -> pd.DataFrame:
+    """Scores of pairs, one a row, with the columns PAIRS: pictures and people are numbers."""
+    frames = []
+    for one in pairs:
+        comparison, first, second = (place.ravel().astype(np.int16) for place in np.indices(one.scores.shape))
+        columns = (
+            one.view,
+            one.scorer,
+            comparison,
+            first,
+            one.people[first].astype(np.int16),
+            second,
+            one.scores.ravel(),
+        )
+        frames.append(pd.DataFrame(dict(zip(PAIRS, columns, strict=True))))
+    return pd.concat(frames, ignore_index=True)
+
+
+def pairs_of(table: pd.DataFrame) -> list[Pairs]:
+    """The scores of pairs that `pairs_table` wrote down."""
+    found = []
+    for (view, scorer), rows in table.groupby(["view", "scorer"], sort=False, observed=True):
+        shape = tuple(int(rows[name].max()) + 1 for name in ("comparison", "first", "second"))
+        scores = rows["score"].to_numpy(np.float32).reshape(shape)
+        people = rows["person"].to_numpy(np.intp).reshape(shape)[0, :, 0]
+        found.append(Pairs(str(view), str(scorer), people, scores))
+    return found
 
 
 def averages(scores: pd.DataFrame, people: People) -> Iterator[tuple[str, str, Statistic]]:

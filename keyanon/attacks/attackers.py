@@ -14,7 +14,8 @@
     Tampering           files changed on their way: refused by the tag? and what would come out without one
     password_dictionary what a dictionary costs by Argon2id, on this machine
 
-conf/security holds their settings. keyanon/attacks/leakage.py and learned.py have their arithmetic, and say what they know.
+conf/security holds their settings. keyanon/attacks/leakage.py and learned.py have their arithmetic, pairs.py the
+statistics of pairs.
 
 Bars: AUC 0.5 and D_sys 0 tell nothing; strangers, the wrong suspect and the fresh face are the controls.
 """
@@ -24,6 +25,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import cast
 
 import numpy as np
@@ -36,6 +38,7 @@ from keyanon.attacks.case import (
     Files,
     Found,
     Knowledge,
+    Pairs,
     People,
     Taken,
     Victims,
@@ -45,6 +48,7 @@ from keyanon.attacks.case import (
 )
 from keyanon.attacks.leakage import NonceOff, OneStream, SeededSigns
 from keyanon.attacks.learned import deanonymizer, noise_features, ridge
+from keyanon.attacks.pairs import PHOTOGRAPH, TWO_FILES, WRONG_KEYS, numbered, rounded
 from keyanon.attacks.views import NearKey, PartialKey, WrongKey, without_authentication
 from keyanon.channel.headers import Header
 from keyanon.channel.keys import SALT_BYTES, MasterKey, Recipe, experiment_key
@@ -68,7 +72,6 @@ from keyanon.measures.gaussianity import MEASURES, generator_of, measure
 from keyanon.measures.scorers import psnr_face
 from keyanon.methods.exact import pixels
 from keyanon.types import (
-    COSINE,
     Image,
     Key,
     KeyedNoise,
@@ -86,9 +89,6 @@ from keyanon.types import (
 
 SEEDS = 2**32
 DICTIONARY = 2**30
-WRONG_KEYS = ("wrong key", "key off by one bit", "password off by one bit", "nonce off by one bit")
-COMPARED = ("anonymized", *WRONG_KEYS, "face blanked, its place known")
-CONTROLS = ("strangers", "fresh face")
 PASSWORD = "everyone may know this password"
 HOUR, YEAR = 3600, 365.25 * 86400  # seconds
 MIB = 1024  # KiB
@@ -123,6 +123,10 @@ class Linkage:
     By |z_T| in three forms and by what recognizers see, who see the public background as well (unlinkability: ISO/IEC 24745;
     D_sys: Gomez-Barrero et al., IEEE TIFS 13(6), 2018). Photographs are inverted with their own file's header, though an
     attacker would use that of the file he compares with: what the two share by that can only count against the method.
+
+    `norms in floats` is by what no file shows: each channel's norm as the transform gives it out, before there is a picture. Of
+    two files of one photograph it is the same but for what their nonces do to the background; `largest residue` says how far it
+    is from 1, in logarithms.
     """
 
     pictures: int | None
@@ -132,28 +136,49 @@ class Linkage:
 
     def attack(self, case: Case, knowledge: Knowledge) -> Callable[[Victims], Observed]:
         def observe(victims: Victims) -> Observed:
-            z, mask = case.method.noise(victims.pictures, victims.files[0].headers)
-            vectors: dict[Place, torch.Tensor] = {("photograph", "noise"): z, ("photograph", "mask"): mask.float()}
+            vectors: dict[Place, torch.Tensor] = {}
             for i, files in enumerate(victims.files):
                 view = f"file {i}"
+                z, mask = case.method.noise(victims.pictures, files.headers)
+                if i == 0:
+                    vectors |= {("photograph", "noise"): z, ("photograph", "mask"): mask.float()}
+                residues = leakage.published_norms(z, mask, case.method.transform.secret)
+                vectors[view, IN_FLOATS] = torch.from_numpy(residues)
                 vectors |= {(view, "noise"): files.zT, (view, "mask"): files.mask.float()}
                 vectors |= case.embed(view, files.images)
             return Observed(vectors=vectors)
 
         return observe
 
-    def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
+    def conclude(self, case: Case, taken: Taken) -> Iterator[Found | Pairs]:
         people = case.people.of(taken.ids)
-        views = [f"file {i}" for i in range(file_count(taken))]
+        numbers, views = numbered(people.names), [f"file {i}" for i in range(file_count(taken))]
         photograph, *files = (noise_taken(taken, view) for view in ("photograph", *views))
         for name, likeness in LIKENESSES.items():
-            pairs = [(a, b) for i, a in enumerate(files) for b in files[i + 1 :]]
-            between = np.stack([likeness(*a, *b) for a, b in pairs])
-            yield from linked(name, between, likeness(*photograph, *files[0])[None])
+            yield Pairs(
+                TWO_FILES, name, numbers, rounded(np.stack([likeness(*a, *b) for a, b in combinations(files, 2)]))
+            )
+            yield Pairs(PHOTOGRAPH, name, numbers, rounded(likeness(*photograph, *files[0])[None]))
         for name in case.recognizers:
             rows = [taken.vectors(view, name) for view in views]
-            between = np.stack([cosine(a, b) for i, a in enumerate(rows) for b in rows[i + 1 :]])
-            yield from linked(name, between, cosine(people.clean[name], rows[0])[None])
+            yield Pairs(TWO_FILES, name, numbers, rounded(np.stack([cosine(a, b) for a, b in combinations(rows, 2)])))
+            yield Pairs(PHOTOGRAPH, name, numbers, rounded(cosine(people.clean[name], rows[0])[None]))
+        norms = [taken.vectors(view, IN_FLOATS) for view in views]
+        between = np.stack([leakage.feature_likeness(a, b) for a, b in combinations(norms, 2)])
+        yield Pairs(TWO_FILES, IN_FLOATS, numbers, rounded(between))
+        residue = np.abs(norms[0]).max(1)
+        yield people.averaged(IN_FLOATS, "largest residue", residue)
+        yield largest(IN_FLOATS, "largest residue", residue)
+
+
+IN_FLOATS = "norms in floats"
+
+
+def largest(view: str, scorer: str, values: Floats) -> Found:
+    """The highest of all that are defined."""
+    defined = values[~np.isnan(values)]
+    most = float(defined.max()) if defined.size else np.nan
+    return Found(view, scorer, Statistic("max", defined.size, values.size - defined.size, most, np.nan, np.nan))
 
 
 def file_count(taken: Taken) -> int:
@@ -169,11 +194,6 @@ def noise_taken(taken: Taken, view: str) -> tuple[Latent, Mask]:
     mask = torch.from_numpy(taken.vectors(view, "mask") > 0)[:, None, :, None]
     noise = torch.from_numpy(taken.vectors(view, "noise").astype(np.float32))
     return noise.view(len(mask), -1, mask.shape[2], 1), mask
-
-
-def linked(name: str, between: Floats, source: Floats) -> Iterator[Found]:
-    for view, scores in (("linkage of two files", between), ("file and its photograph", source)):
-        yield from (Found(view, name, statistic) for statistic in leakage.linkage_statistics(scores))
 
 
 def by_norms(a: Latent, in_a: Mask, b: Latent, in_b: Mask) -> Floats:
@@ -481,9 +501,9 @@ SEARCH = "32-bit seed search"
 class Identities:
     """The attacker has a recognizer and a clean picture of everyone: whom does he see, with no key or a wrong one?
 
-    Mean, 90th percentile and maximum of the cosine to the right person, TAR, rank 1. `distribution_tests` then asks whether
-    wrong keys look like strangers. A mean colour in the face's place leaves background, hair and outline, which most often is no
-    face to a detector (undefined; `BackgroundOnly` goes on there).
+    Mean, 90th percentile and maximum of the cosine to the right person, TAR, rank 1. keyanon/attacks/pairs.py then asks
+    whether wrong keys look like strangers. A mean colour in the face's place leaves background, hair and outline, which most
+    often is no face to a detector (undefined; `BackgroundOnly` goes on there).
     """
 
     pictures: int | None
@@ -524,9 +544,7 @@ class Identities:
                 own = people.own(name, probes)
                 yield people.averaged(view, name, own)
                 yield Found(view, name, quantile_statistic(own, people.names, 0.9, "p90"))
-                defined = own[~np.isnan(own)]
-                most = float(defined.max()) if defined.size else np.nan
-                yield Found(view, name, Statistic("max", defined.size, own.size - defined.size, most, np.nan, np.nan))
+                yield largest(view, name, own)
                 yield from identification(case, people, view, name, probes)
 
 
@@ -545,38 +563,6 @@ def without_faces(case: Case, victims: Victims) -> Image:
     rows, columns = victims.files[0].zT.shape[-2:]
     mask = case.method.parser.mask(victims.pictures, (rows, columns))
     return leakage.blanked(victims.pictures, pixels(mask, victims.pictures))
-
-
-def distribution_tests(case: Case, found: Sequence[Found]) -> Iterator[Found]:
-    """Are cosines to the right person distributed as those of strangers? Two-sample tests of what was found, one picture a person.
-
-    Strangers: each clean picture beside one of somebody else, as many and as independent. Impostors: each beside everybody else's,
-    which depend on each other and are so many that their distribution is as good as known. Fresh faces: of other noise in the same
-    background, alike to wrong keys where these tell no more than the background does; a generated face may well be less like
-    everyone than people are. `wrong keys, all four` takes the four kinds together, four faces a person.
-    """
-    people, places = case.people, case.people.firsts
-    means = {(one.view, one.scorer): one.values for one in found if one.statistic.statistic == "mean"}
-    for name in case.recognizers:
-        cosines = {
-            view: first_pictures(people, own)
-            for (view, by), own in means.items()
-            if by == name and view in (*COMPARED, *CONTROLS)
-        }
-        strange = np.not_equal.outer([people.names[i] for i in places], people.gallery_names)
-        controls = {"impostors": cosine(people.clean[name][places], people.gallery[name])[strange]}
-        controls |= {view: cosines.pop(view) for view in CONTROLS if view in cosines}
-        if cosines.keys() >= set(WRONG_KEYS):
-            cosines["wrong keys, all four"] = np.concatenate([cosines[view] for view in WRONG_KEYS])
-        for view, own in cosines.items():
-            for control, others in controls.items():
-                for statistic in leakage.kolmogorov_smirnov(own, others):
-                    yield Found(view, f"{name} beside {control}", statistic, measure=COSINE)
-
-
-def first_pictures(people: People, values: Mapping[str, float]) -> Floats:
-    """Of values by picture those of each person's first one, NaN where a picture has none."""
-    return np.array([values.get(people.ids[i], np.nan) for i in people.firsts])
 
 
 @dataclass(frozen=True)
@@ -730,7 +716,7 @@ def recognition(case: Case, people: People, view: str, probes: Mapping[str, Floa
     for name, seen in probes.items():
         own, other = people.own(name, seen), (seen * people.other_suspects(name)).sum(1)
         yield people.averaged(view, name, own)
-        yield Found(view, name, leakage.auc_statistic(own[:, None], other[:, None]))
+        yield Found(view, name, leakage.auc_statistic(own[:, None], other[:, None], people.names))
         yield from identification(case, people, view, name, seen)
 
 
@@ -781,7 +767,7 @@ class KeySearch:
             right, other = best.values()
             view = f"best of {self.guesses} wrong keys, right suspect and another"
             yield people.averaged(f"{view}: difference", name, right - other)
-            yield Found(view, name, leakage.auc_statistic(right[:, None], other[:, None]))
+            yield Found(view, name, leakage.auc_statistic(right[:, None], other[:, None], people.names))
 
 
 def best_of(cosines: Floats) -> Floats:
@@ -820,11 +806,11 @@ class NoiseOracle:
         return observe
 
     def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
+        people = case.people.of(taken.ids)
         for name in ORACLES:
             table = np.stack([taken.values(f"key {number}", name) for number in range(self.wrong_keys + 1)], axis=1)
-            yield Found(
-                "right key told by z_T", name, leakage.auc_statistic(table[:, :1], table[:, 1:]), measure=MEASURES[name]
-            )
+            statistic = leakage.auc_statistic(table[:, :1], table[:, 1:], people.names)
+            yield Found("right key told by z_T", name, statistic, measure=MEASURES[name])
 
 
 @dataclass(frozen=True)

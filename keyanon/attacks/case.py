@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from keyanon.channel.headers import Header
@@ -49,6 +50,19 @@ class Found:
     statistic: Statistic
     values: Mapping[str, float] = field(default_factory=dict)
     measure: Measure = ATTACK  # of `scorer`, unless that is a recognizer's name
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Scores (p n m) of n pictures, p times: with m files or photographs, or m values of one picture; NaN where there is none.
+
+    `people` has a number for the person on each of the n pictures. Scores are those that a file of 32-bit floats holds.
+    """
+
+    view: str
+    scorer: str
+    people: NDArray[np.intp]
+    scores: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -122,11 +136,6 @@ class People:
         after = [[j % n for j in range(i + 1, i + n) if self.names[j % n] != who] for i, who in enumerate(self.names)]
         return np.stack([suspects[places[0]] if places else np.full_like(suspects[0], np.nan) for places in after])
 
-    @property
-    def firsts(self) -> list[int]:
-        """The place of each person's first picture: values there do not depend on each other by who is on them."""
-        return [i for i, name in enumerate(self.names) if name not in self.names[:i]]
-
     def own(self, name: str, rows: Floats) -> Floats:
         """Cosines of pictures and their own suspects."""
         return np.asarray((rows * self.suspects[name]).sum(1))
@@ -181,8 +190,8 @@ class Attacker(Protocol):
         """A function that takes down what it finds in a batch of victims."""
         ...
 
-    def conclude(self, case: Case, taken: Taken) -> Iterator[Found]:
-        """The numbers of the table, from what was taken down of all the chosen that could be attacked."""
+    def conclude(self, case: Case, taken: Taken) -> Iterator[Found | Pairs]:
+        """The numbers of the table, or the pairs that they are made of, from what was taken down of all the chosen."""
         ...
 
 

@@ -11,7 +11,7 @@ key bits (0.5: nothing), a cosine to be set beside that of strangers, or a time.
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 
@@ -22,7 +22,6 @@ from jaxtyping import Bool, Float, Int8
 from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import orthogonal_procrustes
 from scipy.spatial.distance import cdist
-from scipy.stats import ks_2samp
 from torch import Tensor
 
 from keyanon.channel.headers import BadHeader, Header, unseal
@@ -30,12 +29,15 @@ from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.context import NONCE_BYTES, Context
 from keyanon.measures.biometrics import RESAMPLES, Floats, Statistic, d_sys
 from keyanon.methods.transforms import coded, decoded
-from keyanon.types import Image, Key, Latent, Mask, PictureBytes, Summary
+from keyanon.types import Image, Key, Latent, Mask, PictureBytes, Secret, Summary
 
 Rows = NDArray[np.intp]
 QUANTILES = np.linspace(0, 1, 33)  # stand for the values of a channel
 FEWEST_CELLS = 8  # in common; fewer tell nothing
 COMPARED_SIGNS = 512
+DRAWS = 9999  # of a test by random signs
+LEVELS = 1000  # at most, where distribution functions are compared
+CHUNK = 1000  # draws at a time
 
 
 # Linkage: do two files show one photograph? Does a file show this photograph?
@@ -64,6 +66,17 @@ def channel_norms(zT: Latent, mask: Mask) -> Floats:
     return np.stack(rows)
 
 
+def published_norms(zT: Latent, mask: Mask, secret: Secret) -> Floats:
+    """log of the norms (n c) that a transform gives out for z_T, in floats: 0 but for the rounding of their code where it takes
+    norms out.
+    """
+    norms = channel_norms(zT, mask)
+    if secret != "rotation":
+        return norms
+    given = np.stack([decoded(coded(torch.from_numpy(row).exp())).log().numpy() for row in norms])
+    return np.asarray(norms - given)
+
+
 def sorted_magnitudes(zT: Latent, mask: Mask) -> Floats:
     """Quantiles of |z| in each channel of the face (n c*q): what permutations and flipped signs leave."""
     rows = [np.quantile(np.abs(face), QUANTILES, axis=1).ravel() for face in faces(zT, mask)]
@@ -87,13 +100,13 @@ SUMMARIES = {
     "auc": Summary(direction="none"),  # 0.5 tells nothing; above and below tell
     "d_sys": Summary(direction="lower"),
     "d_sys by chance": Summary(direction="none"),
-    "ks_d": Summary(direction="none"),
-    "ks_p": Summary(direction="none"),
+    "ks_d": Summary("largest gap of distribution functions, people's mean", "none"),
+    "ks_p": Summary("p of that gap, by signs of people drawn at random", "none"),
 }
 
 
-def linkage_statistics(scores: Floats, seed: int = 0) -> list[Statistic]:
-    """Are the scores (p n n) of one photograph (diagonals) above those of two? For p comparisons of n photographs.
+def linkage_statistics(scores: Floats, people: Sequence[Hashable], seed: int = 0) -> list[Statistic]:
+    """Are the scores (p n n) of one photograph (diagonals) above those of two? For p comparisons of n photographs of `people`.
 
     `auc`: the chance that they are, 0.5 for systems that do not link. `d_sys` (Gomez-Barrero et al., IEEE TIFS 13(6), 2018) is
     never below 0 and above it by chance alone: `d_sys by chance` is the mean, and the middle 95 %, of what it says when
@@ -101,29 +114,44 @@ def linkage_statistics(scores: Floats, seed: int = 0) -> list[Statistic]:
     few photographs D_sys says little either way: below 100 scores of one photograph it has fewer than 10 bins, and it gave 0.18
     to 7 that an AUC of 1 told apart. Photographs drawn again would put copies of a score into one bin, and D_sys above
     itself: its interval is the jackknife's.
+
+    People are drawn again, or left out, with all their photographs. A photograph drawn twice counts twice; with its own copy it
+    makes no pair of two.
     """
     n = scores.shape[-1]
+    same, defined = np.eye(n, dtype=bool), ~np.isnan(scores)
+    levels, codes = np.unique(np.where(defined, scores, 0), return_inverse=True)
+    codes = codes.reshape(scores.shape)
 
-    def at(measure: Callable[[Floats, Floats], float]) -> Callable[[Rows], float]:
-        def of(rows: Rows) -> float:
-            picked = scores[:, rows[:, None], rows[None]]
-            return measure(picked[:, rows[:, None] == rows[None]], picked[:, rows[:, None] != rows[None]])
+    def weighted_auc(rows: Rows) -> float:
+        times = np.bincount(rows, minlength=n).astype(np.float64)
+        both = np.where(same, np.diag(times), np.outer(times, times)) * defined
 
-        return of
+        def tally(chosen: NDArray[np.bool_]) -> Floats:
+            return np.bincount(codes[:, chosen].ravel(), both[:, chosen].ravel(), levels.size).astype(np.float64)
+
+        mated, other = tally(same), tally(~same)
+        total = mated.sum() * other.sum()
+        return float(mated @ (other.cumsum() - other / 2) / total) if total else math.nan
+
+    def d_sys_of(rows: Rows) -> float:
+        picked = scores[:, rows[:, None], rows[None]]
+        one = np.eye(len(rows), dtype=bool)
+        return d_sys(picked[:, one], picked[:, ~one])
 
     def shifted(by: int) -> float:
         moved = np.roll(scores, by, axis=2)
-        return d_sys(moved[:, np.eye(n, dtype=bool)], moved[:, ~np.eye(n, dtype=bool)])
+        return d_sys(moved[:, same], moved[:, ~same])
 
-    mated = scores[:, np.eye(n, dtype=bool)]
+    mated = scores[:, same]
     undefined = int(np.isnan(mated).sum())
-    counted = (mated.size - undefined, undefined)
+    counted, everyone = (mated.size - undefined, undefined), np.arange(n)
     chance = np.array([shifted(by) for by in range(1, n)])
     known = chance[~np.isnan(chance)]
     middle = (float(known.mean()), *map(float, np.percentile(known, [2.5, 97.5]))) if known.size else (math.nan,) * 3
     return [
-        Statistic("auc", *counted, at(auc)(np.arange(n)), *interval(at(auc), n, seed=seed)),
-        Statistic("d_sys", *counted, at(d_sys)(np.arange(n)), *jackknife_interval(at(d_sys), n)),
+        Statistic("auc", *counted, weighted_auc(everyone), *interval(weighted_auc, people, seed=seed)),
+        Statistic("d_sys", *counted, d_sys_of(everyone), *jackknife_interval(d_sys_of, people)),
         Statistic("d_sys by chance", *counted, *middle),
     ]
 
@@ -138,34 +166,54 @@ def auc(mated: ArrayLike, nonmated: ArrayLike) -> float:
     return float((below + up_to).mean() / (2 * other.size))
 
 
-def auc_statistic(right: ArrayLike, wrong: ArrayLike, name: str = "auc", seed: int = 0) -> Statistic:
-    """`auc` of values (n a) against values (n b) of the same n pictures, with the interval of pictures drawn again."""
+def auc_statistic(
+    right: ArrayLike, wrong: ArrayLike, people: Sequence[Hashable], name: str = "auc", seed: int = 0
+) -> Statistic:
+    """`auc` of values (n a) against values (n b) of the same n pictures, with the interval of `people` drawn again."""
     first, second = np.asarray(right, np.float64), np.asarray(wrong, np.float64)
     undefined = int(np.isnan(first).sum())
 
     def at(rows: Rows) -> float:
         return auc(first[rows], second[rows])
 
-    n = len(first)
-    return Statistic(name, first.size - undefined, undefined, at(np.arange(n)), *interval(at, n, seed=seed))
+    return Statistic(
+        name, first.size - undefined, undefined, at(np.arange(len(first))), *interval(at, people, seed=seed)
+    )
 
 
-def interval(value: Callable[[Rows], float], n: int, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
-    """The middle 95 % of `value` when n pictures are drawn again with replacement; NaN for fewer than two."""
-    generator = np.random.default_rng(seed)
-    values = np.array([value(generator.integers(0, n, n)) for _ in range(resamples)] if n > 1 else [math.nan])
+def rows_by_person(people: Sequence[Hashable]) -> list[Rows]:
+    """The rows of each person, in the order in which they first come."""
+    rows: dict[Hashable, list[int]] = {}
+    for row, who in enumerate(people):
+        rows.setdefault(who, []).append(row)
+    return [np.array(own) for own in rows.values()]
+
+
+def interval(
+    value: Callable[[Rows], float], people: Sequence[Hashable], resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """The middle 95 % of `value` when people are drawn again with replacement, each with all rows; NaN for fewer than two.
+
+    What somebody learned before stays as it is: intervals of learners are those of one trained attacker.
+    """
+    generator, own = np.random.default_rng(seed), rows_by_person(people)
+    if (n := len(own)) < 2:
+        return math.nan, math.nan
+    draws = (generator.integers(0, n, n) for _ in range(resamples))
+    values = np.array([value(np.concatenate([own[i] for i in draw])) for draw in draws])
     if np.isnan(values).all():
         return math.nan, math.nan
     low, high = np.nanpercentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
-def jackknife_interval(value: Callable[[Rows], float], n: int) -> tuple[float, float]:
-    """`value` of n pictures, within [0, 1], and 1.96 standard errors to both sides, from leaving out each picture in turn."""
-    middle = value(np.arange(n))
+def jackknife_interval(value: Callable[[Rows], float], people: Sequence[Hashable]) -> tuple[float, float]:
+    """`value`, within [0, 1], and 1.96 standard errors to both sides, from leaving out each person in turn, with all rows."""
+    everyone, own = np.arange(len(people)), rows_by_person(people)
+    middle, n = value(everyone), len(own)
     if n < 3 or math.isnan(middle):
         return math.nan, math.nan
-    without = np.array([value(np.delete(np.arange(n), i)) for i in range(n)])
+    without = np.array([value(np.delete(everyone, rows)) for rows in own])
     error = math.sqrt((n - 1) / n * np.square(without - without.mean()).sum())
     return max(0.0, middle - 1.96 * error), min(1.0, middle + 1.96 * error)
 
@@ -277,22 +325,60 @@ class NonceOff:
         return self.key.stream(replace(context, nonce=bytes(off)), purpose, size)
 
 
-def kolmogorov_smirnov(a: ArrayLike, b: ArrayLike) -> list[Statistic]:
-    """Two-sample Kolmogorov-Smirnov test of values that do not depend on each other: `ks_d`, the largest gap, and `ks_p`, the
-    chance of such a gap where both are drawn alike. n counts both sides; NaN is left out.
+def kolmogorov_smirnov(
+    a: ArrayLike,
+    people_a: Sequence[Hashable] | Rows,
+    b: ArrayLike,
+    people_b: Sequence[Hashable] | Rows,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> list[Statistic]:
+    """Are values `a` and `b` distributed alike, of people who have any number of them on both sides? A two-sample test by person.
+
+        D_i(t)  = share of person i's values in a up to t - share of those in b
+        ks_d    = sup_t |mean_i D_i(t)|
+        ks_p    = (1 + draws in which random signs s_i give sup_t |mean_i s_i D_i(t)| >= ks_d) / (1 + draws)
+
+    With one value on each side, that is the permutation test of pairs by the distance of Kolmogorov and Smirnov. With more, it is a
+    wild bootstrap of clusters with Rademacher signs (Liu, Annals of Statistics 16(4), 1988): one person's values may depend on
+    each other as they will, people must not. `t` are all values, or LEVELS of them. n counts people; who lacks a side is
+    undefined. NaN is left out.
     """
-    first, second = np.ravel(np.asarray(a, np.float64)), np.ravel(np.asarray(b, np.float64))
-    undefined = int(np.isnan(first).sum() + np.isnan(second).sum())
-    first, second = first[~np.isnan(first)], second[~np.isnan(second)]
+    values = np.concatenate([np.ravel(a), np.ravel(b)]).astype(np.float64)
+    side = np.arange(values.size) < np.size(a)
+    labels, who = np.unique(np.concatenate([list(people_a), list(people_b)]), return_inverse=True)
+    defined = ~np.isnan(values)
+    counts = [np.bincount(who[defined & here], minlength=len(labels)) for here in (side, ~side)]
+    both = (counts[0] > 0) & (counts[1] > 0)
+    n, kept = int(both.sum()), defined & both[who]
     found = (math.nan, math.nan)
-    if first.size and second.size:
-        test = ks_2samp(first, second)
-        found = (float(test.statistic), float(test.pvalue))
-    names = ("ks_d", "ks_p")
+    if n:
+        t = np.unique(values[kept])
+        t = t[np.unique(np.linspace(0, t.size - 1, LEVELS).astype(int))]
+        shares = [
+            distribution_functions(values[kept & here], who[kept & here], len(labels), t)[both]
+            for here in (side, ~side)
+        ]
+        gaps, generator = (shares[0] - shares[1]) / n, np.random.default_rng(seed)
+        largest = float(np.abs(gaps.sum(0)).max())
+        beyond = 0
+        for start in range(0, draws, CHUNK):
+            flips = 2.0 * generator.integers(0, 2, (min(CHUNK, draws - start), n)) - 1
+            beyond += int((np.abs(flips @ gaps).max(1) >= largest - 1e-9).sum())
+        found = (largest, (1 + beyond) / (1 + draws))
     return [
-        Statistic(name, first.size + second.size, undefined, value, math.nan, math.nan)
-        for name, value in zip(names, found, strict=True)
+        Statistic(name, n, len(labels) - n, value, math.nan, math.nan)
+        for name, value in zip(("ks_d", "ks_p"), found, strict=True)
     ]
+
+
+def distribution_functions(values: Floats, people: Rows, count: int, t: Floats) -> Floats:
+    """The share of each of `count` people's values that are up to each of the rising `t` (count t); NaN of nobody's values."""
+    tally = np.zeros((count, t.size + 1))
+    np.add.at(tally, (people, np.searchsorted(t, values)), 1)
+    with np.errstate(invalid="ignore"):
+        shares: Floats = tally[:, :-1].cumsum(1) / tally.sum(1, keepdims=True)
+    return shares
 
 
 def share_needed(shares: ArrayLike, cosines: ArrayLike, threshold: float) -> Floats:

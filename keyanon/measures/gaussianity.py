@@ -1,7 +1,8 @@
 """Is noise Gaussian? Statistics of a latent's entries, compared with N(0, I).
 
 ks_d                    largest gap between the distribution functions of its entries and of N(0, 1) (Kolmogorov, Smirnov)
-ks_passed               1 where that gap does not reject N(0, 1) at 5 %; severe, as a latent has thousands of entries
+ks_passed               1 where that gap does not reject N(0, I) at 5 %: its entries are independent, so dependent neighbours can be
+                        the reason as well as another law; severe, as a latent has thousands of entries
 mmd2                    squared maximum mean discrepancy between its 2 x 2 patches and as many of normal noise
 mean, variance, skewness, excess_kurtosis     of its entries; 0, 1, 0, 0 for N(0, 1)
 neighbour_correlation   of vertically and horizontally adjacent entries of a channel, averaged over channels
