@@ -489,7 +489,7 @@ def test_a_persons_impostors_are_some_of_them():
 @pytest.mark.parametrize(("transform", "hidden"), [(SignFlipping(), False), (BandRotation(), True)])
 def test_norms_that_a_transform_gives_out_are_what_its_noise_shows(transform, hidden):
     z, mask = 1.2 * normal(4, 3, 8, 8), everywhere(4)
-    turned, _ = transform.apply(z.double(), mask, KEYS[:4], NONCES[:4])
+    turned, _ = transform.apply(z.double(), mask, KEYS[:4], CONTEXTS[:4])
     given = published_norms(z.double(), mask, transform.secret)
     np.testing.assert_allclose(channel_norms(turned, mask), given, atol=1e-11)
     assert bool(np.abs(given).max() < 1e-6) == hidden
