@@ -124,11 +124,11 @@ def killed_at_write(number: int) -> Iterator[None]:
     writers = [module for module in modules if hasattr(module, "write_whole")]
     write_whole = whole.write_whole
 
-    def counting(path: Path, data: bytes) -> None:
+    def counting(path: Path, data: bytes, **options: bool) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise Killed
-        write_whole(path, data)
+        write_whole(path, data, **options)
 
     for module in writers:
         module.write_whole = counting

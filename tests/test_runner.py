@@ -223,10 +223,10 @@ def test_the_next_batch_is_begun_before_one_is_handed_out_and_no_further():
 
 
 def test_a_picture_that_cannot_be_written_stops_the_run(tmp_path, dataset, method, monkeypatch):
-    def full(path, data):
+    def full(path, data, **options):
         if path.parent.name == "recovered":
             raise OSError("no space left")
-        write_whole(path, data)
+        write_whole(path, data, **options)
 
     monkeypatch.setattr("keyanon.run_folder.write_whole", full)
     with pytest.raises(OSError, match="no space left"):

@@ -94,8 +94,8 @@ def killed_at_write(number: int, experiment: str, model: Path) -> None:
     left = [number]
     write_whole = whole.write_whole
 
-    def counting(path: Path, data: bytes) -> None:
-        write_whole(path, data)
+    def counting(path: Path, data: bytes, **options: bool) -> None:
+        write_whole(path, data, **options)
         left[0] -= 1
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
