@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
@@ -22,6 +21,7 @@ from tabulate import tabulate
 
 from experiments.harness import layout, provenance, results
 from experiments.harness.command import experiment, start
+from experiments.harness.made import made
 from experiments.harness.meaning import Meanings
 from experiments.harness.names import row_label
 from experiments.harness.plots import share_curve
@@ -48,6 +48,7 @@ from keyanon.errors import BadSetting
 from keyanon.measures.biometrics import Floats, cosine, threshold_at_far
 from keyanon.parts import Damaged
 from keyanon.run_folder import ORIGINAL, RunFiles
+from keyanon.settings import refuse
 from keyanon.types import COSINE, Bytes, Image, Key, KeyedNoise, Mask, Observed, View
 
 log = logging.getLogger(__name__)
@@ -63,10 +64,10 @@ def main(cfg: DictConfig) -> int:
 
 def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), command: Sequence[str] = ()) -> Path:
     """Publish, attack, write the scores and the table; the folder of the rows."""
-    if cfg.files < 2:
-        raise BadSetting(f"files={cfg.files}: it takes two files of a picture to link them")
-    methods, attackers = (instantiate(part, _convert_="all") for part in (cfg.methods, cfg.security))
+    methods, attackers = made(cfg, "methods"), made(cfg, "security")
     dictionary = attackers.pop("password_dictionary", None)  # of passwords, whatever the method: a row of its own
+    refuse("methods", methods, dict[str, KeyedNoise])
+    refuse("security", attackers, dict[str, Attacker])
     session = begin(cfg, choices, command, methods)
     skipped = session.prepare(session.ids)
     ids = [id for id in session.ids if id not in skipped]

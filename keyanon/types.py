@@ -16,6 +16,7 @@ from torch import Tensor
 
 from keyanon.errors import BadPicture as BadPicture
 from keyanon.errors import UserError as UserError
+from keyanon.settings import Bits, checked
 
 if TYPE_CHECKING:
     from keyanon.weights import Card
@@ -58,6 +59,7 @@ class Observed:
     vectors: Mapping[Place, Tensor] = field(default_factory=dict)
 
 
+@checked
 @dataclass(frozen=True)
 class About:
     """What a method needs and gives, for the columns of a comparison.
@@ -77,8 +79,8 @@ class About:
 
     kind: Literal["control", "irreversible", "keyless", "keyed"]
     recovery_input: str
-    key_bits: int | None
-    effective_key_bits: int | None
+    key_bits: Bits | None
+    effective_key_bits: Bits | None
     code_licence: str
     weights_licence: str
     source: str

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # Of the library. A room imports only rooms above it; the first and the last line are files.
 ROOMS = [
-    {"errors", "version", "torchvision_shim", "types", "finite", "batching", "weights"},
+    {"errors", "version", "torchvision_shim", "types", "finite", "batching", "settings", "weights"},
     {"channel"},
     {"faces"},
     {"diffusion"},
@@ -36,6 +36,7 @@ COMMANDS = {
 LIGHT = [
     "keyanon",
     "keyanon.errors",
+    "keyanon.settings",
     "keyanon.weights",
     "keyanon.channel.keys",
     "experiments.keys",

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from keyanon.batching import in_chunks
 from keyanon.diffusion.model import BadModel, LatentDiffusion, arithmetic
 from keyanon.errors import BadSetting
+from keyanon.settings import checked
 from keyanon.types import Denoiser, Latent, Mask
 from keyanon.weights import MissingWeights, WrongWeights
 
@@ -37,6 +38,7 @@ FILE = Path("controlnet", "model.safetensors")
 HINT_WIDTH = 16  # channels of the hint's first layer, doubled at each halving of its size
 
 
+@checked
 @dataclass(frozen=True)
 class MaskControl:
     """Denoisers that see the face mask.

@@ -32,6 +32,7 @@ from keyanon.diffusion.block_dct import BLOCK, BlockDCT
 from keyanon.diffusion.solvers import NoiseSchedule
 from keyanon.errors import UserError
 from keyanon.finite import finite
+from keyanon.settings import Count, Device, Name, checked
 from keyanon.types import Image, Latent
 from keyanon.weights import MissingWeights, offline
 
@@ -59,6 +60,7 @@ class BadModel(UserError):
     """A model folder that lacks a part or holds one this project cannot use."""
 
 
+@checked
 @dataclass(frozen=True)
 class LatentDiffusion:
     """An unconditional latent diffusion model; nothing is read until it is first used.
@@ -75,15 +77,15 @@ class LatentDiffusion:
         chunk: pictures at a time on a CPU. Another size rounds differently: sender and receiver should do the same.
     """
 
-    source: str
+    source: Name
     subfolder: str = ""
     noise: Mapping[str, Any] | None = None
     precision: Precision = "fp32"
-    device: str = "cpu"
+    device: Device = "cpu"
     licence: str = "see the model's page"
     revision: str | None = None
     compile: bool = False
-    chunk: int = CHUNK
+    chunk: Count = CHUNK
     evaluations: Counter[int] = field(default_factory=Counter, init=False, repr=False, compare=False)
     """How many pictures the network has seen at each timestep."""
     fits: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)

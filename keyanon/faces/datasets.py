@@ -22,14 +22,15 @@ from keyanon.errors import BadData, BadPicture, BadSetting, MissingData
 from keyanon.faces.alignment import align
 from keyanon.faces.detection import MtcnnDetector
 from keyanon.faces.layouts import CELEBAHQ, FFHQ_LAYOUTS, LFW_LAYOUT, SUFFIXES, Member, members, passed_over, person
+from keyanon.settings import Crop, Name, Names, Size, checked
 from keyanon.types import Picture, Source
 from keyanon.weights import Package
 
 LISTS = Path(__file__).with_name("lists")
 SMALLEST = 16  # pixels: a picture with a shorter side shows no face
-Crop = Sequence[float]  # left, top, right, bottom as fractions of the picture's width and height
 
 
+@checked
 @dataclass(frozen=True)
 class CelebAHQ:
     """CelebA-HQ, 1024 px, as CelebAMask-HQ has it (CelebA-HQ-img/0.jpg to 29999.jpg), or flat: N.jpg or N.png.
@@ -39,8 +40,8 @@ class CelebAHQ:
     """
 
     root: str | None
-    size: int = 256
-    list: str = "celebahq"
+    size: Size = 256
+    list: Name = "celebahq"
     crop: Crop | None = None
 
     @cached_property
@@ -62,6 +63,7 @@ class CelebAHQ:
         return prepare(opened(source), source.path, self.size, self.crop)
 
 
+@checked
 @dataclass(frozen=True)
 class FFHQ:
     """FFHQ in its official folders of 1000, images1024x1024/00000/00000.png or thumbnails128x128/..., or flat.
@@ -70,9 +72,9 @@ class FFHQ:
     """
 
     root: str | None
-    size: int = 256
+    size: Size = 256
     version: Literal["images1024x1024", "thumbnails128x128"] = "images1024x1024"
-    list: str = "ffhq"
+    list: Name = "ffhq"
     crop: Crop | None = None
 
     @cached_property
@@ -94,6 +96,7 @@ class FFHQ:
         return prepare(opened(source), source.path, self.size, self.crop)
 
 
+@checked
 @dataclass(frozen=True)
 class LFW:
     """Labeled Faces in the Wild, 250 px, Person/Person_0001.jpg, in the pairs of its official files.
@@ -113,15 +116,13 @@ class LFW:
     """
 
     root: str | None
-    size: int = 256
-    pairs: Sequence[str] = ("pairsDevTrain.txt", "pairsDevTest.txt")
+    size: Size = 256
+    pairs: Names = ("pairsDevTrain.txt", "pairsDevTest.txt")
     mismatches: bool = False
     transform: Literal["authors", "lanczos"] = "authors"
     crop: Crop | None = None
 
     def __post_init__(self) -> None:
-        if self.transform not in ("authors", "lanczos"):
-            raise BadSetting(f"dataset.transform is 'authors' or 'lanczos', not {self.transform!r}")
         if self.transform == "authors" and self.crop is not None:
             raise BadSetting("the authors' transform has a crop of its own; take transform=lanczos with crop")
 
@@ -159,6 +160,7 @@ class LFW:
         return from_pil(cropped.resize((self.size, self.size), bilinear))
 
 
+@checked
 @dataclass(frozen=True)
 class PairsFolder:
     """Two pictures of each person, Person_Name_0001.webp: the first by name is in the gallery, the second anonymized.
@@ -167,8 +169,8 @@ class PairsFolder:
     """
 
     root: str | None
-    size: int = 256
-    list: str | None = None
+    size: Size = 256
+    list: Name | None = None
     crop: Crop | None = None
 
     @cached_property
@@ -209,13 +211,14 @@ class PairsFolder:
         return [(min(ids), max(ids)) for _, ids in sorted(pictures.items())]
 
 
+@checked
 @dataclass(frozen=True)
 class Folder:
     """A folder of pictures or of tar files, or a tar file; ids are file names without suffix, sorted unless listed."""
 
     root: str | None
-    size: int = 256
-    list: str | None = None
+    size: Size = 256
+    list: Name | None = None
     crop: Crop | None = None
     synthetic: bool = False  # nobody on the pictures is real
 
@@ -247,11 +250,13 @@ class Folder:
         return members(self.root)
 
 
-def bundled_faces(size: int = 128) -> Folder:
+@checked
+def bundled_faces(size: Size = 128) -> Folder:
     """256 synthetic faces that the bundled model drew and this package ships (experiments/faces.py); nobody's pictures."""
     return Folder(str(Path(__file__).parents[1] / "assets" / "faces"), size, synthetic=True)
 
 
+@checked
 @dataclass(frozen=True)
 class InstalledPhotographs:
     """Nine faces of real people, on the photographs (`PHOTOGRAPHS`) that packages keyanon depends on ship.
@@ -260,7 +265,7 @@ class InstalledPhotographs:
     part of this repository, and the photographs remain their owners': publish no picture made of them without asking.
     """
 
-    size: int = 128
+    size: Size = 128
 
     @cached_property
     def ids(self) -> Sequence[str]:
@@ -366,10 +371,8 @@ def prepare(picture: PIL.Image.Image, path: Path, size: int, crop: Crop | None) 
 
 
 def pixels(crop: Crop, width: int, height: int) -> tuple[int, int, int, int]:
-    """A crop in pixels, to the nearest; BadSetting where it is not inside the picture."""
+    """A crop in pixels, to the nearest."""
     left, top, right, bottom = crop
-    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-        raise BadSetting(f"dataset.crop is left, top, right, bottom as fractions of the picture, not {list(crop)}")
     return round(left * width), round(top * height), round(right * width), round(bottom * height)
 
 

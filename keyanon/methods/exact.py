@@ -40,6 +40,7 @@ from keyanon.methods import residuals
 from keyanon.methods.refinement import Refinement
 from keyanon.methods.seams import Seam
 from keyanon.methods.transforms import Unchanged
+from keyanon.settings import Count, Factor, Positive, checked
 from keyanon.types import About, FaceParser, Image, Key, Latent, Mask, Measure, Published, Transform
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ FILL_POOLS = (
 )  # pixels: the fill takes the mean over the smallest neighbourhood that holds background
 
 
+@checked
 @dataclass(frozen=True)
 class Exact:
     """The keyed method with a loop that closes.
@@ -82,10 +84,10 @@ class Exact:
     transform: Transform
     refinement: Refinement | None
     seam: Seam | None = None
-    residual: float | None = None
+    residual: Positive | None = None
     background: Literal["scaled", "noised"] = "scaled"
-    floor: float | None = 40.0
-    attempts: int = 3
+    floor: Factor | None = 40.0
+    attempts: Count = 3
     nonces: Nonces = nonce_for
     authenticate: bool = True
 

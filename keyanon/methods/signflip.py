@@ -25,9 +25,11 @@ from keyanon.diffusion.solvers import Known, Solver
 from keyanon.errors import BadSetting
 from keyanon.finite import finite
 from keyanon.methods.transforms import Involution, SignFlipping, Unchanged
+from keyanon.settings import checked
 from keyanon.types import About, Denoiser, FaceParser, Image, Key, Latent, Mask, Published, Transform
 
 
+@checked
 @dataclass(frozen=True)
 class SignFlip:
     """The method as the authors' code runs it; every choice they made is an argument.

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from keyanon.channel.headers import BadHeader
 from keyanon.channel.streams import normals, signs
-from keyanon.errors import BadSetting
+from keyanon.settings import Share, checked
 from keyanon.types import Key, Latent, Mask, Secret
 
 # log r is roughly logistic over channels of inverted photographs, with outliers at 5 deviations. 16 pictures each: mean 0.21 and
@@ -40,6 +40,7 @@ LOG_NORM, LOG_NORM_SCALE = 0.13, 0.085
 CODE_BYTES = 3
 
 
+@checked
 @dataclass(frozen=True)
 class SignFlipping:
     """The paper's, its own inverse.
@@ -60,6 +61,7 @@ class SignFlipping:
         return self.apply(zT, mask, keys, nonces)[0]
 
 
+@checked
 @dataclass(frozen=True)
 class NoiseFlipping:
     """DiffStega's noise flip: each number is negated with the chance `share`, by the key; its own inverse.
@@ -67,12 +69,8 @@ class NoiseFlipping:
     Leaks |z| as the sign flip does, and with the share 0.05 of their code 19 signs of 20: without any key z' = z but for these.
     """
 
-    share: float = 0.05
+    share: Share = 0.05
     secret: ClassVar[Secret] = "flips of cells"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise BadSetting(f"anonymizer.transform.share is a share of the noise, 0 to 1, not {self.share}")
 
     def apply(self, zT: Latent, mask: Mask, keys: Sequence[Key], nonces: Sequence[bytes]) -> tuple[Latent, list[bytes]]:
         shape = tuple(zT.shape[1:])
@@ -85,6 +83,7 @@ class NoiseFlipping:
         return self.apply(zT, mask, keys, nonces)[0]
 
 
+@checked
 @dataclass(frozen=True)
 class Unchanged:
     """No transform: all that one without a key can undo."""
@@ -100,6 +99,7 @@ class Unchanged:
         return zT
 
 
+@checked
 @dataclass(frozen=True)
 class Permutation:
     """The cells of the face in a keyed order, another one in each channel.
@@ -128,6 +128,7 @@ class Permutation:
         return out
 
 
+@checked
 @dataclass(frozen=True)
 class DctSignFlipping:
     """Signs of the orthonormal DCT (type II) of each channel's face, its cells taken row by row; its own inverse.
@@ -157,6 +158,7 @@ class DctSignFlipping:
 Involution = SignFlipping | NoiseFlipping | DctSignFlipping | Unchanged  # their own inverses, which send nothing along
 
 
+@checked
 @dataclass(frozen=True)
 class BandRotation:
     """A rotation of each channel's face, with its norm taken out and sent encrypted.

@@ -40,6 +40,7 @@ from keyanon.errors import BadSetting
 from keyanon.finite import finite
 from keyanon.measures.scorers import psnr, ssim
 from keyanon.methods.baselines.classical import Filter
+from keyanon.settings import Count, Device, checked
 from keyanon.types import About, Image, Key, Measure, Published
 from keyanon.weights import Card, named, resolve
 
@@ -56,6 +57,7 @@ MEASURES = {
 HAAR = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2  # its own inverse
 
 
+@checked
 @dataclass(frozen=True)
 class ProFaceS:
     """The method with a classical obfuscation; every picture needs an even height and width.
@@ -79,12 +81,8 @@ class ProFaceS:
     kdf: Literal["hkdf", "authors"] = "hkdf"
     nonces: Nonces = nonce_for
     authenticate: bool = True
-    device: str = "cpu"
-    chunk: int = CHUNK
-
-    def __post_init__(self) -> None:
-        if self.kdf not in ("hkdf", "authors"):
-            raise BadSetting(f"anonymizer.kdf={self.kdf!r} is neither 'hkdf' nor 'authors'")
+    device: Device = "cpu"
+    chunk: Count = CHUNK
 
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Published pictures of `images` under one key each; `measured` is how like the mere obfuscation they are."""
