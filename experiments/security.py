@@ -37,6 +37,7 @@ from experiments.harness.session import (
     stand_in_notes,
 )
 from experiments.harness.shards import Incomplete
+from experiments.harness.statistics import read_frame
 from keyanon import runner
 from keyanon.attacks.attackers import VIEWS, distribution_tests, published_key, summaries
 from keyanon.attacks.case import Attacker, Case, Files, Found, Knowledge, Learns, People, Taken, Victims, publish
@@ -91,7 +92,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     if all(written):
         beside = methods_beside(cfg.name, [cell.row for cell in cells], place)
         write_whole(place / "tables" / f"{cfg.name}.beside.md", beside.encode())
-        statistics = pd.read_parquet(place / "scores" / f"{cfg.name}.parquet")
+        statistics = read_frame(place / "scores" / f"{cfg.name}.parquet", results.STATISTICS)
         share_curve(statistics, "right signs ", place / "plots" / f"{cfg.name}.svg")
         show(session, cells)
     return place

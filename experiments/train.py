@@ -33,8 +33,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from omegaconf import DictConfig
 from torch import Tensor
 
+from experiments.harness.command import in_one_line
 from experiments.harness.made import made
-from experiments.harness.training import Task, fit, halved, load_pictures
+from experiments.harness.training import Task, check, fit, halved, load_pictures
 from keyanon.channel.pixels import to_floats
 from keyanon.types import Bytes, Image
 
@@ -153,7 +154,9 @@ def load_agreeing(net: Any, trained: Mapping[str, Tensor]) -> None:
 
 @hydra.main(config_path="../conf/train", config_name=None, version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    train(cfg)
+    with in_one_line():
+        check(cfg)
+        train(cfg)
 
 
 def train(cfg: DictConfig) -> None:

@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from experiments.harness.command import in_one_line
 from experiments.harness.made import made
-from experiments.harness.training import Task, fit, load_pictures
+from experiments.harness.training import Task, check, fit, load_pictures
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.methods.baselines.proface_s import HidingNetwork, hide, reveal
 from keyanon.types import Image, Scores
@@ -81,7 +82,9 @@ def cropped(pictures: Image, size: int, generator: torch.Generator) -> Image:
 
 @hydra.main(config_path="../conf/train", config_name="proface_s", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    train(cfg)
+    with in_one_line():
+        check(cfg)
+        train(cfg)
 
 
 def train(cfg: DictConfig) -> None:

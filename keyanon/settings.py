@@ -4,7 +4,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -144,7 +144,9 @@ def check_arguments(
 
 @functools.cache
 def hints_of(part: Callable[..., Any]) -> dict[str, Any]:
-    return get_type_hints(part, include_extras=True)
+    # a class that is no dataclass says in its constructor what it takes
+    known = part.__init__ if isinstance(part, type) and not is_dataclass(part) else part  # type: ignore[misc]
+    return get_type_hints(known, include_extras=True)
 
 
 def refuse(name: str, value: Any, hint: Any) -> None:

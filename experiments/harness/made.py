@@ -3,11 +3,14 @@
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from inspect import signature
+from pydoc import ErrorDuringImport, locate
 from typing import Any, get_origin
 
 from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from experiments.harness.errors import user_error
 from keyanon.errors import BadSetting
@@ -45,11 +48,11 @@ def made(cfg: DictConfig, group: str, **settings: Any) -> Any:
     kind, node = kinds().get(group, Any), cfg.get(group)
     if node is None and get_origin(kind) is dict:
         return {}
-    for place, target in targets(node, group):
-        check_target(place, target, settings if place == group else {})
     try:
+        for place, target in targets(node, group):
+            check_target(place, target, settings if place == group else {})
         part = instantiate(node, **settings, _convert_="all") if OmegaConf.is_config(node) else node
-    except InstantiationException as error:
+    except (InstantiationException, OmegaConfBaseException) as error:
         if (message := refusal(error)) is None:
             raise
         raise BadSetting(message) from error
@@ -79,9 +82,10 @@ def check_target(place: str, node: DictConfig, settings: Mapping[str, Any]) -> N
     part = found(f"{place}._target_", node["_target_"])
     given = {str(name): node[name] for name in node if name not in OF_HYDRA}
     given = {name: LATER if any(targets(value, "")) else plain(value) for name, value in given.items()}
-    args = plain(node.get("_args_", ()))
+    args, partial = plain(node.get("_args_", ())), plain(node.get("_partial_", False))
     refuse(f"{place}._args_", args, Sequence[Any])
-    check_arguments(part, place, args, {**given, **settings}, some=bool(node.get("_partial_")))
+    refuse(f"{place}._partial_", partial, bool)
+    check_arguments(part, place, args, {**given, **settings}, some=partial)
 
 
 def plain(value: Any) -> Any:
@@ -92,16 +96,19 @@ def found(place: str, name: Any) -> Callable[..., Any]:
     """The class or function of that name."""
     refuse(place, name, Name)
     try:
-        part: Callable[..., Any] = get_object(name)
-    except (ImportError, ValueError) as error:
-        raise BadSetting(
-            f"{place}={name}: there is no such class or function ({str(error).splitlines()[-1]})"
-        ) from error
-    refuse(place, part, Callable[..., Any])
+        part = locate(name)
+    except (ErrorDuringImport, ImportError, ValueError) as error:
+        raise BadSetting(f"{place}={name}: {error}") from error
+    if not callable(part):
+        raise BadSetting(f"{place}={name}: there is no such class or function")
+    try:
+        signature(part)
+    except ValueError as error:  # of some that are built into Python
+        raise BadSetting(f"{place}={name}: {error}") from error
     return part
 
 
-def refusal(error: InstantiationException) -> str | None:
+def refusal(error: Exception) -> str | None:
     """What a user reads of a part that could not be made; None of a bug.
 
     Classes of other packages refuse their settings with exceptions of all kinds; ours do so with a UserError.

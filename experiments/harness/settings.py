@@ -24,7 +24,9 @@ PAIR = whole(2)
 # Top-level settings of all commands in conf/*.yaml; groups, whose parts check their own, are no concern of this.
 SETTINGS: Mapping[str, Setting] = {
     "limit": COUNT_OR_ALL,
-    "threads": COUNT_OR_ALL,
+    "threads": Setting(
+        "a whole number from 1 to 1024, or null for all", lambda value: value is None or whole(1, 1024).fits(value)
+    ),
     "batch_size": COUNT,
     "shard": Setting("i/n, with whole numbers 1 <= i <= n, as in 1/4", shard),
     "device": DEVICE,

@@ -27,6 +27,7 @@ from keyanon.types import Picture, Source
 from keyanon.weights import Package
 
 LISTS = Path(__file__).with_name("lists")
+MOST = 10**7  # ids in a span of a list
 SMALLEST = 16  # pixels: a picture with a shorter side shows no face
 
 
@@ -321,8 +322,10 @@ def read_list(name: str) -> tuple[str, ...]:
     ids: list[str] = []
     for line in text_lines(path):
         entry = line.partition("#")[0].strip()
-        if span := re.fullmatch(r"(\d+)\.\.(\d+)", entry):
+        if span := re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", entry):
             first, last = span.groups()
+            if int(last) - int(first) > MOST:
+                raise BadData(f"{path}: {entry} stands for more than {MOST} ids")
             ids += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
         elif entry:
             suffix = PurePosixPath(entry).suffix
@@ -349,12 +352,16 @@ def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(text_lines(path), 1):
         fields = [field for field in re.split(r"[\t, ]+", line.strip()) if field]
         match fields:
-            case [name, i, j] if i.isdecimal() and j.isdecimal():
+            case [name, i, j] if is_number(i) and is_number(j):
                 yield lfw_id(name, i), lfw_id(name, j)
-            case [first, i, second, j] if i.isdecimal() and j.isdecimal():
+            case [first, i, second, j] if is_number(i) and is_number(j):
                 yield lfw_id(first, i), lfw_id(second, j)
-            case [*counts] if number > 1 and not all(count.isdecimal() for count in counts):
+            case [*counts] if number > 1 and not all(map(is_number, counts)):
                 raise BadData(f"{path}, line {number}: {line!r} is no pair (name i j, or name i name j)")
+
+
+def is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10
 
 
 def lfw_id(name: str, number: str) -> str:

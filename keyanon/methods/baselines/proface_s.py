@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from keyanon.errors import BadSetting
 from keyanon.finite import finite
 from keyanon.measures.scorers import psnr, ssim
 from keyanon.methods.baselines.classical import Filter
-from keyanon.settings import Count, Device, checked
+from keyanon.settings import Count, Device, checked, whole
 from keyanon.types import About, Image, Key, Measure, Published
 from keyanon.weights import Card, named, resolve
 
@@ -180,13 +180,14 @@ def reveal(net: "HidingNetwork", published: Image, key: Signs) -> Image:
     return unhaar(bands)
 
 
+@checked
 class HidingNetwork(nn.Module):
     """f: the bands of cover and original (b 12 u v each) to those of the protected picture and z, for a key's (b 4 u v).
 
     It begins as the identity.
     """
 
-    def __init__(self, blocks: int = 3, growth: int = 32) -> None:
+    def __init__(self, blocks: Annotated[int, whole(1, 64)] = 3, growth: Annotated[int, whole(1, 1024)] = 32) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([Coupling(growth) for _ in range(blocks)])
 
