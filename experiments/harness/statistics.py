@@ -39,7 +39,7 @@ def read_frame(path: Path, columns: Sequence[str], **reading: Any) -> pd.DataFra
     """These columns of a Parquet or CSV file; BadData where it is none, or holds something else in them."""
     try:
         frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, **reading)
-    except (pa.ArrowException, ValueError) as error:  # pandas' own are ValueErrors
+    except (pa.ArrowException, OSError, ValueError) as error:  # pandas' own are ValueErrors
         raise BadData(f"{path}: cannot be read as a table ({' '.join(str(error).split())[:300]})") from error
     if lacking := [name for name in columns if name not in frame.columns]:
         raise BadData(f"{path}: no column {', '.join(lacking)}; it has {', '.join(map(str, frame.columns))}")

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from keyanon.batching import CHUNK, in_chunks
 from keyanon.diffusion.block_dct import BLOCK, BlockDCT
-from keyanon.diffusion.solvers import NoiseSchedule
+from keyanon.diffusion.solvers import DDIM, NoiseSchedule, Solver
 from keyanon.errors import UserError
 from keyanon.finite import finite
-from keyanon.settings import Count, Device, Name, checked, fits, whole
+from keyanon.settings import Count, Device, Name, checked, fits, refuse, whole
 from keyanon.types import Image, Latent
 from keyanon.weights import MissingWeights, offline
 
@@ -269,6 +269,16 @@ class LatentDiffusion:
             "Set dataset.size, or the method's own size"
         )
 
+    def wrong_steps(self, solver: Solver) -> str | None:
+        """What a preflight says of a solver whose steps the model's schedule does not have, None where it has them."""
+        if self._local() is None or not isinstance(solver, DDIM):
+            return None
+        try:
+            solver.timesteps(self.schedule)
+        except UserError as error:
+            return str(error)
+        return None
+
     def _local(self) -> Path | None:
         if self.source.startswith("bundled:"):
             folder = assets() / self.source.removeprefix("bundled:")
@@ -334,8 +344,12 @@ def scheduler(config: Mapping[str, Any], where: str) -> Any:
     What the config leaves out is as the scheduler that it names has it.
     """
     name = config.get("_class_name", "DDIMScheduler")
-    named = getattr(diffusers, name, None)
-    defaults = {} if named is None else {key: value.default for key, value in signature(named).parameters.items()}
+    named = getattr(diffusers, name, None) if isinstance(name, str) else None
+    defaults = (
+        {}
+        if not isinstance(named, type)
+        else {key: value.default for key, value in signature(named).parameters.items()}
+    )
     if not {"beta_schedule", "prediction_type"} <= defaults.keys():
         raise BadModel(f"{where}: {name} has no noise schedule that this project runs; it runs that of DDIMScheduler")
     asked = {key: config.get(key, default) for key, default in defaults.items()}
@@ -345,9 +359,10 @@ def scheduler(config: Mapping[str, Any], where: str) -> Any:
                 f"{where}: {key}={asked[key]}{'' if key in config else f' (by default of {name})'} is not honoured by the solvers "
                 f"here, which have {key}={' or '.join(map(str, can))}. Another value in a copy of the model makes it another one"
             )
+    refuse(f"{where}: num_train_timesteps", asked["num_train_timesteps"], Annotated[int, whole(1, 100_000)])
     try:
         return DDIMScheduler(**{key: value for key, value in asked.items() if key in DDIM_ARGUMENTS})
-    except (NotImplementedError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise BadModel(f"{where}: no noise schedule can be made of it ({error})") from error
 
 

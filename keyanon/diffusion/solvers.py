@@ -46,6 +46,7 @@ ALL = slice(None)
 KARRAS_RHO = 7.0  # arXiv 2206.00364, table 1
 
 
+@checked
 @dataclass(frozen=True)
 class NoiseSchedule:
     """abar_t for t = 0 .. T-1 (signal variance left at t), abar of the clean level, and the first timestep of a grid."""
@@ -60,10 +61,10 @@ class NoiseSchedule:
 
         BadSetting where no signal is left at some timestep: each step divides by it.
         """
-        abar = tuple(scheduler.alphas_cumprod.double().tolist())
-        if not all(0 < value <= 1 for value in abar):
+        abar = tuple(scheduler.alphas_cumprod.double().view(-1).tolist())
+        if not abar or not all(0 < value <= 1 for value in abar):
             raise BadSetting(
-                f"noise schedule: the signal variance has to be in (0, 1]; it is {min(abar)} to {max(abar)}"
+                f"noise schedule: the signal variance has to be in (0, 1]; it is {min(abar, default=0)} to {max(abar, default=0)}"
             )
         clean = 1.0 if scheduler.config.set_alpha_to_one else abar[0]
         return cls(abar, clean, scheduler.config.steps_offset)

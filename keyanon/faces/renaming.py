@@ -11,22 +11,25 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from keyanon.channel.keys import BadKey, MasterKey, read_key, write_new_key
 from keyanon.channel.whole import write_first, write_whole
 from keyanon.errors import BadPicture
-from keyanon.settings import Name, checked
+from keyanon.settings import Name, Setting, checked
 from keyanon.types import Dataset, ListsFolder, Picture, Source, Synthetic
 
+Kind = Annotated[
+    Callable[..., Dataset], Setting("a class of datasets", lambda given: isinstance(given, partial | type))
+]
 ID_BYTES = 10  # among a million pictures two share an id with probability 4e-13
 
 
 @checked
-def opened(dataset: Callable[..., Dataset], rename: Literal["hash"] | None, names: Name, **settings: Any) -> Dataset:
+def opened(dataset: Kind, rename: Literal["hash"] | None, names: Name, **settings: Any) -> Dataset:
     """A dataset made with `settings`, under its own names or renamed; `names` is the private folder of key and names."""
     made = dataset(**settings)
     return made if rename is None else Renamed(made, Path(names))

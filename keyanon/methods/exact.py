@@ -105,8 +105,8 @@ class Exact:
         )
 
     def wrong_size(self, size: int) -> str | None:
-        """What a preflight says of a size that the model cannot take."""
-        return self.backbone.wrong_size(size)
+        """What a preflight says of a size, or of steps, that the model cannot take."""
+        return self.backbone.wrong_size(size) or self.backbone.wrong_steps(self.solver)
 
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Published pictures of `images`, which count as their nearest bytes.
