@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments.harness.command import experiment, start
+from experiments.harness.made import made
 from experiments.harness.meaning import Meanings
 from experiments.harness.names import row_label
 from experiments.harness.session import (
@@ -42,7 +42,6 @@ from keyanon import runner
 from keyanon.batching import filled
 from keyanon.channel.keys import experiment_key
 from keyanon.channel.pixels import to_floats
-from keyanon.errors import BadSetting
 from keyanon.measures.biometrics import Floats, Statistic, mean_statistic, w2_squared
 from keyanon.measures.scorers import frechet_distance
 from keyanon.run_folder import ANONYMIZED
@@ -107,9 +106,7 @@ def main(cfg: DictConfig) -> int:
 
 def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), command: Sequence[str] = ()) -> Path:
     """Measure every method, write the scores and the table; the folder of the rows."""
-    if cfg.keys_per_picture < 2:
-        raise BadSetting(f"keys_per_picture={cfg.keys_per_picture}: it takes two to compare")
-    methods: dict[str, Anonymizer] = instantiate(cfg.methods, _convert_="all")
+    methods: dict[str, Anonymizer] = made(cfg, "methods")
     session = begin(cfg, choices, command, methods)
     cells = [row(session, name, method, swept) for name, method in methods.items()]
     written = [fill_row(session, cell, method) for cell, method in zip(cells, methods.values(), strict=True)]

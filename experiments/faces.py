@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from experiments.harness.command import in_one_line
 from experiments.harness.plots import contact_sheet
 from experiments.harness.training import load_pictures
 from keyanon.channel.pixels import to_bytes, to_floats
@@ -30,6 +31,7 @@ from keyanon.faces.alignment import FACES128_TEMPLATE
 from keyanon.faces.detection import Detection, MtcnnDetector
 from keyanon.faces.recognition import ArcFaceOnnx
 from keyanon.measures.scorers import PSNR_CEILING, frechet_distance, psnr
+from keyanon.settings import refuse, whole
 from keyanon.types import Bytes, Image
 
 BATCH = 32
@@ -115,7 +117,13 @@ def main() -> None:
         "--report", type=Path, default=Path("keyanon/assets/faces128"), help="... and what was measured"
     )
     args = parser.parse_args()
+    with in_one_line():
+        measure(args)
 
+
+def measure(args: argparse.Namespace) -> None:
+    for name, least in (("samples", 1), ("steps", 1), ("seed", 0), ("keep", 0)):
+        refuse(f"--{name}", getattr(args, name), whole(least, 10**6))
     train, heldout = load_pictures(args.data, SIDE, args.heldout)
     model = LatentDiffusion(args.backbone)
     samples = draw(model, args.samples, args.steps, args.seed)

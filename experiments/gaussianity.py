@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments.harness.command import experiment, start
+from experiments.harness.made import made
 from experiments.harness.meaning import Meanings
 from experiments.harness.names import row_label
 from experiments.harness.session import (
@@ -82,10 +82,10 @@ def main(cfg: DictConfig) -> int:
 
 def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), command: Sequence[str] = ()) -> Path:
     """Measure every row's pictures, write the scores and the table; the folder of the rows."""
-    backbone: LatentDiffusion = instantiate(cfg.backbone, _convert_="all")
+    backbone: LatentDiffusion = made(cfg, "backbone")
     solvers: dict[str, Solver | None] = {CONTROL: None} | {
         # the number right-aligned, since a table sorts its rows as text
-        f"{name} inversion, {steps:3} steps": instantiate(cfg.solver, steps=steps, tolerance=inversion.tolerance)
+        f"{name} inversion, {steps:3} steps": made(cfg, "solver", steps=steps, tolerance=inversion.tolerance)
         for name, inversion in cfg.inversions.items()
         for steps in inversion.steps
     }

@@ -37,8 +37,8 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     """
     # Here, so that `--help` and a wrong argument are answered at once.
     import pandas as pd
-    from hydra.utils import instantiate
 
+    from experiments.harness.made import made
     from experiments.harness.meaning import Meanings, meanings
     from experiments.harness.names import row_label
     from experiments.harness.provenance import made_of, signature
@@ -52,10 +52,8 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     from keyanon.measures.scorers import Against
     from keyanon.run_folder import ANONYMIZED, MASK, ORIGINAL, RECOVERED
 
-    key = instantiate(cfg.key)
-    method, attacks = (instantiate(part, _convert_="all") for part in (cfg.anonymizer, cfg.attacks))
-    attacks = by_view(attacks)
-    second = instantiate(cfg.second_detector)
+    key, method, second = (made(cfg, group) for group in ("key", "anonymizer", "second_detector"))
+    attacks = by_view(made(cfg, "attacks"))
     # by what it is: a file may hold it, too
     known = KNOWN_KEY if key == experiment_key(cfg.key.get("seed", 0)) else None
     session = begin(cfg, choices, command, method, second, known_key=known)

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
@@ -23,6 +22,7 @@ from tabulate import tabulate
 
 from experiments.harness import layout, provenance, results
 from experiments.harness.command import experiment, start
+from experiments.harness.made import made
 from experiments.harness.meaning import Meanings
 from experiments.harness.names import row_label
 from experiments.harness.plots import share_curve
@@ -38,6 +38,7 @@ from experiments.harness.session import (
     stand_in_notes,
 )
 from experiments.harness.shards import Incomplete
+from experiments.harness.statistics import read_frame
 from keyanon import runner
 from keyanon.attacks.attackers import VIEWS, published_key, summaries
 from keyanon.attacks.case import Attacker, Case, Files, Found, Knowledge, Learns, Pairs, People, Taken, Victims, publish
@@ -50,6 +51,7 @@ from keyanon.errors import BadSetting
 from keyanon.measures.biometrics import Floats, cosine, threshold_at_far
 from keyanon.parts import Damaged
 from keyanon.run_folder import ORIGINAL, RunFiles
+from keyanon.settings import refuse
 from keyanon.types import COSINE, Bytes, Image, Key, KeyedNoise, Mask, Observed, View
 
 log = logging.getLogger(__name__)
@@ -66,10 +68,10 @@ def main(cfg: DictConfig) -> int:
 
 def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), command: Sequence[str] = ()) -> Path:
     """Publish, attack, write the scores and the table; the folder of the rows."""
-    if cfg.files < 2:
-        raise BadSetting(f"files={cfg.files}: it takes two files of a picture to link them")
-    methods, attackers = (instantiate(part, _convert_="all") for part in (cfg.methods, cfg.security))
+    methods, attackers = made(cfg, "methods"), made(cfg, "security")
     dictionary = attackers.pop("password_dictionary", None)  # of passwords, whatever the method: a row of its own
+    refuse("methods", methods, dict[str, KeyedNoise])
+    refuse("security", attackers, dict[str, Attacker])
     session = begin(cfg, choices, command, methods, known_key=KNOWN_KEY)
     skipped = session.prepare(session.ids)
     ids = [id for id in session.ids if id not in skipped]
@@ -93,7 +95,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     if all(written):
         beside = methods_beside(cfg.name, [cell.row for cell in cells], place)
         write_whole(place / "tables" / f"{cfg.name}.beside.md", beside.encode(), public=True)
-        statistics = pd.read_parquet(place / "scores" / f"{cfg.name}.parquet")
+        statistics = read_frame(place / "scores" / f"{cfg.name}.parquet", results.STATISTICS)
         share_curve(statistics, "right signs ", place / "plots" / f"{cfg.name}.svg")
         show(session, cells)
     return place

@@ -33,7 +33,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from omegaconf import DictConfig
 from torch import Tensor
 
-from experiments.harness.training import Task, fit, halved, load_pictures
+from experiments.harness.command import in_one_line
+from experiments.harness.made import made
+from experiments.harness.training import Task, check, fit, halved, load_pictures
 from keyanon.channel.pixels import to_floats
 from keyanon.types import Bytes, Image
 
@@ -46,10 +48,10 @@ def diffusion(cfg: DictConfig, pictures: Bytes) -> Task:
     device = torch.device(cfg.device)
     sample = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(cfg.seed))[:STATS_PICTURES]
     if "latent" in cfg:
-        raw = hydra.utils.instantiate(cfg.latent)
+        raw = made(cfg, "latent")
         coefficients = torch.cat([raw.encode(to_floats(part)) for part in pictures[sample].split(256)])
         std, mean = coefficients.std((0, 2, 3)), coefficients.mean((0, 2, 3))
-        latent = hydra.utils.instantiate(cfg.latent, mean=mean.tolist(), std=std.tolist(), _convert_="all")
+        latent = made(cfg, "latent", mean=mean.tolist(), std=std.tolist())
         weight = (std.sqrt() / std.sqrt().mean()).view(1, -1, 1, 1).to(device)
         encode = latent.encode
     else:
@@ -62,9 +64,9 @@ def diffusion(cfg: DictConfig, pictures: Bytes) -> Task:
                 mode: Tensor = latent.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist.mode()
             return mode.float() * float(latent.config.scaling_factor)
 
-    scheduler = hydra.utils.instantiate(cfg.scheduler)
+    scheduler = made(cfg, "scheduler")
     alpha_bar = scheduler.alphas_cumprod.to(device)
-    net = hydra.utils.instantiate(cfg.unet, _convert_="all").to(device, memory_format=torch.channels_last)
+    net = made(cfg, "unet").to(device, memory_format=torch.channels_last)
     if "begin_with" in cfg:
         load_agreeing(net, UNet2DModel.from_pretrained(Path(cfg.begin_with) / "unet").state_dict())
     forward = torch.compile(net) if cfg.compile else net
@@ -100,7 +102,7 @@ def diffusion(cfg: DictConfig, pictures: Bytes) -> Task:
 
 def autoencoder(cfg: DictConfig, pictures: Bytes) -> Task:
     device = torch.device(cfg.device)
-    net = hydra.utils.instantiate(cfg.vae, _convert_="all").to(device, memory_format=torch.channels_last)
+    net = made(cfg, "vae").to(device, memory_format=torch.channels_last)
     with torch.no_grad():
         # As diffusers starts them, the decoder sees noise of sigma = 1 only and learns a constant. So: log sigma^2 = -6,
         # and residual blocks that begin as the identity.
@@ -152,7 +154,9 @@ def load_agreeing(net: Any, trained: Mapping[str, Tensor]) -> None:
 
 @hydra.main(config_path="../conf/train", config_name=None, version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    train(cfg)
+    with in_one_line():
+        check(cfg)
+        train(cfg)
 
 
 def train(cfg: DictConfig) -> None:

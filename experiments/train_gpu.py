@@ -37,6 +37,7 @@ from keyanon.channel.whole import write_whole
 from keyanon.diffusion.block_dct import BLOCK, BlockDCT, block_dct_filters
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.errors import BadSetting, UserError
+from keyanon.settings import DEVICE, number, refuse, whole
 from keyanon.types import Bytes, Image
 
 SIDE = 128
@@ -219,6 +220,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
+    refuse("--minutes", args.minutes, number(0, 1e6))
+    refuse("--batch", args.batch, whole(2, 10**6))
+    refuse("--learning-rate", args.learning_rate, number(1e-12, 10))
+    refuse("--seed", args.seed, whole(0, 2**63 - 1))
+    refuse("--device", args.device, DEVICE)
     source = LatentDiffusion(args.model).folder
     if args.out.exists():
         raise BadSetting(f"--out {args.out} exists already; choose another folder, or remove it")

@@ -22,7 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from experiments.harness.training import Task, fit, load_pictures
+from experiments.harness.command import in_one_line
+from experiments.harness.made import made
+from experiments.harness.training import Task, check, fit, load_pictures
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.methods.baselines.proface_s import HidingNetwork, hide, reveal
 from keyanon.types import Image, Scores
@@ -80,7 +82,9 @@ def cropped(pictures: Image, size: int, generator: torch.Generator) -> Image:
 
 @hydra.main(config_path="../conf/train", config_name="proface_s", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    train(cfg)
+    with in_one_line():
+        check(cfg)
+        train(cfg)
 
 
 def train(cfg: DictConfig) -> None:
@@ -89,9 +93,9 @@ def train(cfg: DictConfig) -> None:
     export = Path(cfg.export)
     pictures, _ = load_pictures(cfg.data.root, cfg.data.size, cfg.data.heldout)
     log.info("%d training pictures", len(pictures))
-    obfuscators = hydra.utils.instantiate(cfg.obfuscators, _convert_="all")
+    obfuscators = made(cfg, "obfuscators")
     weight = {str(name): float(value) for name, value in cfg.weight.items()}
-    net = hydra.utils.instantiate(cfg.network)
+    net = made(cfg, "network")
     if cfg.begin_with is not None:
         net.load_state_dict(load_file(cfg.begin_with))
     net.to(torch.device(cfg.device))

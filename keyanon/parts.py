@@ -52,6 +52,10 @@ def read_parts(folder: Path, schema: pa.Schema, columns: Sequence[str] | None = 
         data = path.read_bytes()
         if digest(data)[:DIGITS] != path.stem:
             raise Damaged(path)
-        # a part is small: threads only cost memory
-        tables.append(pq.ParquetFile(io.BytesIO(data)).read(columns=list(columns), use_threads=False))
+        try:
+            # a part is small: threads only cost memory
+            table = pq.ParquetFile(io.BytesIO(data)).read(columns=list(columns), use_threads=False)
+            tables.append(table.select(list(columns)).cast(tables[0].schema))
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            raise Damaged(path) from error
     return pa.concat_tables(tables)

@@ -18,6 +18,7 @@ from torch import Tensor
 from keyanon.context import Context
 from keyanon.errors import BadPicture as BadPicture
 from keyanon.errors import UserError as UserError
+from keyanon.settings import Bits, checked
 
 if TYPE_CHECKING:
     from keyanon.weights import Card
@@ -61,6 +62,7 @@ class Observed:
     vectors: Mapping[Place, Tensor] = field(default_factory=dict)
 
 
+@checked
 @dataclass(frozen=True)
 class About:
     """What a method needs and gives, for the columns of a comparison.
@@ -80,8 +82,8 @@ class About:
 
     kind: Literal["control", "irreversible", "keyless", "keyed"]
     recovery_input: str
-    key_bits: int | None
-    effective_key_bits: int | None
+    key_bits: Bits | None
+    effective_key_bits: Bits | None
     code_licence: str
     weights_licence: str
     source: str

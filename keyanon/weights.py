@@ -274,7 +274,13 @@ ORIGINS: dict[str, type[Origin]] = {"release": Release, "hub": Hub, "package": P
 def read_cards(path: Path) -> dict[str, Card]:
     """The cards of a YAML file, by name; see keyanon/cards.yaml. Raises BadCard, which names the file, the card and the field."""
     cards: dict[str, Card] = {}
-    for place, entry in enumerate(yaml.safe_load(path.read_text("utf-8")), start=1):
+    try:
+        entries = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise BadCard(f"{path}: not YAML in UTF-8 ({' '.join(str(error).split())})") from error
+    if not isinstance(entries, list):
+        raise BadCard(f"{path}: expected a list of cards, found {type(entries).__name__}")
+    for place, entry in enumerate(entries, start=1):
         name = entry.get("name", place) if isinstance(entry, dict) else place
         card = _card(entry, f"{path}: card {name}")
         if card.name in cards:

@@ -245,5 +245,5 @@ def test_none_of_them_takes_a_picture_back():
 
 
 def test_a_shape_that_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match="'rectangle' or 'ellipse', not 'square'"):
+    with pytest.raises(ValueError, match="shape='square': expected one of rectangle, ellipse"):
         Box("square")  # type: ignore[arg-type]

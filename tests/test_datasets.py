@@ -120,7 +120,7 @@ def test_crop_of_a_list_from_a_config():
 @pytest.mark.parametrize("crop", [(-0.1, 0, 1, 1), (0, 0, 1, 1.2), (0.5, 0, 0.5, 1)])
 def test_crop_outside_the_picture_is_refused(crop):
     with pytest.raises(ValueError, match="fractions"):
-        prepare(PIL.Image.new("RGB", (64, 64)), Path("x"), 32, crop)
+        Folder("x", 32, crop=crop)
 
 
 def test_tiny_picture_is_bad():

@@ -8,6 +8,7 @@ import pkgutil
 import pytest
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 import keyanon
 from experiments.harness.errors import user_error
@@ -18,7 +19,7 @@ from keyanon.errors import BadSetting, UserError
 def test_the_line_is_the_cause_s_own():
     with pytest.raises(InstantiationException) as wrapped:
         instantiate({"_target_": "keyanon.methods.baselines.external.Secret", "bits": 0})
-    assert user_error(wrapped.value).startswith("anonymizer.secret: 0 bits as 'hex'; expected")
+    assert user_error(wrapped.value).startswith("Secret.bits=0: expected")
     assert user_error(BadSetting("far=2")) == "far=2"
 
 
@@ -31,8 +32,9 @@ def test_a_full_disk_is_said_and_a_bug_is_not():
 def test_a_dataset_s_bug_is_no_missing_dataset():
     problems: list[str] = []
     with pytest.raises(InstantiationException, match="a bug"):
-        open_dataset({"_target_": f"{__name__}.raises_a_bug"}, "broken", problems)
-    assert open_dataset({"_target_": "keyanon.faces.datasets.Folder", "root": None}, "folder", problems) is None
+        open_dataset(OmegaConf.create({"dataset": {"_target_": f"{__name__}.raises_a_bug"}}), "broken", problems)
+    folder = {"_target_": "keyanon.faces.datasets.Folder", "root": None}
+    assert open_dataset(OmegaConf.create({"dataset": folder}), "folder", problems) is None
     assert problems == [
         "dataset folder: no folder of pictures given. Set dataset.root=/path, to a folder or a tar file"
     ]

@@ -341,7 +341,9 @@ def test_seeds_are_uniform_and_keys_of_two_methods_differ():
 
 @pytest.mark.parametrize(("bits", "format"), [(0, "hex"), (8, "octal")])
 def test_impossible_keys_are_refused(bits, format):
-    with pytest.raises(ValueError, match="expected 1 bit or more as 'hex', 'digits' or 'bits'"):
+    with pytest.raises(
+        BadSetting, match=r"Secret\.(bits=0: expected a whole|format='octal': expected one of hex, digits, bits)"
+    ):
         Secret(bits, format)
 
 

@@ -76,7 +76,7 @@ def test_a_choice_does_what_it_says(choice, chosen, refused):
 
 
 def test_a_choice_that_nobody_knows_is_refused():
-    with pytest.raises(BadSetting, match="faces='first' is none of all, largest, one_or_skip"):
+    with pytest.raises(BadSetting, match="choice='first': expected one of all, largest, one_or_skip"):
         Finder("first")
 
 

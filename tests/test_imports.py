@@ -11,7 +11,18 @@ ROOT = Path(__file__).parents[1]
 
 # Of the library. A room imports only rooms above it; the first and the last line are files.
 ROOMS = [
-    {"sheets", "errors", "version", "context", "torchvision_shim", "types", "finite", "batching", "weights"},
+    {
+        "sheets",
+        "errors",
+        "version",
+        "context",
+        "torchvision_shim",
+        "types",
+        "finite",
+        "batching",
+        "settings",
+        "weights",
+    },
     {"channel"},
     {"faces"},
     {"diffusion"},
@@ -38,6 +49,7 @@ COMMANDS = {
 LIGHT = [
     "keyanon",
     "keyanon.errors",
+    "keyanon.settings",
     "keyanon.weights",
     "keyanon.channel.keys",
     "keyanon.context",

@@ -213,7 +213,7 @@ def test_all_or_nothing_stays(how):
 
 @pytest.mark.parametrize("make", [BiSeNetParser, SegFormerParser, LandmarkParser, EllipseParser])
 def test_an_unknown_reduction_or_region_is_refused(make):
-    with pytest.raises(ValueError, match=r"'area'.*bilinear>0, nearest, area>0\.5"):
+    with pytest.raises(ValueError, match=r"reduce='area'.*bilinear>0, nearest, area>0\.5"):
         make(reduce="area")
     if make in (BiSeNetParser, SegFormerParser):
         with pytest.raises(ValueError, match=r"'hair'.*with_hair"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from experiments.harness.preflight import open_dataset
 from keyanon.channel.keys import MasterKey, experiment_key
@@ -118,9 +119,9 @@ def test_every_dataset_can_be_renamed_and_folders_of_ones_own_are(name, tmp_path
 
 
 def test_another_way_to_rename_is_refused(tmp_path):
-    with pytest.raises(BadSetting, match=r"dataset\.rename=sha256: expected hash"):
+    with pytest.raises(BadSetting, match=r"rename='sha256': expected one of hash or null"):
         opened(TwoPeople, "sha256", str(tmp_path))
     problems: list[str] = []
     config = {"_target_": "keyanon.faces.renaming.opened", "rename": "x", "names": "n", "dataset": None}
-    assert open_dataset(config, "folder", problems) is None
-    assert "dataset.rename=x" in problems[0]
+    assert open_dataset(OmegaConf.create({"dataset": config}), "folder", problems) is None
+    assert "dataset.dataset=None" in problems[0]

@@ -145,7 +145,7 @@ def test_a_schedule_that_leaves_no_signal_is_refused():
 @pytest.mark.parametrize("name", ["steps", "max_evaluations", "memory"])
 @pytest.mark.parametrize("value", [0, -3, 2.5, 10.0, "10", True, None, math.nan])
 def test_counts_of_a_solver_are_whole_numbers(name, value):
-    with pytest.raises(BadSetting, match=rf"solver\.{name}={value!r}"):
+    with pytest.raises(BadSetting, match=rf"DDIM\.{name}={value!r}: expected"):
         DDIM(**{name: value})
 
 
@@ -154,7 +154,7 @@ def test_counts_of_a_solver_are_whole_numbers(name, value):
 )
 def test_other_nonsense_of_a_solver_is_named(settings):
     ((name, value),) = settings.items()
-    with pytest.raises(BadSetting, match=rf"solver\.{name}={value!r}"):
+    with pytest.raises(BadSetting, match=rf"DDIM\.{name}={value!r}: expected"):
         DDIM(**settings)
 
 

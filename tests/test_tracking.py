@@ -233,7 +233,7 @@ def test_a_row_of_any_characters_gets_to_wandb(command_in_process, tmp_path, mon
 
 
 def test_another_choice_of_pictures_is_refused():
-    with pytest.raises(BadSetting, match=r"wandb\.pictures=faces: expected one of none, anonymized, all"):
+    with pytest.raises(BadSetting, match=r"Wandb\.pictures='faces': expected one of none, anonymized, all"):
         Wandb("offline", "keyanon", "faces")
 
 

@@ -132,7 +132,7 @@ def test_a_noise_flip_negates_its_share_and_undoes_itself(share):
 
 
 def test_a_noise_flip_of_more_than_everything_is_refused():
-    with pytest.raises(ValueError, match="share of the noise, 0 to 1, not 5"):
+    with pytest.raises(ValueError, match="share=5: expected a number from 0 to 1"):
         NoiseFlipping(5)
 
 

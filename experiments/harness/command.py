@@ -7,7 +7,8 @@ import functools
 import logging
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -112,6 +113,18 @@ def start(cfg: DictConfig, run: Run) -> int:
         print(message, file=sys.stderr)
         sys.exit(FAILED)
     return 0
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """What a user can mend ends a command in one line on stderr, and exit code 1; a bug shows its traceback."""
+    try:
+        yield
+    except Exception as error:
+        if (message := user_error(error)) is None:
+            raise
+        print(f"keyanon: {message}", file=sys.stderr)
+        sys.exit(FAILED)
 
 
 def mended(work: Callable[[], object]) -> None:

@@ -10,7 +10,8 @@ from typing import Any, get_args
 
 import pandas as pd
 
-from experiments.harness.frames import csv_of, read_csv
+from experiments.harness.frames import csv_of
+from experiments.harness.statistics import read_frame
 from keyanon import runner
 from keyanon.errors import BadData
 from keyanon.measures.biometrics import AVERAGES, verification_summaries
@@ -90,7 +91,7 @@ def read_meanings(path: Path) -> Meanings:
     if not path.is_file():
         return Meanings()
     groups: dict[str, dict[str, Any]] = {"view": {}, "scorer": {}, "statistic": {}}
-    rows = read_csv(path, dtype=str, keep_default_na=False)[COLUMNS].to_dict("records")
+    rows = read_frame(path, COLUMNS, dtype=str, keep_default_na=False).to_dict("records")
     for row in rows:
         if row["what"] not in READERS:
             raise BadData(f"{path}: {row['name']} is a {row['what']!r}; expected one of {', '.join(READERS)}")

@@ -1,6 +1,5 @@
 """The paper's numbers, which are data: results/paper/NAME.yaml, one entry a cell."""
 
-import math
 from collections import Counter
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from keyanon.errors import BadData
+from keyanon.settings import is_number
 
 CELL = ["dataset", "anonymizer", "view", "scorer", "statistic"]
 CERTAINTIES = ("seen-in-notebook", "read-off-figure", "second-hand", "unconfirmed")
@@ -37,7 +37,10 @@ class Reference:
 
 def read_paper(path: Path) -> list[Reference]:
     """The references of one file of results/paper, checked; BadData names file, entry and what is wrong."""
-    entries = yaml.safe_load(path.read_text("utf-8"))
+    try:
+        entries = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise BadData(f"{path}: not YAML in UTF-8 ({' '.join(str(error).split())})") from error
     if not isinstance(entries, list):
         raise BadData(f"{path}: expected a list of cells, found {type(entries).__name__}")
     references = []
@@ -56,15 +59,15 @@ def reference(entry: object) -> Reference:
     if not isinstance(entry, dict):
         raise ValueError(f"expected keys and values, found {entry!r}")
     known = {field.name: field for field in fields(Reference)}
-    if unknown := sorted(entry.keys() - known.keys()):
-        raise ValueError(f"unknown key {', '.join(map(str, unknown))}; known are {', '.join(known)}")
+    if unknown := sorted(map(str, entry.keys() - known.keys())):
+        raise ValueError(f"unknown key {', '.join(unknown)}; known are {', '.join(known)}")
     if missing := [name for name, field in known.items() if field.default is MISSING and name not in entry]:
         raise ValueError(f"missing key {', '.join(missing)}")
     for name, value in entry.items():
         number = known[name].type is not str
         if isinstance(value, bool) or not isinstance(value, int | float if number else str):
             raise ValueError(f"{name} is {value!r}; expected a {'number' if number else 'text'}")
-        if number and not math.isfinite(float(value)):
+        if number and not is_number(value):
             raise ValueError(f"{name} is {value}; expected a finite number")
     if entry["tolerance"] < 0:
         raise ValueError(f"tolerance is {entry['tolerance']}; expected 0 or more")

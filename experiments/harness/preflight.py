@@ -16,11 +16,11 @@ from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments.harness.command import given, row_names, row_overrides
 from experiments.harness.errors import user_error
+from experiments.harness.made import made
 from experiments.harness.names import check_table_name, row_label
 from keyanon import weights
 from keyanon.errors import BadSetting
@@ -80,10 +80,10 @@ class WholeSweep(Callback):
         for cell in map(list, product(*map(choices, asked.values()))):
             cfg = compose(config.hydra.job.config_name, cell, return_hydra_config=True)
             problems += bad_name(cfg)
-            parts = {group: instantiate(cfg[group], _convert_="all") for group in GROUPS if group in cfg}
+            parts = {group: made(cfg, group) for group in GROUPS if group in cfg}
             problems += missing_parts(*parts.values()) + wrong_sizes(cfg.dataset.size, *parts.values())
             chosen = cfg.hydra.runtime.choices
-            open_dataset(cfg.dataset, chosen["dataset"], problems)
+            open_dataset(cfg, chosen["dataset"], problems)
             label = row_label(chosen.get("anonymizer", "every method"), row_overrides(cell, swept))
             row = (str(cfg.runs), str(cfg.name), chosen["dataset"], label)
             if row in rows:
@@ -156,10 +156,10 @@ def missing_disk(folder: Path, files: int, size: int) -> list[str]:
     return [f"disk: {folder} needs about {need:,.1f} MB and has {have:,.1f} MB; free some, or set runs=/another/disk"]
 
 
-def open_dataset(config: Any, name: str, problems: list[str]) -> "Dataset | None":
+def open_dataset(cfg: DictConfig, name: str, problems: list[str]) -> "Dataset | None":
     """The dataset; None, and one problem more, where it cannot be read."""
     try:
-        dataset: Dataset = instantiate(config)
+        dataset: Dataset = made(cfg, "dataset")
         _ = dataset.ids  # read at its first use
     except Exception as error:
         if (message := user_error(error)) is None:

@@ -27,15 +27,16 @@ import pandas as pd
 from tabulate import tabulate
 
 from experiments.harness.command import CHECKOUT
-from experiments.harness.frames import csv_of, read_csv
+from experiments.harness.frames import csv_of
 from experiments.harness.layout import BITS, METHODS, celled, latex, markdown, sections, titles
 from experiments.harness.meaning import Meanings, read_meanings
 from experiments.harness.paper import CELL, Reference, read_paper
 from experiments.harness.provenance import PRESENTATION
-from experiments.harness.statistics import PAIRS
+from experiments.harness.statistics import PAIRS, read_frame
 from keyanon.channel.whole import write_whole
 from keyanon.errors import BadData, MissingData
 from keyanon.parts import Damaged, digest
+from keyanon.settings import fits
 
 RESULTS = CHECKOUT / "results"  # wherever a command is started
 PAPER = RESULTS / "paper"
@@ -46,6 +47,13 @@ PATIENCE = 20  # tenths of a second
 STATISTICS = ["experiment", "dataset", "anonymizer", "notes", *CELL[2:], "n", "undefined", "value", "low", "high"]
 COSTS = ["dataset", "anonymizer", "view", "pictures", "seconds", "evaluations", "device", "processor", "threads"]
 SCORES = ["dataset", "anonymizer", "id", "view", "scorer", "value"]
+KEPT_COLUMNS = {"statistics": [*CELL[2:], "n", "undefined", "value", "low", "high"], "scores": SCORES[2:]}  # of a run
+ABOUT = {
+    "dataset": str,
+    "anonymizer": str,
+    "title_notes": list[str],
+    "files": dict[str, str],
+}  # what run.json has at least
 TIDY = ["experiment", *CELL, "n", "undefined", "ours", "ci_low", "ci_high", "paper", "tolerance", "verdict"]
 
 
@@ -65,12 +73,12 @@ def build(
             f"{experiment}: neither {scores} nor {references} exists; "
             f"run `python -m experiments.run experiment={experiment}`"
         )
-    statistics = pd.read_parquet(scores) if scores.is_file() else pd.DataFrame(columns=STATISTICS)
+    statistics = read_frame(scores, STATISTICS) if scores.is_file() else pd.DataFrame(columns=STATISTICS)
     paper = read_paper(references) if references.is_file() else []
     path = results / "scores" / f"{experiment}.methods.csv"
     if runs and not (found := collect_methods(runs)).empty:
         write_whole(path, csv_of(found), public=True)
-    methods = read_csv(path, dtype=BITS) if path.is_file() else pd.DataFrame(columns=METHODS)
+    methods = read_frame(path, METHODS, dtype=BITS) if path.is_file() else pd.DataFrame(columns=METHODS)
     path = results / "scores" / f"{experiment}.pairs.parquet"
     if runs and not (compared := collect_pairs(runs)).empty:
         write_whole(
@@ -79,7 +87,7 @@ def build(
     path = results / "scores" / f"{experiment}.costs.csv"
     if runs and not (spent := collect_costs(runs)).empty:
         write_whole(path, csv_of(spent, float_format="%.4g"), public=True)
-    costs = read_csv(path) if path.is_file() else pd.DataFrame(columns=COSTS)
+    costs = read_frame(path, COSTS) if path.is_file() else pd.DataFrame(columns=COSTS)
     if not costs.empty:
         write_costs(experiment, costs, results)
     meanings = read_meanings(numbers / "meanings.csv") if paper else Meanings()
@@ -302,9 +310,9 @@ def read_about(run: Path) -> dict[str, Any]:
     try:
         about: dict[str, Any] = json.loads(data)
         del about["sha256"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise Damaged(path) from None
-    if signed(about) != data:
+    if signed(about) != data or not all(fits(hint, about.get(name)) for name, hint in ABOUT.items()):
         raise Damaged(path)
     return about
 
@@ -327,4 +335,4 @@ def checked(run: Path, name: str) -> Path:
 
 
 def read_parquet(run: Path, name: str) -> pd.DataFrame:
-    return pd.read_parquet(checked(run, f"{name}.parquet"))
+    return read_frame(checked(run, f"{name}.parquet"), KEPT_COLUMNS[name])

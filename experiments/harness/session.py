@@ -16,10 +16,10 @@ from typing import Any
 
 import pandas as pd
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.harness import preflight, provenance, results
+from experiments.harness.made import made
 from experiments.harness.meaning import Meanings
 from experiments.harness.names import file_name
 from experiments.harness.shards import FailedShard, Incomplete, Shards, numbers, one_line, sharded, until_unchanged
@@ -93,7 +93,7 @@ class Session:
     @cached_property
     def finder(self) -> Finder:
         """Which faces are on the pictures, for every part."""
-        finder: Finder = instantiate(self.cfg.finder)
+        finder: Finder = made(self.cfg, "finder")
         return finder
 
     @cached_property
@@ -283,15 +283,14 @@ def begin(
     """
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    # "all": plain containers, or OmegaConf would take the dataclasses in them for structured configs
-    parser, recognizers, scorers = (
-        instantiate(cfg.get(group, {}), _convert_="all") for group in ("parser", "recognizers", "scorers")
-    )
-    tracker: Tracker = instantiate(cfg.wandb)
+    parser: FaceParser = made(cfg, "parser")
+    recognizers: dict[str, Recognizer] = made(cfg, "recognizers")
+    scorers: dict[str, Scorer] = made(cfg, "scorers")
+    tracker: Tracker = made(cfg, "wandb")
     problems = preflight.missing_parts(*parts, parser, recognizers, scorers, tracker)
     problems += preflight.wrong_sizes(cfg.dataset.size, *parts)
     problems += preflight.passwords_handed_on(cfg.get("key"), *parts)
-    dataset = preflight.open_dataset(cfg.dataset, choices["dataset"], problems)
+    dataset = preflight.open_dataset(cfg, choices["dataset"], problems)
     preflight.stop_if(problems)
     assert dataset is not None
     if known_key is not None and not (isinstance(dataset, Benchmark) and dataset.is_benchmark):

@@ -3,20 +3,26 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from pandas.api.types import is_numeric_dtype
 
+from experiments.harness.frames import read_csv
 from keyanon.attacks.case import Pairs
 from keyanon.channel.whole import write_whole
+from keyanon.errors import BadData
 from keyanon.measures import biometrics
 from keyanon.measures.biometrics import Floats, Statistic
 from keyanon.run_folder import ORIGINAL, RunFiles
 
 People = Callable[[Iterable[str]], Sequence[str]]  # who is on each picture
 
+NAMES = {"id", "experiment", "dataset", "anonymizer", "view", "scorer", "statistic"}
+NUMBERS = {"n", "undefined", "value", "low", "high", "pictures", "seconds", "evaluations"}
 COLUMNS = ["view", "scorer", "statistic", "n", "undefined", "value", "low", "high"]
 
 
@@ -65,6 +71,25 @@ def pairs_of(table: pd.DataFrame) -> list[Pairs]:
         people = rows["person"].to_numpy(np.intp).reshape(shape)[0, :, 0]
         found.append(Pairs(str(view), str(scorer), people, scores))
     return found
+
+
+def read_frame(path: Path, columns: Sequence[str], **reading: Any) -> pd.DataFrame:
+    """These columns of a Parquet or CSV file; BadData where it is none, or holds something else in them."""
+    try:
+        frame = pd.read_parquet(path) if path.suffix == ".parquet" else read_csv(path, **reading)
+    except (pa.ArrowException, OSError, ValueError) as error:  # pandas' own are ValueErrors
+        raise BadData(f"{path}: cannot be read as a table ({' '.join(str(error).split())[:300]})") from error
+    if lacking := [name for name in columns if name not in frame.columns]:
+        raise BadData(f"{path}: no column {', '.join(lacking)}; it has {', '.join(map(str, frame.columns))}")
+    for name in columns if len(frame) else ():
+        fits = (
+            is_numeric_dtype(frame[name]) if name in NUMBERS else all(isinstance(value, str) for value in frame[name])
+        )
+        if name in NUMBERS | NAMES and not fits:
+            raise BadData(
+                f"{path}: the column {name} holds other things than {'numbers' if name in NUMBERS else 'names'}"
+            )
+    return frame[list(columns)]
 
 
 def averages(scores: pd.DataFrame, people: People) -> Iterator[tuple[str, str, Statistic]]:

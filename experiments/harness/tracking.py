@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import pandas as pd
 
-from keyanon.errors import BadSetting, MissingPackage
+from keyanon.errors import MissingPackage
+from keyanon.settings import Name, checked
 from keyanon.types import Dataset, Synthetic
 
 SECRET = re.compile(r"key|pass|secret|token|credential|auth|seed|salt|nonce", re.IGNORECASE)
@@ -46,6 +47,7 @@ class Tracker(Protocol):
     ) -> None: ...
 
 
+@checked
 @dataclass(frozen=True)
 class Off:
     """Tracks nothing and imports nothing."""
@@ -56,6 +58,7 @@ class Off:
         return
 
 
+@checked
 @dataclass(frozen=True)
 class Wandb:
     """One wandb run for each run folder, with an id of its signature, so that a resumed run continues it.
@@ -68,12 +71,8 @@ class Wandb:
     """
 
     mode: Literal["online", "offline"]
-    project: str
+    project: Name
     pictures: Pictures | None = None
-
-    def __post_init__(self) -> None:
-        if self.pictures not in (None, *get_args(Pictures)):
-            raise BadSetting(f"wandb.pictures={self.pictures}: expected one of {', '.join(get_args(Pictures))}")
 
     def missing(self) -> str | None:
         """The package, if it is not installed."""

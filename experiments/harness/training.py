@@ -5,27 +5,48 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 from huggingface_hub import load_state_dict_from_file, save_torch_state_dict
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
 from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.errors import BadData
 from keyanon.faces.datasets import Folder, read_list
+from keyanon.settings import Count, Device, Factor, Name, Pixels, Positive, Share, Size, number, refuse, whole
 from keyanon.types import Bytes, Image
 
 log = logging.getLogger(__name__)
 
 LOG_STEPS = 100
+ABSENT = object()
+Number = Annotated[float, number(0, 1e9)]
+# Of the commands that train; what their parts take, these check themselves.
+SETTINGS: Mapping[str, Any] = {
+    "out": Name, "export": Name, "device": Device, "threads": Annotated[int, whole(1, 1024)], "compile": bool, "rounded": bool,
+    "seed": Annotated[int, whole(0, 10**9)], "minutes": Number, "steps": Count, "batch_size": Annotated[int, whole(2, 10**6)],
+    "learning_rate": Annotated[float, number(1e-12, 10)], "warmup_steps": Count, "ema_decay": Share, "save_every_minutes": Number,
+    "kl_weight": Number, "roundtrip_weight": Number, "roundtrip_noise": Number, "weight": Mapping[str, Factor],
+    "begin_with": Name | None, "autoencoder": Name, "data.root": Name, "data.size": Size, "data.heldout": Name,
+    "data.scale": tuple[Positive, Positive], "data.shift": Share, "data.crop": Pixels,
+}  # fmt: skip
+
+
+def check(cfg: DictConfig) -> None:
+    """Raises BadSetting for the first setting that cannot be used."""
+    for name, hint in SETTINGS.items():
+        value = OmegaConf.select(cfg, name, default=ABSENT, throw_on_missing=True)
+        if value is not ABSENT:
+            refuse(name, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value, hint)
 
 
 def load_pictures(root: str, size: int, heldout: str) -> tuple[Bytes, Bytes]:
@@ -34,6 +55,8 @@ def load_pictures(root: str, size: int, heldout: str) -> tuple[Bytes, Bytes]:
     train = [id for id in dataset.ids if id not in excluded]
     with ThreadPoolExecutor() as pool:
         read = [list(pool.map(lambda id: to_bytes(dataset.load(id)), ids)) for ids in (train, sorted(excluded))]
+    if not all(read):
+        raise BadData(f"{root}: {len(read[0])} pictures to train on and {len(read[1])} held out; it takes some of both")
     return torch.stack(read[0]), torch.stack(read[1])
 
 
@@ -96,6 +119,12 @@ class Training:
         partial.rename(folder)
 
     def resume(self, folder: Path) -> None:
+        try:
+            self._resume(folder)
+        except Exception as error:  # loaders raise exceptions of all kinds where a file is damaged or another network's
+            raise BadData(f"{folder}: no state of this training ({error}); remove it to begin anew") from error
+
+    def _resume(self, folder: Path) -> None:
         state: dict[str, Tensor] = {}
         for shard in sorted(folder.glob("*.safetensors")):
             state |= load_state_dict_from_file(shard)

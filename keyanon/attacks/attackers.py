@@ -26,7 +26,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import cast
+from typing import Annotated, cast
 
 import numpy as np
 import torch
@@ -71,6 +71,7 @@ from keyanon.measures.biometrics import (
 from keyanon.measures.gaussianity import MEASURES, generator_of, measure
 from keyanon.measures.scorers import psnr_face
 from keyanon.methods.exact import pixels
+from keyanon.settings import Count, Counts, Positive, Setting, Share, Shares, checked
 from keyanon.types import (
     Image,
     Key,
@@ -88,6 +89,13 @@ from keyanon.types import (
 )
 
 SEEDS = 2**32
+Argon2 = Annotated[
+    Mapping[str, Count],
+    Setting(
+        "iterations, memory (MiB) and lanes, whole numbers from 1 on",
+        lambda one: one.keys() == {"iterations", "memory", "lanes"},
+    ),
+]
 DICTIONARY = 2**30
 PASSWORD = "everyone may know this password"
 HOUR, YEAR = 3600, 365.25 * 86400  # seconds
@@ -116,6 +124,7 @@ def summaries(far: float) -> dict[str, Summary]:
     }
 
 
+@checked
 @dataclass(frozen=True)
 class Linkage:
     """The attacker has two files under independent keys, or a file and a candidate photograph, and no key: do they belong together?
@@ -129,7 +138,7 @@ class Linkage:
     is from 1, in logarithms.
     """
 
-    pictures: int | None
+    pictures: Count | None
 
     def chosen(self, case: Case) -> Sequence[str]:
         return case.people.ids[: self.pictures]
@@ -208,6 +217,7 @@ def by_magnitudes(a: Latent, in_a: Mask, b: Latent, in_b: Mask) -> Floats:
 LIKENESSES = {"layout of |z|": leakage.layout_likeness, "channel norms": by_norms, "sorted |z|": by_magnitudes}
 
 
+@checked
 @dataclass(frozen=True)
 class KnownPlaintext:
     """The attacker has m files with their originals, and wants other files of the same master key.
@@ -217,8 +227,8 @@ class KnownPlaintext:
     no signs: what he draws counts alone, and `ReusedRotations` has the attack that fits them.
     """
 
-    pictures: int | None
-    pairs: Sequence[int]
+    pictures: Count | None
+    pairs: Counts
 
     def split(self, case: Case) -> tuple[list[int], Sequence[str], Sequence[str]]:
         """The numbers of pairs that leave a picture to attack, the pictures that are known, and those that are not."""
@@ -310,6 +320,7 @@ def likeness_to_originals(case: Case, people: People, taken: Taken, view: str) -
         yield people.averaged(view, name, (taken.vectors(view, name) * people.clean[name]).sum(1))
 
 
+@checked
 @dataclass(frozen=True)
 class ReusedRotations:
     """Known plaintext against rotations: m pairs with one mask show Q_c, and so does a channel's encrypted norm its key bytes.
@@ -320,10 +331,10 @@ class ReusedRotations:
     truth, the mean over channels.
     """
 
-    pairs: Sequence[int]
-    targets: int
-    centre: tuple[float, float]
-    axes: tuple[float, float]
+    pairs: Counts
+    targets: Count
+    centre: tuple[Share, Share]
+    axes: tuple[Positive, Positive]
 
     def chosen(self, case: Case) -> Sequence[str]:
         if case.method.transform.secret != "rotation":
@@ -402,6 +413,7 @@ def sent_along(files: Files) -> list[bytes]:
     return [Header.unpack(header).sent for header in files.headers]
 
 
+@checked
 @dataclass(frozen=True)
 class RightSigns:
     """The attacker has a share of the right signs, 0.5 being none: does a recognizer accept what he recovers?
@@ -410,8 +422,8 @@ class RightSigns:
     master key has no neighbours (`Identities` has those that differ in a bit).
     """
 
-    pictures: int | None
-    shares: Sequence[float]
+    pictures: Count | None
+    shares: Shares
 
     def chosen(self, case: Case) -> Sequence[str]:
         has_signs = case.method.transform.secret in ("signs of cells", "signs of frequencies")
@@ -446,6 +458,7 @@ def share_view(share: float) -> str:
     return f"right signs {100 * share:5.1f} %"
 
 
+@checked
 @dataclass(frozen=True)
 class SeedSearch:
     """The attacker has one file with its original, whose key was drawn as the authors do: their 32-bit seeds, tried in turn.
@@ -454,8 +467,8 @@ class SeedSearch:
     is more than the luckiest of 2^32 wrong seeds has.
     """
 
-    pictures: int | None
-    tried: int
+    pictures: Count | None
+    tried: Count
 
     def chosen(self, case: Case) -> Sequence[str]:
         return case.people.ids[: self.pictures] if case.method.transform.secret == "signs of cells" else []
@@ -497,6 +510,7 @@ class SeedSearch:
 SEARCH = "32-bit seed search"
 
 
+@checked
 @dataclass(frozen=True)
 class Identities:
     """The attacker has a recognizer and a clean picture of everyone: whom does he see, with no key or a wrong one?
@@ -506,7 +520,7 @@ class Identities:
     often is no face to a detector (undefined; `BackgroundOnly` goes on there).
     """
 
-    pictures: int | None
+    pictures: Count | None
 
     def chosen(self, case: Case) -> Sequence[str]:
         return case.people.ids[: self.pictures]
@@ -565,6 +579,7 @@ def without_faces(case: Case, victims: Victims) -> Image:
     return leakage.blanked(victims.pictures, pixels(mask, victims.pictures))
 
 
+@checked
 @dataclass(frozen=True)
 class BackgroundOnly:
     """The attacker knows where the face was, sees hair, background and outline, and the mean colour in the face's place.
@@ -572,7 +587,7 @@ class BackgroundOnly:
     Recognizers are shown where the original's face was, as they find none. This is the part of recognition that no key takes away.
     """
 
-    pictures: int | None
+    pictures: Count | None
 
     def chosen(self, case: Case) -> Sequence[str]:
         return case.people.ids[: self.pictures]
@@ -597,6 +612,7 @@ class BackgroundOnly:
 BLANKED = "face blanked, its place known"
 
 
+@checked
 @dataclass(frozen=True)
 class Learned:
     """The attacker trains on pairs of other people, and looks for the right one among clean pictures.
@@ -606,9 +622,9 @@ class Learned:
     that to a stranger, TAR, rank 1. The background is there in all of them.
     """
 
-    pictures: int | None
-    people: int
-    steps: int
+    pictures: Count | None
+    people: Count
+    steps: Count
 
     def chosen(self, case: Case) -> Sequence[str]:
         ids = case.public(self.people)
@@ -730,6 +746,7 @@ def identification(case: Case, people: People, view: str, name: str, probes: Flo
             yield Found(view, name, statistic)
 
 
+@checked
 @dataclass(frozen=True)
 class KeySearch:
     """The attacker tries wrong keys until a recognizer sees a suspect in the picture.
@@ -738,8 +755,8 @@ class KeySearch:
     (`Identities`, fresh face).
     """
 
-    pictures: int
-    guesses: int
+    pictures: Count
+    guesses: Count
 
     def chosen(self, case: Case) -> Sequence[str]:
         return case.people.ids[: self.pictures]
@@ -776,6 +793,7 @@ def best_of(cosines: Floats) -> Floats:
     return np.where(np.isfinite(filled), filled, np.nan)
 
 
+@checked
 @dataclass(frozen=True)
 class NoiseOracle:
     """The attacker tells the right key from a wrong one by statistics of z_T inside the face, without drawing a picture.
@@ -783,8 +801,8 @@ class NoiseOracle:
     An AUC far from 0.5, to either side, verifies guesses: then only the cost of a guess protects passwords.
     """
 
-    pictures: int | None
-    wrong_keys: int
+    pictures: Count | None
+    wrong_keys: Count
 
     def chosen(self, case: Case) -> Sequence[str]:
         return case.people.ids[: self.pictures]
@@ -813,6 +831,7 @@ class NoiseOracle:
             yield Found("right key told by z_T", name, statistic, measure=MEASURES[name])
 
 
+@checked
 @dataclass(frozen=True)
 class Tampering:
     """The attacker changes files on their way to the owner, who has the right key and looks at tags: are they refused?
@@ -821,7 +840,7 @@ class Tampering:
     no tags gets `psnr_face` of the changed pixel.
     """
 
-    pictures: int | None
+    pictures: Count | None
 
     def chosen(self, case: Case) -> Sequence[str]:
         return case.people.ids[: self.pictures]
@@ -869,7 +888,8 @@ CHANGED = "one bit of a pixel"
 TAMPERED = ("nothing changed", CHANGED, "one bit of the header", "the header of another file", "no tag", "no header")
 
 
-def password_dictionary(*, settings: Sequence[Mapping[str, int]], guesses: int) -> Iterator[Found]:
+@checked
+def password_dictionary(*, settings: Sequence[Argon2], guesses: Count) -> Iterator[Found]:
     """Cost of a guess, one after the other, and of 2^30 of them. What does not fit into memory is left out, with a warning."""
     for one in settings:
         name = f"t={one['iterations']}, {one['memory']} MiB, p={one['lanes']}"

@@ -181,6 +181,7 @@ class Case:
         return {(view, name): recognizer.embed(images) for name, recognizer in self.recognizers.items()}
 
 
+@runtime_checkable
 class Attacker(Protocol):
     def chosen(self, case: Case) -> Sequence[str]:
         """The ids of the pictures that it attacks; none where it has nothing to attack in this method."""

@@ -8,17 +8,18 @@ stop them all.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, TypeVar
+from typing import Annotated, ClassVar, TypeVar
 
 import numpy as np
 import torch
 
 from keyanon.channel.headers import FIXED
-from keyanon.channel.keys import MasterKey
+from keyanon.channel.keys import KEY_BYTES, MasterKey
 from keyanon.channel.pixels import jpeg, to_floats
 from keyanon.channel.streams import SIGNS
 from keyanon.context import Context
 from keyanon.errors import BadSetting
+from keyanon.settings import Quality, Setting, Share, Shares, checked, whole
 from keyanon.types import (
     Attack,
     Authenticates,
@@ -31,6 +32,7 @@ from keyanon.types import (
     View,
 )
 
+Qualities = Annotated[Sequence[Quality], Setting("a list of whole numbers from 1 to 100, at least one", len)]
 AnyReversible = TypeVar("AnyReversible", bound=Reversible)
 
 
@@ -42,11 +44,12 @@ def by_view(attacks: Mapping[str, Attack | Mapping[str, Attack]]) -> dict[str, A
     return views
 
 
+@checked
 @dataclass(frozen=True)
 class WrongKey:
     """Recovery with a random, unrelated master key, another one for each picture and `trial`."""
 
-    trial: int = 0
+    trial: Annotated[int, whole(0, 10**9)] = 0
     meaning: ClassVar = View("attacked")
 
     def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
@@ -56,11 +59,12 @@ class WrongKey:
         return without_authentication(method).recover(published, wrong)
 
 
+@checked
 @dataclass(frozen=True)
 class NearKey:
     """Recovery with the nearest wrong master key: one bit of it differs."""
 
-    bit: int = 0
+    bit: Annotated[int, whole(0, 8 * KEY_BYTES - 1)] = 0
     meaning: ClassVar = View("attacked")
 
     def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
@@ -70,6 +74,7 @@ class NearKey:
         return without_authentication(method).recover(published, near)
 
 
+@checked
 @dataclass(frozen=True)
 class PartialKey:
     """Recovery by one who holds the right signs but for a fraction of them, which are wrong (1.0: every sign).
@@ -77,7 +82,7 @@ class PartialKey:
     A method that draws no signs from its key (rotation, permutation, noise flip) is recovered as with the right key.
     """
 
-    wrong: float
+    wrong: Share
 
     @property
     def meaning(self) -> View:
@@ -88,11 +93,13 @@ class PartialKey:
         return without_authentication(method).recover(published, partial)
 
 
-def wrong_signs(share: Sequence[float]) -> dict[str, PartialKey]:
+@checked
+def wrong_signs(share: Shares) -> dict[str, PartialKey]:
     """One view for each share of wrong signs: wrong_signs_0p1, ..., wrong_signs_1."""
     return {f"wrong_signs_{each:g}".replace(".", "p"): PartialKey(each) for each in share}
 
 
+@checked
 @dataclass(frozen=True)
 class NoKey:
     """What one sees who runs the receiver without any key, where that gives anything; else the published picture, which is all
@@ -105,11 +112,12 @@ class NoKey:
         return method.without_key(published) if isinstance(method, RunsWithoutKey) else to_floats(published.images)
 
 
+@checked
 @dataclass(frozen=True)
 class Jpeg:
     """Recovery with the right key from a file that was saved as JPEG on its way."""
 
-    quality: int
+    quality: Quality
 
     @property
     def meaning(self) -> View:
@@ -120,11 +128,15 @@ class Jpeg:
         return without_authentication(method).recover(replace(published, images=damaged), keys)
 
 
-def jpegs(quality: Sequence[int]) -> dict[str, Jpeg]:
+@checked
+def jpegs(
+    quality: Qualities,
+) -> dict[str, Jpeg]:
     """One view for each quality: jpeg50, jpeg75, ..."""
     return {f"jpeg{each}": Jpeg(each) for each in quality}
 
 
+@checked
 @dataclass(frozen=True)
 class FloatChannel:
     """Recovery with the right key from the decoder's unrounded floats, as the authors measure it. No file carries these.

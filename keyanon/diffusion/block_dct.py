@@ -9,12 +9,15 @@ as in DCTdiff (arXiv 2412.15032), whose finding that diffusion models train well
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor
 from torch.nn.functional import conv2d, conv_transpose2d, normalize
 
+from keyanon.errors import BadSetting
+from keyanon.settings import refuse, whole
 from keyanon.types import Image, Latent
 
 BLOCK = 8
@@ -51,6 +54,9 @@ def block_dct_filters(luma: int, chroma: int) -> Tensor:
     return torch.stack([ycc[plane][:, None, None] * torch.outer(dct[i], dct[j]) for plane, (i, j) in kept])
 
 
+Kept = Annotated[int, whole(1, BLOCK**2)]  # coefficients of a block
+
+
 class BlockDCT(ConfigMixin):  # type: ignore[misc]
     """Encoder and decoder of the block-DCT latent; a config file and no weights, as a diffusers scheduler is.
 
@@ -63,11 +69,16 @@ class BlockDCT(ConfigMixin):  # type: ignore[misc]
     config_name = "config.json"
 
     @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(self, luma: int = 10, chroma: int = 3, mean: Sequence[float] = (), std: Sequence[float] = ()) -> None:
+    def __init__(
+        self, luma: Kept = 10, chroma: Kept = 3, mean: Sequence[float] = (), std: Sequence[float] = ()
+    ) -> None:
+        for name, count in (("luma", luma), ("chroma", chroma)):
+            refuse(f"BlockDCT.{name}", count, Kept)
         channels = luma + 2 * chroma
         for name, values in (("mean", mean), ("std", std)):
+            refuse(f"BlockDCT.{name}", values, Sequence[float])
             if len(values) not in (0, channels):
-                raise ValueError(f"BlockDCT: {name} has {len(values)} values for {channels} channels")
+                raise BadSetting(f"BlockDCT: {name} has {len(values)} values for {channels} channels")
         self._filters = block_dct_filters(luma, chroma)
         self._mean = torch.tensor(mean or [0.0] * channels, dtype=torch.float64).view(1, channels, 1, 1)
         self._std = torch.tensor(std or [1.0] * channels, dtype=torch.float64).view(1, channels, 1, 1)

@@ -16,7 +16,6 @@ read off their code, and no conversion of a real one was tried.
 """
 
 import functools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from keyanon.batching import in_chunks
-from keyanon.diffusion.model import BadModel, LatentDiffusion, arithmetic
+from keyanon.diffusion.model import BadModel, LatentDiffusion, arithmetic, config, readable
 from keyanon.errors import BadSetting
+from keyanon.settings import checked
 from keyanon.types import Denoiser, Latent, Mask
 from keyanon.weights import MissingWeights, WrongWeights
 
@@ -37,6 +37,7 @@ FILE = Path("controlnet", "model.safetensors")
 HINT_WIDTH = 16  # channels of the hint's first layer, doubled at each halving of its size
 
 
+@checked
 @dataclass(frozen=True)
 class MaskControl:
     """Denoisers that see the face mask.
@@ -209,9 +210,9 @@ def convert(checkpoint: str | Path, folder: str | Path) -> Path:
 
 def network_of(folder: Path, state: Mapping[str, Tensor], name: str) -> ControlNetwork:
     """The control network of the model in `folder` with these weights; WrongWeights where they are another's."""
-    config = json.loads((folder / "unet" / "config.json").read_text("utf-8"))
     halvings = len({key.split(".")[1] for key in state if key.startswith("hint.")}) - 2
-    network = ControlNetwork(config, max(halvings, 0))
+    with readable(folder / "unet"):
+        network = ControlNetwork(config(folder / "unet" / "config.json"), max(halvings, 0))
     try:
         network.load_state_dict(dict(state))
     except RuntimeError as error:
@@ -221,5 +222,7 @@ def network_of(folder: Path, state: Mapping[str, Tensor], name: str) -> ControlN
 
 @functools.cache
 def _load(folder: Path, device: str, dtype: torch.dtype) -> ControlNetwork:
-    network = network_of(folder, load_file(folder / FILE), str(folder / FILE))
+    with readable(folder / FILE):
+        state = load_file(folder / FILE)
+    network = network_of(folder, state, str(folder / FILE))
     return network.to(device, dtype).eval().requires_grad_(False)

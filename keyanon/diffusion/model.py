@@ -18,7 +18,7 @@ from functools import cached_property
 from importlib.resources import files
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import diffusers
 import torch
@@ -29,9 +29,10 @@ from torch import Tensor
 
 from keyanon.batching import CHUNK, in_chunks
 from keyanon.diffusion.block_dct import BLOCK, BlockDCT
-from keyanon.diffusion.solvers import NoiseSchedule
+from keyanon.diffusion.solvers import DDIM, NoiseSchedule, Solver
 from keyanon.errors import UserError
 from keyanon.finite import finite
+from keyanon.settings import Count, Device, Name, checked, fits, refuse, whole
 from keyanon.types import Image, Latent
 from keyanon.weights import MissingWeights, offline
 
@@ -59,6 +60,7 @@ class BadModel(UserError):
     """A model folder that lacks a part or holds one this project cannot use."""
 
 
+@checked
 @dataclass(frozen=True)
 class LatentDiffusion:
     """An unconditional latent diffusion model; nothing is read until it is first used.
@@ -75,15 +77,15 @@ class LatentDiffusion:
         chunk: pictures at a time on a CPU. Another size rounds differently: sender and receiver should do the same.
     """
 
-    source: str
+    source: Name
     subfolder: str = ""
     noise: Mapping[str, Any] | None = None
     precision: Precision = "fp32"
-    device: str = "cpu"
+    device: Device = "cpu"
     licence: str = "see the model's page"
     revision: str | None = None
     compile: bool = False
-    chunk: int = CHUNK
+    chunk: Count = CHUNK
     evaluations: Counter[int] = field(default_factory=Counter, init=False, repr=False, compare=False)
     """How many pictures the network has seen at each timestep."""
     fits: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -174,8 +176,9 @@ class LatentDiffusion:
             if (self.folder / name / "config.json").is_file():
                 kind = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}.get(self._class_of(name), kind)
                 if kind is BlockDCT:
-                    return BlockDCT.from_config(BlockDCT.load_config(self.folder / name))
-                net = kind.from_pretrained(self.folder / name)
+                    with readable(self.folder / name):
+                        return BlockDCT.from_config(BlockDCT.load_config(self.folder / name))
+                net = loaded(kind, self.folder / name)
                 return net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
         raise BadModel(f"{self.folder}: no autoencoder (expected one of the folders latent, vqvae, vae)")
 
@@ -186,7 +189,7 @@ class LatentDiffusion:
         kind = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}.get(self._class_of("unet"))
         if kind is None:
             raise BadModel(f"{self.folder}/unet: {self._class_of('unet')} is no network this project runs")
-        net = kind.from_pretrained(self.folder / "unet", torch_dtype=self._dtype)
+        net = loaded(kind, self.folder / "unet", torch_dtype=self._dtype)
         net = net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
         return compiled(net) if self.compile else net
 
@@ -201,10 +204,10 @@ class LatentDiffusion:
             raise BadModel(
                 f"{self.source} needs the package transformers: pip install 'keyanon[stable-diffusion]'"
             ) from None
-        tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
-        tokens = tokenizer("", padding="max_length", return_tensors="pt", max_length=tokenizer.model_max_length)
-        encoder = CLIPTextModel.from_pretrained(self.folder / "text_encoder").eval()
-        with torch.no_grad():
+        encoder = loaded(CLIPTextModel, self.folder / "text_encoder").eval()
+        with readable(self.folder / "tokenizer"), torch.no_grad():
+            tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
+            tokens = tokenizer("", padding="max_length", return_tensors="pt", max_length=tokenizer.model_max_length)
             embedding: Tensor = encoder(tokens.input_ids).last_hidden_state
         return embedding.to(self.device, self._dtype)
 
@@ -238,7 +241,7 @@ class LatentDiffusion:
         if self._local() is None:
             return self._message()
         try:
-            _ = self.schedule
+            _ = self.schedule, self.multiple
         except UserError as error:
             return str(error)
         return None
@@ -247,15 +250,13 @@ class LatentDiffusion:
     def multiple(self) -> int:
         """Sides of pictures, in pixels, are multiples of it: the autoencoder divides them, and an unconditional network again."""
         found = (self.folder / name / "config.json" for name in ("latent", "vqvae", "vae"))
-        autoencoder: dict[str, Any] = next(
-            (json.loads(path.read_text("utf-8")) for path in found if path.is_file()), {}
-        )
-        network = json.loads((self.folder / "unet" / "config.json").read_text("utf-8"))
-        halvings = len(autoencoder.get("block_out_channels", ())) - 1
+        autoencoder = next((config(path) for path in found if path.is_file()), {})
+        network = config(self.folder / "unet" / "config.json")
+        halvings = len(widths(autoencoder, self.folder)) - 1
         factor = 2**halvings if halvings >= 0 else BLOCK
         # a conditional network rounds up as it halves, and cuts as it doubles
-        conditional = network["_class_name"] == "UNet2DConditionModel"
-        return factor if conditional else factor * 2 ** (len(network["block_out_channels"]) - 1)
+        conditional = self._class_of("unet") == "UNet2DConditionModel"
+        return factor if conditional else factor * 2 ** (len(widths(network, self.folder)) - 1)
 
     def wrong_size(self, size: int) -> str | None:
         """What a preflight says of pictures of `size` pixels a side that the model cannot take, None if it can."""
@@ -267,6 +268,16 @@ class LatentDiffusion:
             f"pictures of {size} pixels a side: {self.source} takes multiples of {self.multiple}, such as {can}. "
             "Set dataset.size, or the method's own size"
         )
+
+    def wrong_steps(self, solver: Solver) -> str | None:
+        """What a preflight says of a solver whose steps the model's schedule does not have, None where it has them."""
+        if self._local() is None or not isinstance(solver, DDIM):
+            return None
+        try:
+            solver.timesteps(self.schedule)
+        except UserError as error:
+            return str(error)
+        return None
 
     def _local(self) -> Path | None:
         if self.source.startswith("bundled:"):
@@ -301,7 +312,10 @@ class LatentDiffusion:
         )
 
     def _class_of(self, part: str) -> str:
-        name: str = json.loads((self.folder / part / "config.json").read_text())["_class_name"]
+        path = self.folder / part / "config.json"
+        name = config(path).get("_class_name")
+        if not isinstance(name, str):
+            raise BadModel(f"{path}: it names no class (_class_name); it is no model of diffusers")
         return name
 
     @property
@@ -312,7 +326,7 @@ class LatentDiffusion:
     def _scheduler(self) -> Any:
         path = self.folder / "scheduler" / "scheduler_config.json"
         if path.is_file():
-            return scheduler(json.loads(path.read_text("utf-8")), str(path))
+            return scheduler(config(path), str(path))
         if self.noise is None:
             raise BadModel(
                 f"{self.folder}: no folder scheduler, and backbone.noise does not say which noise schedule to use"
@@ -330,8 +344,12 @@ def scheduler(config: Mapping[str, Any], where: str) -> Any:
     What the config leaves out is as the scheduler that it names has it.
     """
     name = config.get("_class_name", "DDIMScheduler")
-    named = getattr(diffusers, name, None)
-    defaults = {} if named is None else {key: value.default for key, value in signature(named).parameters.items()}
+    named = getattr(diffusers, name, None) if isinstance(name, str) else None
+    defaults = (
+        {}
+        if not isinstance(named, type)
+        else {key: value.default for key, value in signature(named).parameters.items()}
+    )
     if not {"beta_schedule", "prediction_type"} <= defaults.keys():
         raise BadModel(f"{where}: {name} has no noise schedule that this project runs; it runs that of DDIMScheduler")
     asked = {key: config.get(key, default) for key, default in defaults.items()}
@@ -341,10 +359,49 @@ def scheduler(config: Mapping[str, Any], where: str) -> Any:
                 f"{where}: {key}={asked[key]}{'' if key in config else f' (by default of {name})'} is not honoured by the solvers "
                 f"here, which have {key}={' or '.join(map(str, can))}. Another value in a copy of the model makes it another one"
             )
+    refuse(f"{where}: num_train_timesteps", asked["num_train_timesteps"], Annotated[int, whole(1, 100_000)])
     try:
         return DDIMScheduler(**{key: value for key, value in asked.items() if key in DDIM_ARGUMENTS})
-    except (NotImplementedError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise BadModel(f"{where}: no noise schedule can be made of it ({error})") from error
+
+
+def config(path: Path) -> dict[str, Any]:
+    """What a model's JSON says; raises BadModel."""
+    with readable(path):
+        read = json.loads(path.read_text("utf-8"))
+    if not isinstance(read, dict):
+        raise BadModel(f"{path}: expected names and values, found {type(read).__name__}")
+    return read
+
+
+def widths(config: Mapping[str, Any], folder: Path) -> list[int]:
+    """The channels of a network's blocks, none of one without; raises BadModel."""
+    found = config.get("block_out_channels", [])
+    if not fits(list[Annotated[int, whole(1, 10**5)]], found) or len(found) > 16:
+        raise BadModel(f"{folder}: block_out_channels={found!r:.99}: expected at most 16 whole numbers from 1 on")
+    return list(found)
+
+
+def loaded(kind: Any, folder: Path, **settings: Any) -> Any:
+    """A network of diffusers or transformers with all its weights; raises BadModel where the folder's files do not give that."""
+    with readable(folder):
+        net, about = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True, **settings)
+    # which they would draw at random, with no more than a warning
+    if missing := sorted(about["missing_keys"]):
+        raise BadModel(f"{folder}: {len(missing)} of the network's weights are not in its file, such as {missing[0]}")
+    return net
+
+
+@contextmanager
+def readable(place: Path) -> Iterator[None]:
+    """Loaders of other packages raise all kinds of exceptions where a model's files are damaged, or none of theirs: BadModel."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise BadModel(f"{place}: cannot be read as part of a model ({' '.join(str(error).split())[:300]})") from error
 
 
 def assets() -> Path:

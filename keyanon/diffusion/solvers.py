@@ -28,7 +28,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -36,6 +36,7 @@ from torch import Tensor
 
 from keyanon.errors import BadSetting
 from keyanon.finite import within
+from keyanon.settings import Count, Setting, checked, whole
 from keyanon.types import Denoiser, Latent, Mask
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ ALL = slice(None)
 KARRAS_RHO = 7.0  # arXiv 2206.00364, table 1
 
 
+@checked
 @dataclass(frozen=True)
 class NoiseSchedule:
     """abar_t for t = 0 .. T-1 (signal variance left at t), abar of the clean level, and the first timestep of a grid."""
@@ -59,10 +61,10 @@ class NoiseSchedule:
 
         BadSetting where no signal is left at some timestep: each step divides by it.
         """
-        abar = tuple(scheduler.alphas_cumprod.double().tolist())
-        if not all(0 < value <= 1 for value in abar):
+        abar = tuple(scheduler.alphas_cumprod.double().view(-1).tolist())
+        if not abar or not all(0 < value <= 1 for value in abar):
             raise BadSetting(
-                f"noise schedule: the signal variance has to be in (0, 1]; it is {min(abar)} to {max(abar)}"
+                f"noise schedule: the signal variance has to be in (0, 1]; it is {min(abar, default=0)} to {max(abar, default=0)}"
             )
         clean = 1.0 if scheduler.config.set_alpha_to_one else abar[0]
         return cls(abar, clean, scheduler.config.steps_offset)
@@ -142,6 +144,7 @@ class Solver(Protocol):
     def sample(self, eps: Denoiser, schedule: NoiseSchedule, zT: Latent, known: Known | None = None) -> Latent: ...
 
 
+@checked
 @dataclass(frozen=True)
 class DDIM:
     """N steps of DDIM, inverted as the paper does or exactly.
@@ -156,22 +159,11 @@ class DDIM:
         memory: differences of earlier iterates that Anderson's method combines.
     """
 
-    steps: int = 50
+    steps: Count = 50
     spacing: Literal["leading", "karras"] = "leading"
-    tolerance: float | None = None
-    max_evaluations: int = 60
-    memory: int = 8
-
-    def __post_init__(self) -> None:
-        for name, value in (("steps", self.steps), ("max_evaluations", self.max_evaluations), ("memory", self.memory)):
-            if type(value) is not int or value < 1:
-                raise BadSetting(f"solver.{name}={value!r}: a whole number from 1 on")
-        if self.spacing not in ("leading", "karras"):
-            raise BadSetting(f"solver.spacing={self.spacing!r} is none of leading, karras")
-        if self.tolerance is not None and not (isinstance(self.tolerance, int | float) and 0 < self.tolerance < 1):
-            raise BadSetting(
-                f"solver.tolerance={self.tolerance!r}: a number between 0 and 1, or null for naive inversion"
-            )
+    tolerance: Annotated[float, Setting("a number between 0 and 1", lambda value: 0 < value < 1)] | None = None
+    max_evaluations: Count = 60
+    memory: Annotated[int, whole(1, 1000)] = 8
 
     def timesteps(self, schedule: NoiseSchedule) -> list[int]:
         """t_1 .. t_N, ascending; raises BadSetting where the schedule has no such."""

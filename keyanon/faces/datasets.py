@@ -23,15 +23,17 @@ from keyanon.errors import BadData, BadPicture, BadSetting, MissingData
 from keyanon.faces.alignment import align
 from keyanon.faces.detection import MtcnnDetector
 from keyanon.faces.layouts import CELEBAHQ, FFHQ_LAYOUTS, LFW_LAYOUT, SUFFIXES, Member, members, passed_over, person
+from keyanon.settings import Crop, Name, Names, Size, checked
 from keyanon.types import Dataset, ListsFolder, Picture, Source, Synthetic
 from keyanon.weights import Package
 
 LISTS = Path(__file__).with_name("lists")
+MOST = 10**7  # ids in a span of a list
 DARKEST = 2 / 255  # light that a gain can still turn white; a black picture stays black
 SMALLEST = 16  # pixels: a picture with a shorter side shows no face
-Crop = Sequence[float]  # left, top, right, bottom as fractions of the picture's width and height
 
 
+@checked
 @dataclass(frozen=True)
 class CelebAHQ:
     """CelebA-HQ, 1024 px, as CelebAMask-HQ has it (CelebA-HQ-img/0.jpg to 29999.jpg), or flat: N.jpg or N.png.
@@ -41,8 +43,8 @@ class CelebAHQ:
     """
 
     root: str | None
-    size: int = 256
-    list: str = "celebahq"
+    size: Size = 256
+    list: Name = "celebahq"
     crop: Crop | None = None
 
     @cached_property
@@ -68,6 +70,7 @@ class CelebAHQ:
         return prepare(opened(source), source.path, self.size, self.crop)
 
 
+@checked
 @dataclass(frozen=True)
 class FFHQ:
     """FFHQ in its official folders of 1000, images1024x1024/00000/00000.png or thumbnails128x128/..., or flat.
@@ -76,9 +79,9 @@ class FFHQ:
     """
 
     root: str | None
-    size: int = 256
+    size: Size = 256
     version: Literal["images1024x1024", "thumbnails128x128"] = "images1024x1024"
-    list: str = "ffhq"
+    list: Name = "ffhq"
     crop: Crop | None = None
 
     @cached_property
@@ -104,6 +107,7 @@ class FFHQ:
         return prepare(opened(source), source.path, self.size, self.crop)
 
 
+@checked
 @dataclass(frozen=True)
 class LFW:
     """Labeled Faces in the Wild, 250 px, Person/Person_0001.jpg, in the pairs of its official files.
@@ -123,15 +127,13 @@ class LFW:
     """
 
     root: str | None
-    size: int = 256
-    pairs: Sequence[str] = ("pairsDevTrain.txt", "pairsDevTest.txt")
+    size: Size = 256
+    pairs: Names = ("pairsDevTrain.txt", "pairsDevTest.txt")
     mismatches: bool = False
     transform: Literal["authors", "lanczos"] = "authors"
     crop: Crop | None = None
 
     def __post_init__(self) -> None:
-        if self.transform not in ("authors", "lanczos"):
-            raise BadSetting(f"dataset.transform is 'authors' or 'lanczos', not {self.transform!r}")
         if self.transform == "authors" and self.crop is not None:
             raise BadSetting("the authors' transform has a crop of its own; take transform=lanczos with crop")
 
@@ -173,6 +175,7 @@ class LFW:
         return from_pil(cropped.resize((self.size, self.size), bilinear))
 
 
+@checked
 @dataclass(frozen=True)
 class PairsFolder:
     """Two pictures of each person, Person_Name_0001.webp: the first by name is in the gallery, the second anonymized.
@@ -181,8 +184,8 @@ class PairsFolder:
     """
 
     root: str | None
-    size: int = 256
-    list: str | None = None
+    size: Size = 256
+    list: Name | None = None
     crop: Crop | None = None
 
     @cached_property
@@ -227,13 +230,14 @@ class PairsFolder:
         return [(min(ids), max(ids)) for _, ids in sorted(pictures.items())]
 
 
+@checked
 @dataclass(frozen=True)
 class Folder:
     """A folder of pictures or of tar files, or a tar file; ids are file names without suffix, sorted unless listed."""
 
     root: str | None
-    size: int = 256
-    list: str | None = None
+    size: Size = 256
+    list: Name | None = None
     crop: Crop | None = None
     synthetic: bool = False  # nobody on the pictures is real
 
@@ -269,6 +273,7 @@ class Folder:
         return members(self.root)
 
 
+@checked
 @dataclass(frozen=True)
 class Overexposed:
     """The pictures of a dataset as a camera gives them that exposes for the shadows: clip(g (x + 1) - 1), with a gain g for each.
@@ -330,11 +335,13 @@ def made_overexposed(dataset: Callable[..., Dataset], white: float, **settings: 
     return Overexposed(dataset(**settings), white)
 
 
-def bundled_faces(size: int = 128) -> Folder:
+@checked
+def bundled_faces(size: Size = 128) -> Folder:
     """256 synthetic faces that the bundled model drew and this package ships (experiments/faces.py); nobody's pictures."""
     return Folder(str(Path(__file__).parents[1] / "assets" / "faces"), size, synthetic=True)
 
 
+@checked
 @dataclass(frozen=True)
 class InstalledPhotographs:
     """Nine faces of real people, on the photographs (`PHOTOGRAPHS`) that packages keyanon depends on ship.
@@ -343,7 +350,7 @@ class InstalledPhotographs:
     part of this repository, and the photographs remain their owners': publish no picture made of them without asking.
     """
 
-    size: int = 128
+    size: Size = 128
 
     @cached_property
     def ids(self) -> Sequence[str]:
@@ -408,8 +415,10 @@ def read_list(name: str) -> tuple[str, ...]:
     ids: list[str] = []
     for line in text_lines(path):
         entry = line.partition("#")[0].strip()
-        if span := re.fullmatch(r"(\d+)\.\.(\d+)", entry):
+        if span := re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", entry):
             first, last = span.groups()
+            if int(last) - int(first) > MOST:
+                raise BadData(f"{path}: {entry} stands for more than {MOST} ids")
             ids += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
         elif entry:
             suffix = PurePosixPath(entry).suffix
@@ -436,12 +445,16 @@ def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(text_lines(path), 1):
         fields = [field for field in re.split(r"[\t, ]+", line.strip()) if field]
         match fields:
-            case [name, i, j] if i.isdecimal() and j.isdecimal():
+            case [name, i, j] if is_number(i) and is_number(j):
                 yield lfw_id(name, i), lfw_id(name, j)
-            case [first, i, second, j] if i.isdecimal() and j.isdecimal():
+            case [first, i, second, j] if is_number(i) and is_number(j):
                 yield lfw_id(first, i), lfw_id(second, j)
-            case [*counts] if number > 1 and not all(count.isdecimal() for count in counts):
+            case [*counts] if number > 1 and not all(map(is_number, counts)):
                 raise BadData(f"{path}, line {number}: {line!r} is no pair (name i j, or name i name j)")
+
+
+def is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10
 
 
 def lfw_id(name: str, number: str) -> str:
@@ -458,10 +471,8 @@ def prepare(picture: PIL.Image.Image, path: Path, size: int, crop: Crop | None) 
 
 
 def pixels(crop: Crop, width: int, height: int) -> tuple[int, int, int, int]:
-    """A crop in pixels, to the nearest; BadSetting where it is not inside the picture."""
+    """A crop in pixels, to the nearest."""
     left, top, right, bottom = crop
-    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-        raise BadSetting(f"dataset.crop is left, top, right, bottom as fractions of the picture, not {list(crop)}")
     return round(left * width), round(top * height), round(right * width), round(bottom * height)
 
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import PIL.Image
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from keyanon.channel.pixels import to_bytes
 from keyanon.errors import MissingPackage
+from keyanon.settings import Factor, checked, number
 from keyanon.types import Image
 from keyanon.weights import Card, named, resolve
 
@@ -52,6 +53,7 @@ class FindsAll(Detector, Protocol):
         ...
 
 
+@checked
 @dataclass(frozen=True)
 class MtcnnDetector:
     """facenet-pytorch's MTCNN with its own weights and thresholds (0.6, 0.7, 0.7; faces of 20 px or more).
@@ -68,7 +70,7 @@ class MtcnnDetector:
     """
 
     select: Literal["center_weighted_size", "largest"] = "center_weighted_size"
-    padding: float = 0.25
+    padding: Annotated[float, number(0, 4)] = 0.25
 
     def detect(self, images: Image) -> list[Detection | None]:
         return [first(faces) for faces in self.faces(images)]
@@ -104,6 +106,7 @@ class MtcnnDetector:
         return MTCNN(keep_all=True).eval()
 
 
+@checked
 @dataclass(frozen=True)
 class DlibDetector:
     """dlib's frontal face detector (HOG, threshold 0, 80 px or more) with its 68 landmarks; the largest face comes first.
@@ -148,6 +151,7 @@ class DlibDetector:
         return import_dlib().shape_predictor(str(resolve(named("dlib_landmarks68"), self.weights)))
 
 
+@checked
 @dataclass(frozen=True)
 class DlibCnnDetector:
     """dlib's convolutional detector (max-margin): boxes without landmarks, the surest first.
@@ -156,7 +160,7 @@ class DlibCnnDetector:
     the other two, which find the faces to treat. `threshold` is the confidence from which a box counts; dlib's own is 0.
     """
 
-    threshold: float = 0.0
+    threshold: Factor = 0.0
     weights: str | None = None
 
     def detect(self, images: Image) -> list[Detection | None]:

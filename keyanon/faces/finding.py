@@ -14,7 +14,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from keyanon.channel.pixels import to_bytes
-from keyanon.errors import BadSetting
 from keyanon.faces.detection import Detection, DlibDetector, FindsAll, MtcnnDetector, Points, area, overlap
+from keyanon.settings import checked
 from keyanon.types import Image
 from keyanon.weights import Card
 
@@ -53,6 +53,7 @@ class Face:
         return self.any.box
 
 
+@checked
 @dataclass(frozen=True)
 class Finder:
     """Finds the faces of a picture, and chooses. See the module."""
@@ -61,10 +62,6 @@ class Finder:
     mtcnn: FindsAll = field(default_factory=MtcnnDetector)
     unpadded: FindsAll = field(default_factory=lambda: MtcnnDetector(padding=0.0))
     dlib: FindsAll = field(default_factory=DlibDetector)
-
-    def __post_init__(self) -> None:
-        if self.choice not in get_args(Choice):
-            raise BadSetting(f"faces={self.choice!r} is none of {', '.join(get_args(Choice))}")
 
     def cards(self) -> tuple[Card, ...]:
         return (*self.mtcnn.cards(), *self.unpadded.cards(), *self.dlib.cards())

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from keyanon.weights import WrongWeights
+
 
 def open_onnx(path: Path, device: torch.device) -> Any:
     """An onnxruntime session on a device's execution provider, with as many CPU threads as PyTorch has.
 
-    Warns where onnxruntime does not have that provider.
+    Warns where onnxruntime does not have that provider; raises WrongWeights where the file is no network.
     """
     return _open(path, device, torch.get_num_threads())
 
@@ -27,7 +29,12 @@ def _open(path: Path, device: torch.device, threads: int) -> Any:
     options = [{} if name == fallback else card for name in providers]
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(path), settings, providers=providers, provider_options=options)
+    try:
+        session = onnxruntime.InferenceSession(str(path), settings, providers=providers, provider_options=options)
+    except Exception as error:  # of onnxruntime's own kinds, which have no class in common
+        raise WrongWeights(
+            f"{path}: cannot be read as a network in ONNX ({' '.join(str(error).split())[:300]})"
+        ) from error
     if wanted not in session.get_providers():
         warnings.warn(
             f"{path.name} runs on {', '.join(session.get_providers())}: this onnxruntime has no working {wanted} "

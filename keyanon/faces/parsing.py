@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from keyanon.channel.pixels import to_bytes
-from keyanon.errors import BadData, BadSetting
+from keyanon.errors import BadData
 from keyanon.faces.detection import Points
 from keyanon.faces.finding import Finder, digest
 from keyanon.faces.onnx import open_onnx
 from keyanon.finite import finite, within
+from keyanon.settings import Factor, Positive, checked, number
 from keyanon.types import Image, Mask
 from keyanon.weights import Card, named, resolve
 
@@ -51,6 +52,7 @@ IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 IMAGENET_DEVIATION = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
+@checked
 @dataclass(frozen=True)
 class BiSeNetParser:
     """The authors' parser: BiSeNet (ResNet-34) at 512 px in ONNX, the classes of `region`, brought to size by `reduce`.
@@ -65,9 +67,6 @@ class BiSeNetParser:
     card: str | Card = "bisenet"
     weights: str | None = None
     finder: Finder = field(default_factory=Finder)
-
-    def __post_init__(self) -> None:
-        check_arguments(self.region, self.reduce)
 
     def cards(self) -> tuple[Card, ...]:
         return (named(self.card), *self.finder.cards())
@@ -93,6 +92,7 @@ class BiSeNetParser:
         return resolve(named(self.card), self.weights)
 
 
+@checked
 @dataclass(frozen=True)
 class SegFormerParser:
     """SegFormer (MiT-B5) at 512 px; its classes are found by name in its config, because their order is its own.
@@ -105,9 +105,6 @@ class SegFormerParser:
     card: str | Card = "segformer"
     weights: str | None = None
     finder: Finder = field(default_factory=Finder)
-
-    def __post_init__(self) -> None:
-        check_arguments(self.region, self.reduce)
 
     def cards(self) -> tuple[Card, ...]:
         return (named(self.card), *self.finder.cards())
@@ -137,6 +134,7 @@ class SegFormerParser:
         ).eval()
 
 
+@checked
 @dataclass(frozen=True)
 class LandmarkParser:
     """Faces from dlib's 68 landmarks: jaw to brows, and a forehead above them.
@@ -149,12 +147,9 @@ class LandmarkParser:
     its box. But a picture of which dlib finds no face at all, though they are large enough for it, has none for this parser either.
     """
 
-    forehead: float = 0.4
+    forehead: Annotated[float, number(0, 4)] = 0.4
     reduce: Reduction = "bilinear>0"
     finder: Finder = field(default_factory=Finder)
-
-    def __post_init__(self) -> None:
-        check_arguments("tight", self.reduce)
 
     def cards(self) -> tuple[Card, ...]:
         return self.finder.cards()
@@ -176,6 +171,7 @@ class LandmarkParser:
         return torch.from_numpy(mask)[None, None].to(image.device)
 
 
+@checked
 @dataclass(frozen=True)
 class EllipseParser:
     """No parser at all: the same ellipse on every picture, seen or not. For aligned crops such as faces128, and tests.
@@ -184,12 +180,9 @@ class EllipseParser:
     mask of 296 UTKFace crops (intersection over union 0.85 with it); forehead and hair above the brows are within.
     """
 
-    centre: tuple[float, float] = (0.5, 0.4)
-    axes: tuple[float, float] = (0.44, 0.6)
+    centre: tuple[Factor, Factor] = (0.5, 0.4)
+    axes: tuple[Positive, Positive] = (0.44, 0.6)
     reduce: Reduction = "bilinear>0"
-
-    def __post_init__(self) -> None:
-        check_arguments("tight", self.reduce)
 
     def cards(self) -> tuple[Card, ...]:
         return ()
@@ -298,9 +291,3 @@ def imagenet512(images: Image) -> Tensor:
     unit = to_bytes(images).float() / 255
     large = interpolate(unit, (512, 512), mode="bilinear", align_corners=False, antialias=True)
     return (large - IMAGENET_MEAN.to(large)) / IMAGENET_DEVIATION.to(large)
-
-
-def check_arguments(region: str, reduce: str) -> None:
-    for given, known in ((region, get_args(Region)), (reduce, get_args(Reduction))):
-        if given not in known:
-            raise BadSetting(f"{given!r} is none of {', '.join(known)}")

@@ -35,10 +35,12 @@ from keyanon.faces.detection import (
 from keyanon.faces.finding import Finder
 from keyanon.faces.onnx import open_onnx
 from keyanon.finite import finite, within
+from keyanon.settings import checked
 from keyanon.types import Embeddings, Image, Recognizer
 from keyanon.weights import Card, named, resolve
 
 
+@checked
 @dataclass(frozen=True)
 class FaceNet:
     """FaceNet (Inception-ResNet v1) of facenet-pytorch, 512 numbers: the face's box, margin 14, 160 px, not aligned.
@@ -79,6 +81,7 @@ class FaceNet:
         return model.eval().requires_grad_(False)
 
 
+@checked
 @dataclass(frozen=True)
 class ArcFaceOnnx:
     """Any ArcFace-family network in ONNX: five points onto the 112 px template, (x / 255 - 0.5) / 0.5, RGB.
@@ -111,6 +114,7 @@ class ArcFaceOnnx:
         return resolve(named(self.card), self.weights)
 
 
+@checked
 @dataclass(frozen=True)
 class DlibResNet:
     """dlib's face recognition network, 128 numbers, from its 150 px chip aligned by 68 landmarks.

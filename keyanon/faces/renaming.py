@@ -9,29 +9,28 @@ FOLDER/HASH.csv says which id is which name, so that the owner finds a picture a
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from keyanon.channel.keys import BadKey, MasterKey, read_key, write_new_key
 from keyanon.channel.whole import write_first, write_whole
 from keyanon.context import Context
-from keyanon.errors import BadPicture, BadSetting
+from keyanon.errors import BadPicture
+from keyanon.settings import Name, Setting, checked
 from keyanon.sheets import csv_text
 from keyanon.types import Benchmark, Dataset, ListsFolder, Picture, Source, Synthetic
 
+Kind = Annotated[
+    Callable[..., Dataset], Setting("a class of datasets", lambda given: isinstance(given, partial | type))
+]
 ID_BYTES = 10  # among a million pictures two share an id with probability 4e-13
 
 
-def opened(dataset: Callable[..., Dataset], rename: str | None, names: str, **settings: Any) -> Dataset:
-    """A dataset made with `settings`, under its own names or renamed; `names` is the private folder of key and names.
-
-    Raises:
-        BadSetting: `rename` is neither None nor "hash".
-    """
-    if rename not in (None, "hash"):
-        raise BadSetting(f"dataset.rename={rename}: expected hash, or null for the pictures' own names")
+@checked
+def opened(dataset: Kind, rename: Literal["hash"] | None, names: Name, **settings: Any) -> Dataset:
+    """A dataset made with `settings`, under its own names or renamed; `names` is the private folder of key and names."""
     made = dataset(**settings)
     return made if rename is None else Renamed(made, Path(names))
 

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from keyanon.faces.detection import Detector
+from keyanon.settings import Name, checked
 from keyanon.types import Image, Mask, Measure, Scorer, Scores, declared, declares
 from keyanon.weights import Card, missing, named, resolve
 
@@ -59,6 +60,7 @@ def ssim_face(view: Image, original: Image, face: Mask) -> Scores:
     return _mean_where(face, _ssim_map(view, original))
 
 
+@checked
 @dataclass(frozen=True)
 class Against:
     """A scorer that compares with another view of the same picture instead of with the original.
@@ -66,7 +68,7 @@ class Against:
     Against `reconstructed`, D(E(x)), it tells what recovery loses from what the autoencoder loses.
     """
 
-    view: str
+    view: Name
     scorer: Scorer
 
     @property
@@ -85,6 +87,7 @@ def mae(view: Image, original: Image, face: Mask) -> Scores:
     return (view - original).abs().mean(dim=(1, 2, 3))
 
 
+@checked
 @dataclass(frozen=True)
 class LPIPS:
     """Learned perceptual distance over the whole picture, from 0 (equal), rarely above 1; lower is more alike.
@@ -107,6 +110,7 @@ class LPIPS:
         return distances.flatten()
 
 
+@checked
 @dataclass(frozen=True)
 class Detected:
     """1 where `detector` finds a face on the view, else 0; the mean is the detection rate, higher is better."""

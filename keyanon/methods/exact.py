@@ -42,6 +42,7 @@ from keyanon.methods import residuals
 from keyanon.methods.refinement import Refinement
 from keyanon.methods.seams import Seam
 from keyanon.methods.transforms import Unchanged
+from keyanon.settings import Count, Factor, Positive, checked
 from keyanon.types import About, FaceParser, Image, Key, Latent, Mask, Measure, Published, Transform
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ FILL_POOLS = (
 )  # pixels: the fill takes the mean over the smallest neighbourhood that holds background
 
 
+@checked
 @dataclass(frozen=True)
 class Exact:
     """The keyed method with a loop that closes.
@@ -84,10 +86,10 @@ class Exact:
     transform: Transform
     refinement: Refinement | None
     seam: Seam | None = None
-    residual: float | None = None
+    residual: Positive | None = None
     background: Literal["scaled", "noised"] = "scaled"
-    floor: float | None = 40.0
-    attempts: int = 3
+    floor: Factor | None = 40.0
+    attempts: Count = 3
     nonces: Nonces = nonce_for
     authenticate: bool = True
     senders: ClassVar = ("parser",)  # the mask is in the header
@@ -106,8 +108,8 @@ class Exact:
         )
 
     def wrong_size(self, size: int) -> str | None:
-        """What a preflight says of a size that the model cannot take."""
-        return self.backbone.wrong_size(size)
+        """What a preflight says of a size, or of steps, that the model cannot take."""
+        return self.backbone.wrong_size(size) or self.backbone.wrong_steps(self.solver)
 
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Published pictures of `images`, which count as their nearest bytes.

@@ -25,7 +25,7 @@ coefficients that J rounds the wrong way to their other neighbour; each picture 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -37,6 +37,7 @@ from keyanon.channel.pixels import jpeg, to_bytes, to_floats
 from keyanon.diffusion.block_dct import BLOCK, BlockDCT
 from keyanon.diffusion.solvers import expand
 from keyanon.errors import BadSetting
+from keyanon.settings import Quality, checked, number, whole
 from keyanon.types import Bytes, Image, Latent, Mask, Scores
 
 Values = Float[Tensor, "..."]  # of pictures, or of single levels
@@ -73,6 +74,7 @@ class Coder(Protocol):
     def decode(self, latents: Latent, quantize: bool = True) -> Image: ...
 
 
+@checked
 @dataclass(frozen=True)
 class ToneCurve:
     """What bytes stand for inside the face: more than [-1, 1], so that little of D(z*) is clipped.
@@ -112,6 +114,7 @@ class ToneCurve:
         return torch.where(free, self.expand(usual), usual)
 
 
+@checked
 @dataclass(frozen=True)
 class Refinement:
     """Finds the published picture for a latent.
@@ -124,10 +127,10 @@ class Refinement:
     """
 
     tone: ToneCurve = ToneCurve()
-    pull: float = 0.01
-    descent: int = 40
-    rounding: int = 30
-    jpeg: int | None = None
+    pull: Annotated[float, number(0, 1000)] = 0.01
+    descent: Annotated[int, whole(0, 10**6)] = 40
+    rounding: Annotated[int, whole(0, 10**6)] = 30
+    jpeg: Quality | None = None
     senders: ClassVar = ("pull", "descent", "rounding", "jpeg")  # the receiver reads bytes by the tone curve alone
 
     def __call__(self, backbone: Coder, target: Latent, start: Image, added: Image, free: Mask, cells: Mask) -> Bytes:

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from keyanon.channel.headers import BadHeader
+from keyanon.settings import Positive, checked
 from keyanon.types import Image, Mask
 
 LEVEL = 1 / 64  # of a jump, on the pictures' scale: a byte holds -2 .. 2
@@ -27,6 +28,7 @@ FADE = 0.3
 SIDES = ((0, 1), (0, -1), (1, 0), (-1, 0))
 
 
+@checked
 @dataclass(frozen=True)
 class Seam:
     """Softens the border of the face.
@@ -35,7 +37,7 @@ class Seam:
         reach: of c into the face, in cells.
     """
 
-    reach: float = 1.0
+    reach: Positive = 1.0
 
     def jumps(self, images: Image, decoded: Image, mask: Mask) -> list[bytes]:
         """d for each picture: 3 bytes an edge, edges in the order of `edges`; `images` outside, `decoded` inside."""

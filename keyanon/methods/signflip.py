@@ -27,9 +27,11 @@ from keyanon.diffusion.solvers import Known, Solver
 from keyanon.errors import BadSetting
 from keyanon.finite import finite
 from keyanon.methods.transforms import Involution, SignFlipping, Unchanged
+from keyanon.settings import checked
 from keyanon.types import About, Denoiser, FaceParser, Image, Key, Latent, Mask, Published, Transform
 
 
+@checked
 @dataclass(frozen=True)
 class SignFlip:
     """The method as the authors' code runs it; every choice they made is an argument.
@@ -74,8 +76,8 @@ class SignFlip:
         return self.control.lacking(self.backbone) if self.control is not None else None
 
     def wrong_size(self, size: int) -> str | None:
-        """What a preflight says of a size that the model cannot take."""
-        return self.backbone.wrong_size(size)
+        """What a preflight says of a size, or of steps, that the model cannot take."""
+        return self.backbone.wrong_size(size) or self.backbone.wrong_steps(self.solver)
 
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Published pictures of `images` under one key each."""

@@ -38,7 +38,7 @@ from torch import Tensor
 from keyanon.channel.headers import BadHeader
 from keyanon.channel.streams import ciphered, normals, signs
 from keyanon.context import Context
-from keyanon.errors import BadSetting
+from keyanon.settings import Share, checked
 from keyanon.types import Key, Latent, Mask, Secret
 
 # log r over channels of inverted photographs: LOG_NORM plus LOG_NORM_SCALE times a number of Student's t, 4 degrees of freedom.
@@ -47,6 +47,7 @@ CODE_BYTES = 6
 SILENT_SCALE, SILENT_BYTES = 0.085, 3  # of header version 2, which took it for logistic
 
 
+@checked
 @dataclass(frozen=True)
 class SignFlipping:
     """The paper's, its own inverse.
@@ -69,6 +70,7 @@ class SignFlipping:
         return self.apply(zT, mask, keys, contexts)[0]
 
 
+@checked
 @dataclass(frozen=True)
 class NoiseFlipping:
     """DiffStega's noise flip: each number is negated with the chance `share`, by the key; its own inverse.
@@ -76,12 +78,8 @@ class NoiseFlipping:
     Leaks |z| as the sign flip does, and with the share 0.05 of their code 19 signs of 20: without any key z' = z but for these.
     """
 
-    share: float = 0.05
+    share: Share = 0.05
     secret: ClassVar[Secret] = "flips of cells"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise BadSetting(f"anonymizer.transform.share is a share of the noise, 0 to 1, not {self.share}")
 
     def apply(
         self, zT: Latent, mask: Mask, keys: Sequence[Key], contexts: Sequence[Context]
@@ -96,6 +94,7 @@ class NoiseFlipping:
         return self.apply(zT, mask, keys, contexts)[0]
 
 
+@checked
 @dataclass(frozen=True)
 class Unchanged:
     """No transform: all that one without a key can undo."""
@@ -113,6 +112,7 @@ class Unchanged:
         return zT
 
 
+@checked
 @dataclass(frozen=True)
 class Permutation:
     """The cells of the face in a keyed order, another one in each channel.
@@ -143,6 +143,7 @@ class Permutation:
         return out
 
 
+@checked
 @dataclass(frozen=True)
 class DctSignFlipping:
     """Signs of the orthonormal DCT (type II) of each channel's face, its cells taken row by row; its own inverse.
@@ -174,6 +175,7 @@ class DctSignFlipping:
 Involution = SignFlipping | NoiseFlipping | DctSignFlipping | Unchanged  # their own inverses, which send nothing along
 
 
+@checked
 @dataclass(frozen=True)
 class BandRotation:
     """A rotation of each channel's face, with its norm taken out and sent encrypted.

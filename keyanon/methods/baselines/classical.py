@@ -8,7 +8,7 @@ and nothing comes back. A picture without a face stays as it is.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,9 +20,9 @@ from torch.nn.functional import avg_pool2d, pad
 from torchvision.transforms.functional import gaussian_blur
 
 from keyanon.channel.pixels import to_bytes, to_floats
-from keyanon.errors import BadSetting
 from keyanon.faces.finding import Finder, shares
 from keyanon.faces.parsing import reduce_mask
+from keyanon.settings import Pixels, Positive, Share, checked, number
 from keyanon.types import About, FaceParser, Image, Key, Mask, Picture, Published
 from keyanon.weights import Card
 
@@ -34,6 +34,7 @@ class Filter(Protocol):
         ...
 
 
+@checked
 @dataclass(frozen=True)
 class Obfuscation:
     """A filter on the face.
@@ -62,13 +63,14 @@ class Obfuscation:
 
 
 # Filters. Sizes are in pixels of a picture whose shorter side is `at`, and scale with the picture.
+@checked
 @dataclass(frozen=True)
 class GaussianBlur:
     """The defaults are PRO-Face S's at test time (https://github.com/lixionga/ProFace): sigma the middle of its 9 to 21."""
 
-    kernel: int = 61
-    sigma: float = 15.0
-    at: int = 256
+    kernel: Pixels = 61
+    sigma: Positive = 15.0
+    at: Pixels = 256
 
     def __call__(self, images: Image, face: Mask) -> Image:
         scale = min(images.shape[-2:]) / self.at
@@ -76,12 +78,13 @@ class GaussianBlur:
         return blurred
 
 
+@checked
 @dataclass(frozen=True)
 class Median:
     """The median of the square of `size` pixels around each, in each channel; cut off at the picture's border."""
 
-    size: int = 23
-    at: int = 256
+    size: Pixels = 23
+    at: Pixels = 256
 
     def __call__(self, images: Image, face: Mask) -> Image:
         size = odd(self.size, min(images.shape[-2:]) / self.at)
@@ -90,12 +93,13 @@ class Median:
         return to_floats(torch.from_numpy(filtered).view(images.shape)).to(images)
 
 
+@checked
 @dataclass(frozen=True)
 class Pixelate:
     """The mean of each square of `block` pixels, counted from the upper left corner; `at` None does not scale with the picture."""
 
-    block: int = 20
-    at: int | None = 256
+    block: Pixels = 20
+    at: Pixels | None = 256
 
     def __call__(self, images: Image, face: Mask) -> Image:
         height, width = images.shape[-2:]
@@ -104,6 +108,7 @@ class Pixelate:
         return means.repeat_interleave(block, 2).repeat_interleave(block, 3)[..., :height, :width]
 
 
+@checked
 @dataclass(frozen=True)
 class BoxBlur:
     """The mean over a rectangle of `share` times the width and height of the face's box, which is mirrored at its border.
@@ -111,7 +116,7 @@ class BoxBlur:
     Of several faces each has a box of its own.
     """
 
-    share: float = 0.5
+    share: Share = 0.5
     finder: Finder = field(default_factory=Finder)
 
     def cards(self) -> tuple[Card, ...]:
@@ -147,6 +152,7 @@ def bounds(mask: Bool[Tensor, "h w"]) -> tuple[slice, slice]:
 
 
 # Regions: parsers that look for a face and not for its outline.
+@checked
 @dataclass(frozen=True)
 class Box:
     """Each face's box with `scale - 1` of its size added on every side and cut off at the picture's border, or the ellipse in it.
@@ -155,12 +161,8 @@ class Box:
     """
 
     shape: Literal["rectangle", "ellipse"] = "ellipse"
-    scale: float = 1.3
+    scale: Annotated[float, number(0.5, 100)] = 1.3
     finder: Finder = field(default_factory=Finder)
-
-    def __post_init__(self) -> None:
-        if self.shape not in ("rectangle", "ellipse"):
-            raise BadSetting(f"anonymizer.parser.shape is 'rectangle' or 'ellipse', not {self.shape!r}")
 
     def cards(self) -> tuple[Card, ...]:
         return self.finder.cards()
@@ -183,12 +185,13 @@ class Box:
         return reduce_mask(masks.to(images.device), size, "bilinear>0")
 
 
+@checked
 @dataclass(frozen=True)
 class EyeBand:
     """A bar over the eyes of each face, along the line through their centres; sides in distances between these."""
 
-    width: float = 2.0
-    height: float = 0.7
+    width: Positive = 2.0
+    height: Positive = 0.7
     finder: Finder = field(default_factory=Finder)
 
     def cards(self) -> tuple[Card, ...]:

@@ -13,10 +13,12 @@ from keyanon.channel.pixels import to_bytes
 from keyanon.faces.alignment import FACES128_TEMPLATE, align
 from keyanon.faces.datasets import bundled_faces
 from keyanon.faces.finding import Finder, shares
+from keyanon.settings import checked
 from keyanon.types import About, Image, Key, Mask, Picture, Published
 from keyanon.weights import Card
 
 
+@checked
 @dataclass(frozen=True)
 class Identity:
     """No anonymization at all: what a measure says when everything is shown."""
@@ -29,6 +31,7 @@ class Identity:
         return Published(to_bytes(images).cpu(), (b"",) * len(ids))
 
 
+@checked
 @dataclass(frozen=True)
 class Blackout:
     """Black in place of the face."""
@@ -37,6 +40,7 @@ class Blackout:
         return torch.full_like(images, -1)
 
 
+@checked
 @dataclass(frozen=True)
 class MeanFace:
     """The same face for everyone: the mean of the 256 synthetic faces that the package ships, and so nobody's.

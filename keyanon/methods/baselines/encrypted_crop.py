@@ -16,7 +16,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import PIL.Image
@@ -31,11 +31,13 @@ from keyanon.channel.pixels import UNREADABLE, to_bytes, to_floats
 from keyanon.context import Context
 from keyanon.errors import BadSetting
 from keyanon.methods.baselines.classical import bounds
+from keyanon.settings import checked, whole
 from keyanon.types import About, Anonymizer, Image, Key, PictureBytes, Published
 
 IV_BYTES, GCM_TAG_BYTES = 12, 16
 
 
+@checked
 @dataclass(frozen=True)
 class EncryptedCrop:
     """`visible` with the original face encrypted beside it.
@@ -48,14 +50,10 @@ class EncryptedCrop:
     """
 
     visible: Anonymizer
-    quality: int | None = None
+    quality: Annotated[int, whole(0, 100)] | None = None
     nonces: Nonces = nonce_for
     authenticate: bool = True
     senders: ClassVar = ("visible", "quality")
-
-    def __post_init__(self) -> None:
-        if self.quality is not None and not 0 <= self.quality <= 100:
-            raise BadSetting(f"anonymizer.quality is 0 to 100, or null for lossless, not {self.quality}")
 
     @property
     def about(self) -> About:

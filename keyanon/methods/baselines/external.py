@@ -34,7 +34,7 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from time import perf_counter, strftime
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import PIL.Image
@@ -50,6 +50,7 @@ from keyanon.channel.whole import write_whole
 from keyanon.context import Context
 from keyanon.errors import BadSetting, UserError
 from keyanon.faces.layouts import SUFFIXES
+from keyanon.settings import Name, Names, Pixels, Positive, checked, whole
 from keyanon.types import About, BadPicture, Bytes, Image, Key, PictureBytes, Published, Source
 
 PLACES = {"images", "output", "key"}
@@ -66,6 +67,7 @@ class BadMethod(UserError, ValueError):
     """A program of others that failed, or pictures of one that cannot be used: the message names method, place and remedy."""
 
 
+@checked
 @dataclass(frozen=True)
 class Secret:
     """What a program takes for a key, drawn from the key's stream for the picture's nonce.
@@ -76,15 +78,9 @@ class Secret:
         per_picture: the program reads a key for each picture, else one key for all pictures that it is given.
     """
 
-    bits: int
+    bits: Annotated[int, whole(1, 10**6)]
     format: Literal["hex", "digits", "bits"] = "hex"
     per_picture: bool = True
-
-    def __post_init__(self) -> None:
-        if self.bits < 1 or self.format not in ("hex", "digits", "bits"):
-            raise BadSetting(
-                f"anonymizer.secret: {self.bits} bits as {self.format!r}; expected 1 bit or more as 'hex', 'digits' or 'bits'"
-            )
 
     def of(self, key: Key, context: Context, method: str) -> str:
         """The key of one picture for a method, as the program reads it."""
@@ -98,6 +94,7 @@ class Secret:
                 return f"{number:0{self.bits}b}"
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class External:
     """An irreversible method, by the program of its authors.
@@ -119,19 +116,19 @@ class External:
         logs: folder of what the program printed, a file each start.
     """
 
-    name: str
+    name: Name
     about: About
-    command: Sequence[str]
+    command: Names
     folder: str | None
     obtain: str
-    needs: Sequence[str] = ()
+    needs: Sequence[Name] = ()
     secret: Secret | None = None
     nonces: Nonces = nonce_for
-    size: int | None = None
-    outputs: str = "{name}"
-    environment: Sequence[str] = ()
-    timeout: float = 3600
-    logs: str
+    size: Pixels | None = None
+    outputs: Name = "{name}"
+    environment: Sequence[Name] = ()
+    timeout: Positive = 3600
+    logs: Name
 
     def __post_init__(self) -> None:
         wanted = PLACES if self.secret is not None else PLACES - {"key"}
@@ -296,6 +293,7 @@ class External:
         return one_picture(f"{self.name}, {label}", output, stem, size, f"what it printed is in {log}")
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ReversibleExternal(External):
     """A method that recovers, by the programs of its authors.
@@ -308,7 +306,7 @@ class ReversibleExternal(External):
         authenticate: publish with a tag, and refuse to recover without a good one; not where the method takes no key.
     """
 
-    recovery: Sequence[str]
+    recovery: Names
     authenticate: bool = True
     senders: ClassVar = ("command", "recovery")  # each has the programs of their own machine
 
@@ -352,6 +350,7 @@ class ReversibleExternal(External):
         return self.recover(published, [anybody] * len(published.images))
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Ready:
     """An irreversible method of which only the pictures are here: ready-made, by id.
@@ -365,8 +364,8 @@ class Ready:
 
     about: About
     anonymized: str | None
-    files: str = "{id}"
-    size: int | None = None
+    files: Name = "{id}"
+    size: Pixels | None = None
 
     def __post_init__(self) -> None:
         if "{id}" not in self.files:
@@ -402,6 +401,7 @@ class Ready:
         return resized(one_picture(f"ready-made, {id}", Path(str(folder)), stem, there, remedy), size)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ReversibleReady(Ready):
     """Ready-made pictures with ready-made recoveries.

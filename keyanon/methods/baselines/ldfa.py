@@ -17,7 +17,7 @@ finder; several are repainted one after the other, as theirs are.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -32,12 +32,14 @@ from keyanon.errors import BadSetting
 from keyanon.faces.finding import Finder, shares
 from keyanon.faces.parsing import reduce_mask
 from keyanon.methods.baselines.sampling import Level, denoiser, keyed_normals, mean, resized, spread
+from keyanon.settings import Count, Share, Size, checked, number, whole
 from keyanon.types import About, FaceParser, Image, Key, Mask, Published
 from keyanon.weights import Card
 
 ETA = {"euler": 0.0, "euler_ancestral": 1.0}
 
 
+@checked
 @dataclass(frozen=True)
 class Ldfa:
     """Inpainting of the face from its noised original.
@@ -56,17 +58,15 @@ class Ldfa:
 
     backbone: LatentDiffusion
     parser: FaceParser
-    size: int | None = 512
-    padding: int = 32
-    strength: float = 0.75
-    steps: int = 50
+    size: Size | None = 512
+    padding: Annotated[int, whole(0, 8192)] = 32
+    strength: Share = 0.75
+    steps: Count = 50
     sampler: Literal["euler", "euler_ancestral"] = "euler"
-    feather: float = 4.0
+    feather: Annotated[float, number(0, 1000)] = 4.0
     finder: Finder = field(default_factory=Finder)
 
     def __post_init__(self) -> None:
-        if self.sampler not in ETA:
-            raise BadSetting(f"anonymizer.sampler={self.sampler!r} is none of {', '.join(ETA)}")
         if not 1 <= self.executed <= self.steps:
             raise BadSetting(
                 f"anonymizer.strength={self.strength} runs {self.executed} of {self.steps} steps; it has to run some"
@@ -161,6 +161,7 @@ class Ldfa:
         return timesteps, [(1.0, 0.0), *((schedule.abar[t] ** 0.5, (1 - schedule.abar[t]) ** 0.5) for t in timesteps)]
 
 
+@checked
 @dataclass(frozen=True)
 class FaceBox:
     """Theirs: the whole box of each face, corners and all."""

@@ -19,7 +19,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -33,12 +33,14 @@ from keyanon.faces.finding import Finder, shares
 from keyanon.faces.recognition import at_places
 from keyanon.finite import within
 from keyanon.methods.baselines.sampling import Level, keyed_normals, mean, resized, spread, step
+from keyanon.settings import Count, Factor, Share, Size, checked, whole
 from keyanon.types import About, Denoiser, Embeddings, FaceParser, Image, Key, Latent, Mask, Published, Recognizer
 from keyanon.weights import Card, named, resolve
 
 log = logging.getLogger(__name__)
 
 
+@checked
 @dataclass(frozen=True)
 class NoiseInversion:
     """Edit-friendly inversion of DDPM (arXiv 2304.06140) and its replay.
@@ -49,9 +51,9 @@ class NoiseInversion:
         eta: share of fresh noise in a step; 1 is DDPM.
     """
 
-    steps: int = 100
-    skip: int = 70
-    eta: float = 1.0
+    steps: Count = 100
+    skip: Annotated[int, whole(0, 10**9)] = 70
+    eta: Share = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.skip < self.steps or self.eta <= 0:
@@ -87,6 +89,7 @@ class NoiseInversion:
         return z
 
 
+@checked
 @dataclass(frozen=True)
 class FaceIdAdapter:
     """IP-Adapter-FaceID: cross-attention of a Stable Diffusion 1.5 network to tokens made of a face embedding.
@@ -96,7 +99,7 @@ class FaceIdAdapter:
         weights: a path to the card's file.
     """
 
-    scale: float = 1.0
+    scale: Factor = 1.0
     card: str | Card = "ip_adapter_faceid_sd15"
     weights: str | None = None
 
@@ -129,6 +132,7 @@ class FaceIdAdapter:
         unet.requires_grad_(False)
 
 
+@checked
 @dataclass(frozen=True)
 class NullFace:
     """The method on Stable Diffusion 1.5, prompt "".
@@ -154,10 +158,10 @@ class NullFace:
     recognizer: Recognizer
     parser: FaceParser
     inversion: NoiseInversion
-    size: int = 512
-    guidance: float = 10.0
-    identity: float = -1.0
-    mask_delay: int = 10
+    size: Size = 512
+    guidance: Factor = 10.0
+    identity: Factor = -1.0
+    mask_delay: Annotated[int, whole(0, 10**9)] = 10
     finder: Finder = field(default_factory=Finder)
 
     @property
@@ -253,6 +257,7 @@ class NullFace:
         return unet
 
 
+@checked
 @dataclass(frozen=True)
 class NullFaceCore:
     """NullFace's inversion and replay on any unconditional model; fresh noise where it has its identity guidance.
@@ -266,7 +271,7 @@ class NullFaceCore:
     backbone: LatentDiffusion
     parser: FaceParser
     inversion: NoiseInversion
-    mask_delay: int = 10
+    mask_delay: Annotated[int, whole(0, 10**9)] = 10
 
     @property
     def about(self) -> About:

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from keyanon.errors import BadSetting
 from keyanon.finite import finite
 from keyanon.measures.scorers import psnr, ssim
 from keyanon.methods.baselines.classical import Filter
+from keyanon.settings import Count, Device, checked, whole
 from keyanon.types import About, Image, Key, Measure, Published
 from keyanon.weights import Card, named, resolve
 
@@ -58,6 +59,7 @@ MEASURES = {
 HAAR = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2  # its own inverse
 
 
+@checked
 @dataclass(frozen=True)
 class ProFaceS:
     """The method with a classical obfuscation; every picture needs an even height and width.
@@ -81,13 +83,9 @@ class ProFaceS:
     kdf: Literal["hkdf", "authors"] = "hkdf"
     nonces: Nonces = nonce_for
     authenticate: bool = True
-    device: str = "cpu"
-    chunk: int = CHUNK
+    device: Device = "cpu"
+    chunk: Count = CHUNK
     senders: ClassVar = ("obfuscator",)
-
-    def __post_init__(self) -> None:
-        if self.kdf not in ("hkdf", "authors"):
-            raise BadSetting(f"anonymizer.kdf={self.kdf!r} is neither 'hkdf' nor 'authors'")
 
     def anonymize(self, images: Image, keys: Sequence[Key], ids: Sequence[str]) -> Published:
         """Published pictures of `images` under one key each; `measured` is how like the mere obfuscation they are."""
@@ -186,13 +184,14 @@ def reveal(net: "HidingNetwork", published: Image, key: Signs) -> Image:
     return unhaar(bands)
 
 
+@checked
 class HidingNetwork(nn.Module):
     """f: the bands of cover and original (b 12 u v each) to those of the protected picture and z, for a key's (b 4 u v).
 
     It begins as the identity.
     """
 
-    def __init__(self, blocks: int = 3, growth: int = 32) -> None:
+    def __init__(self, blocks: Annotated[int, whole(1, 64)] = 3, growth: Annotated[int, whole(1, 1024)] = 32) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([Coupling(growth) for _ in range(blocks)])
 

@@ -28,10 +28,12 @@ from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import NoiseSchedule
 from keyanon.finite import finite
 from keyanon.methods.baselines.sampling import Level, denoiser, keyed_normals, resized, spread, step
+from keyanon.settings import Count, Factor, Pixels, Share, Size, checked
 from keyanon.types import About, FaceParser, Image, Key, Latent, Mask, Picture, Published, Source
 from keyanon.weights import Card, MissingWeights, WrongWeights, named, resolve
 
 
+@checked
 @dataclass(frozen=True)
 class Farl:
     """FaRL's image tower (arXiv 2112.03109), a CLIP ViT-B/16. `weights` is a path to the card's file."""
@@ -88,6 +90,7 @@ class Farl:
         return model.eval().requires_grad_(False)
 
 
+@checked
 @dataclass(frozen=True)
 class Salar:
     """The method on Stable Diffusion 2's inpainting model.
@@ -109,11 +112,11 @@ class Salar:
     farl: Farl
     target: str | None
     keep: FaceParser | None = None
-    dilation: int = 7
-    size: int = 512
-    steps: int = 45
-    eta: float = 1.0
-    pull: float = 0.8
+    dilation: Pixels = 7
+    size: Size = 512
+    steps: Count = 45
+    eta: Share = 1.0
+    pull: Factor = 0.8
 
     @property
     def about(self) -> About:

@@ -25,11 +25,13 @@ from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.channel.streams import signs
 from keyanon.context import Context
 from keyanon.errors import BadSetting
+from keyanon.settings import Pixels, checked
 from keyanon.types import About, Bytes, FaceParser, Image, Key, Published
 
 MAX_CELLS = 256  # a side: what a header's mask can have
 
 
+@checked
 @dataclass(frozen=True)
 class Scrambling:
     """Keyed block scrambling; a wrong key, where `authenticate` is False, gives another scrambled face.
@@ -45,7 +47,7 @@ class Scrambling:
     """
 
     parser: FaceParser
-    block: int = 8
+    block: Pixels = 8
     inside: bool = False
     negative: bool = False
     nonces: Nonces = nonce_for
