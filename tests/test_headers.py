@@ -12,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from benchmarks import fuzz_files
 from benchmarks.fuzz_headers import KEY, PIXELS, fuzz, specimen
 from keyanon.attacks.views import FlippedSigns
 from keyanon.channel.headers import (
@@ -104,6 +105,15 @@ def test_a_fuzz_run_accepts_nothing_that_was_not_published():
         "random": 0,
     }
     assert len(messages) > 5
+
+
+def test_no_changed_file_is_recovered_and_every_file_that_is_packed_otherwise_is():
+    rows, messages = fuzz_files.fuzz(400)
+    assert [row["as_published"] for row in rows if row["kind"] == "rewritten without loss"] == [50]
+    assert [row["refused"] for row in rows if row["kind"] in ("bits flipped", "another header", "other pixels")] == [
+        50
+    ] * 3
+    assert len(messages) > 10
 
 
 def test_a_bomb_inflates_no_further_than_its_mask(monkeypatch):
