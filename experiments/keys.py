@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 from keyanon.channel.keys import SALT_BYTES, BadKey, MasterKey, Recipe, read_key, write_key, write_new_key
-from keyanon.channel.whole import write_first
+from keyanon.channel.whole import write_first, write_whole
 from keyanon.errors import UserError
+from keyanon.settings import Count, Name, checked
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,10 @@ def salt_of(name: str, digits: str | None) -> bytes:
     return bytes.fromhex(str(digits))
 
 
-def password_key(variable: str, salt: str | None, kept: str | None, passes: int, memory: int, lanes: int) -> MasterKey:
+@checked
+def password_key(
+    variable: Name, salt: str | None, kept: Name | None, passes: Count, memory: Count, lanes: Count
+) -> MasterKey:
     """The key of the password in an environment variable, or of the one that is asked for. See keyanon.channel.keys.Recipe.
 
     Without a `salt` that of the file `kept` is taken, which the first of a run's processes writes. BadKey where guesses would cost
@@ -121,10 +125,13 @@ def password_key(variable: str, salt: str | None, kept: str | None, passes: int,
 
 def salt_of_run(path: Path) -> str:
     """The salt in a file, which is drawn where there is none: of processes that do so at once, all get the same."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_first(path, lambda drawn: drawn.write_text(os.urandom(SALT_BYTES).hex() + "\n", encoding="ascii"))
-    return path.read_text(encoding="ascii", errors="replace").strip()
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_first(path, lambda drawn: write_whole(drawn, os.urandom(SALT_BYTES).hex().encode() + b"\n"))
+        return path.read_text(encoding="ascii", errors="replace").strip()
+    except OSError as error:
+        raise BadKey(f"key.kept={path}: no file to keep the password's salt in ({error.strerror})") from None
 
 
 def asked_password() -> str:

@@ -3,6 +3,8 @@
 Models are tiny and steps few; a part that needs weights or programs which are not here is skipped, with its own message.
 """
 
+import random
+import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.harness import preflight
 from experiments.harness.errors import user_error
 from keyanon.attacks.views import by_view, without_authentication
-from keyanon.channel.headers import BadHeader, Header
+from keyanon.channel.headers import BadHeader, Header, seal
 from keyanon.channel.keys import MasterKey, experiment_key, write_new_key
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.context import NONCE_BYTES, Context
@@ -198,6 +200,36 @@ def test_another_key_is_refused_or_recovers_something_else(case):
         torch.testing.assert_close(mixed[0], recovered[0], atol=1e-3, rtol=0)
     other = case.anonymized([0], OTHER)
     assert other.headers[0] != case.published.headers[0]
+
+
+def test_whatever_a_header_holds_it_is_recovered_or_refused_in_a_line(case):
+    """A sender who has the key and is no keyanon: each part of a header is junk, of another size, or missing, under a good tag."""
+    method, file = reversible(case), case.file(0)
+    if not file.headers[0]:
+        pytest.skip("no header")
+    right, draw = Header.unpack(file.headers[0]), random.Random(0)
+    junk = [b"", draw.randbytes(7), zlib.compress(bytes(10**6))]
+    masks = [
+        None,
+        *(torch.rand(1, *size) > 0.5 for size in ((1, 1), (8, 8), (256, 3))),
+        torch.zeros(1, 8, 8) > 0,
+        torch.ones(1, 8, 8) > 0,
+    ]
+    headers = [replace(right, **{part: value}) for part in ("sent", "seam", "residual") for value in junk]
+    headers += [replace(right, mask=mask) for mask in masks]
+    headers += [replace(right, sent=draw.randbytes(len(right.sent)), seam=draw.randbytes(len(right.seam)))]
+    headers += [
+        replace(right, description=told) for told in (None, b"{}", b'{"method":null}', b'{"method":{"class":[]}}')
+    ]
+    for header in headers:
+        sealed = seal([replace(header, tag=b"")], file.images, [KEY], authenticate=True)
+        try:
+            recovered = method.recover(replace(file, headers=sealed), [KEY])
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:
+            assert recovered.shape == file.images.shape
+            assert recovered.isfinite().all()
 
 
 def test_hooks_do_what_they_promise(case):

@@ -29,6 +29,7 @@ from keyanon.channel.nonces import OneForAll, PerIdentity, nonce_for
 from keyanon.channel.pixels import write_png
 from keyanon.channel.streams import normals, signs
 from keyanon.context import Context, joined
+from keyanon.errors import UserError
 from tests.conftest import ROOT
 
 SECRETS, NONCES = st.binary(min_size=32, max_size=32), st.binary(min_size=24, max_size=24)
@@ -446,6 +447,16 @@ def test_a_password_from_the_environment(monkeypatch, caplog, tmp_path):
         others = set(pool.map(lambda _: command.password_key(salt=None, **elsewhere), range(8)))
     assert len(others) == 1
     assert others != {fresh}
+    assert (tmp_path / "run" / "salt").stat().st_mode & 0o777 == 0o600
+    for wrong, message in (
+        ({"kept": ""}, "kept='': expected a text that is not empty"),
+        ({"kept": str(tmp_path)}, "key.kept=.*: no file to keep the password's salt in"),
+        ({"kept": str(tmp_path / "run" / "salt" / "x")}, "key.kept=.*: no file"),
+        ({"passes": 3.0}, "passes=3.0: expected a whole number"),
+        ({"variable": None}, "variable=None"),
+    ):
+        with pytest.raises(UserError, match=message):
+            command.password_key(salt=None, **settings | wrong)
     (tmp_path / "run" / "salt").write_bytes(b"dam\xffaged")
     with pytest.raises(BadKey, match="salt: expected 32 hex digits"):
         command.password_key(salt=None, **settings)

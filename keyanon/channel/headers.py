@@ -179,6 +179,22 @@ def unpacked_mask(last: bytes, data: bytes) -> Bool[Tensor, "1 u v"]:
     return torch.from_numpy(mask.astype(bool))
 
 
+def face_masks(headers: Sequence[Header], size: tuple[int, int]) -> Bool[Tensor, "b 1 u v"]:
+    """The masks of headers that have them; BadHeader where one is missing, or has not this size (rows, columns)."""
+    found = []
+    for header in headers:
+        if header.mask is None:
+            raise BadHeader("the header carries no face mask: the file was published by another method")
+        if header.mask.shape != (1, *size):
+            there, here = "x".join(map(str, header.mask.shape[1:])), "x".join(map(str, size))
+            raise BadHeader(
+                f"the header's mask has {there} cells, a picture of this size {here}: "
+                "it was resized or cropped after it was published"
+            )
+        found.append(header.mask)
+    return torch.stack(found)
+
+
 def seal(headers: Sequence[Header], images: Bytes, keys: Sequence[Key], authenticate: bool) -> tuple[bytes, ...]:
     """The bytes of published pictures' headers, with the keys' recipes and, if asked, their tags.
 

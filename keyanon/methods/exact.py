@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from keyanon.channel.description import opened
-from keyanon.channel.headers import BadHeader, Header, seal
+from keyanon.channel.headers import Header, face_masks, seal
 from keyanon.channel.keys import KEY_BYTES, MasterKey, Nobody
 from keyanon.channel.nonces import Nonces, contexts_of, nonce_for
 from keyanon.channel.pixels import to_bytes, to_floats
@@ -187,16 +187,7 @@ class Exact:
     def opened(self, published: Published, keys: Sequence[Key], authenticate: bool) -> list[Header]:
         """The headers of files of this method, as large as they were published."""
         headers = opened(published, keys, self, authenticate)
-        rows, columns = self.backbone.latent_size(published.images)
-        for header in headers:
-            if header.mask is None:
-                raise BadHeader("the header carries no face mask: the file was published by another method")
-            if header.mask.shape != (1, rows, columns):
-                there, here = "x".join(map(str, header.mask.shape[1:])), f"{rows}x{columns}"
-                raise BadHeader(
-                    f"the header's mask has {there} cells, a picture of this size {here}: "
-                    "it was resized or cropped after it was published"
-                )
+        face_masks(headers, self.backbone.latent_size(published.images))  # each is there, and fits
         return headers
 
     def without_key(self, published: Published) -> Image:
@@ -232,7 +223,7 @@ class Exact:
     def known_of_files(self, images: Image, headers: Sequence[bytes]) -> Known:
         """The face's cells and the background's way through the levels, of packed headers."""
         unpacked = [Header.unpack(header) for header in headers]
-        return self.known(images, masks(unpacked, images), [header.context for header in unpacked])
+        return self.known(images, self.masks(unpacked, images), [header.context for header in unpacked])
 
     def reconstruct(self, images: Image) -> Image:
         """D(E(x)) on the face's pixels, the best that any recovery through this autoencoder can be."""
@@ -240,9 +231,13 @@ class Exact:
         mask = self.parser.mask(images, self.backbone.latent_size(images)).to(images.device)
         return self.face(self.backbone.encode(images), images, mask).cpu()
 
+    def masks(self, headers: Sequence[Header], images: Image) -> Mask:
+        """The cells of the face."""
+        return face_masks(headers, self.backbone.latent_size(images)).to(images.device)
+
     def receive(self, images: Image, headers: Sequence[Header], keys: Sequence[Key]) -> Image:
         """What the holder of the keys makes of published pictures."""
-        mask = masks(headers, images)
+        mask = self.masks(headers, images)
         known = self.known(images, mask, [header.context for header in headers])
         return self.face(self.turn_back(self.latents(images, headers), known, headers, keys), images, mask)
 
@@ -251,7 +246,7 @@ class Exact:
         z0 = self.read(images, headers)
         if self.residual is None:
             return z0
-        mask = masks(headers, images)
+        mask = self.masks(headers, images)
         return z0 + residuals.decoded([header.residual for header in headers], mask, z0, self.residual)
 
     def read(self, images: Image, headers: Sequence[Header]) -> Latent:
@@ -260,7 +255,7 @@ class Exact:
 
     def received(self, images: Image, headers: Sequence[Header]) -> Image:
         """Published pictures with what their bytes stand for on the face, and c taken off."""
-        free = pixels(masks(headers, images), images)
+        free = pixels(self.masks(headers, images), images)
         read = self.refinement.tone.expand(images) if self.refinement is not None else images
         return torch.where(free, read - self.added(headers, images), images)
 
@@ -268,7 +263,7 @@ class Exact:
         """c: what the receiver takes off the face's pixels."""
         if self.seam is None:
             return torch.zeros_like(images)
-        return self.seam.membrane([header.seam for header in headers], masks(headers, images), images)
+        return self.seam.membrane([header.seam for header in headers], self.masks(headers, images), images)
 
     def turn(
         self, z0: Latent, known: Known, keys: Sequence[Key], contexts: Sequence[Context]
@@ -324,11 +319,6 @@ class Forward:
     def __getitem__(self, level: int) -> Latent:
         a, s = self.levels[level]
         return a * self.z if self.noise is None else a * self.z + s * self.noise
-
-
-def masks(headers: Sequence[Header], images: Image) -> Mask:
-    """The cells of the face, of headers that have them."""
-    return torch.stack([header.mask for header in headers if header.mask is not None]).to(images.device)
 
 
 def pixels(mask: Mask, images: Image) -> Mask:

@@ -13,10 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-import torch
-
 from keyanon.channel.description import opened
-from keyanon.channel.headers import BadHeader, Header, seal
+from keyanon.channel.headers import Header, face_masks, seal
 from keyanon.channel.keys import Nobody
 from keyanon.channel.nonces import Nonces, contexts_of, nonce_for
 from keyanon.channel.pixels import to_bytes, to_floats
@@ -101,10 +99,7 @@ class SignFlip:
 
     def receive(self, images: Image, headers: Sequence[Header], keys: Sequence[Key]) -> Image:
         if self.mask_at_recovery == "header":
-            masks = [header.mask for header in headers]
-            if any(mask is None for mask in masks):
-                raise BadHeader("the header carries no face mask, and anonymizer.mask_at_recovery=header needs one")
-            mask = torch.stack([m for m in masks if m is not None])
+            mask = face_masks(headers, self.backbone.latent_size(images))
         else:
             mask = self.parser.mask(images.to(self.backbone.device), self.backbone.latent_size(images))
         return self.flip(images, mask, keys, [header.context for header in headers]).cpu()
