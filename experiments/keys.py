@@ -35,10 +35,9 @@ def main() -> None:
             command.add_argument("--passes", type=int, default=default.passes, help="Argon2id's (default: %(default)s)")
             command.add_argument("--memory", type=int, default=default.memory, help="KiB (default: %(default)s)")
             command.add_argument("--lanes", type=int, default=default.lanes, help="in parallel (default: %(default)s)")
-            command.add_argument(
-                "--salt", help=f"of an earlier key: {2 * SALT_BYTES} hex digits (default: a fresh one)"
-            )
-            command.add_argument("--picture", type=Path, help="a published picture: derive the key that recovers it")
+            source = command.add_mutually_exclusive_group()
+            source.add_argument("--salt", help=f"of an earlier key: {2 * SALT_BYTES} hex digits (default: a fresh one)")
+            source.add_argument("--picture", type=Path, help="a published picture: derive the key that recovers it")
             command.add_argument(
                 "--weak", action="store_true", help="also by a recipe that makes guesses cheaper than the default"
             )
