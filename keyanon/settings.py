@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from keyanon.errors import BadSetting
+from keyanon.errors import BadSetting, UserError
 
 Part = TypeVar("Part", bound=Callable[..., Any])
 FINITE = sys.float_info.max  # whole numbers beyond it overflow; NaN is not below it
@@ -77,7 +77,7 @@ def is_device(name: Any) -> bool:
 
 SOME_TEXT = Setting("a text that is not empty", lambda value: is_text(value) and bool(value.strip()))
 OF_TYPE: Mapping[Any, Callable[[Any], bool]] = {int: is_whole, float: is_number, str: is_text}
-DEVICE = Setting("cpu, cuda, cuda:1, mps, ...", is_device)
+DEVICE = Setting("a device that PyTorch knows, such as cpu", is_device)
 SIZE = Setting("a whole number of pixels from 16 to 8192", lambda value: whole(16, 8192).fits(value))
 CROP = Setting(
     "left, top, right, bottom as fractions of the picture",
@@ -170,7 +170,7 @@ def fits(hint: Any, value: Any) -> bool:
         return any(type(one) is type(value) and one == value for one in inner)
     if kind in (Union, UnionType):
         return any(fits(one, value) for one in inner)
-    if kind is tuple and inner[-1] is not Ellipsis:
+    if kind is tuple and inner[-1] is not Ellipsis and len(inner) > 1:
         return is_list(value) and len(value) == len(inner) and all(map(fits, inner, value))
     if kind in (tuple, list, Sequence):
         return is_list(value) and all(fits(inner[0], one) for one in value)
@@ -182,7 +182,10 @@ def fits(hint: Any, value: Any) -> bool:
         return callable(value)
     if hint is Any:
         return True
-    return OF_TYPE[hint](value) if hint in OF_TYPE else isinstance(value, kind or hint)
+    try:
+        return OF_TYPE[hint](value) if hint in OF_TYPE else isinstance(value, kind or hint)
+    except UserError:
+        return True  # Python 3.11 asks for the properties of a Protocol: one that needs what is not on this machine is there
 
 
 def words(hint: Any) -> str:
@@ -196,7 +199,7 @@ def words(hint: Any) -> str:
         return f"one of {', '.join(map(str, inner))}"
     if kind in (Union, UnionType):
         return " or ".join(map(words, sorted(inner, key=lambda one: one is NoneType)))
-    if kind is tuple and inner[-1] is not Ellipsis:
+    if kind is tuple and inner[-1] is not Ellipsis and len(inner) > 1:
         return f"a list of {', '.join(map(words, inner))}"
     if kind in (tuple, list, Sequence):
         return f"a list, of {words(inner[0])} each"

@@ -6,7 +6,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from experiments.diversity import between_keys, embeddings_under_keys, run, statistics_of, strangers
+from experiments.diversity import between_keys, embeddings_under_keys, statistics_of, strangers
+from experiments.harness import settings
 from keyanon.channel.keys import experiment_key
 from keyanon.diffusion.solvers import DDIM
 from keyanon.errors import UserError
@@ -66,4 +67,4 @@ def test_default_compares_the_papers_method_with_the_exact_one():
         assert isinstance(methods["exact"], Exact)
         assert methods["exact"].solver.tolerance is not None
         with pytest.raises(UserError, match="keys_per_picture=1"):
-            run(compose("diversity", overrides=["keys_per_picture=1"]), {})
+            settings.check(compose("diversity", overrides=["keys_per_picture=1"]))

@@ -23,7 +23,7 @@ from keyanon.methods.baselines.classical import GaussianBlur, Obfuscation, Pixel
 from keyanon.methods.baselines.controls import Blackout, Identity
 from keyanon.methods.baselines.encrypted_crop import EncryptedCrop, packed, with_crop
 from keyanon.methods.baselines.scrambling import Scrambling
-from keyanon.types import Image, Key, Published, Reversible
+from keyanon.types import About, Image, Key, Published, Reversible
 from tests.conftest import ROOT, CentreFace, smooth_picture
 
 KEY, OTHER = MasterKey(bytes(32)), MasterKey(bytes(31) + b"\1")
@@ -78,6 +78,8 @@ def test_crops_of_every_shape(mask):
 @dataclass(frozen=True)
 class Dyed:
     """Another visible method: one colour channel of the whole picture."""
+
+    about = About.irreversible("-", "-", "this test")
 
     def anonymize(self, images: Image, keys, ids) -> Published:
         out = to_bytes(images)
@@ -219,7 +221,7 @@ def test_a_crop_that_no_header_holds_is_refused():
 
 
 def test_a_quality_that_does_not_exist_is_refused():
-    with pytest.raises(ValueError, match="quality is 0 to 100.*not 101"):
+    with pytest.raises(ValueError, match="quality=101: expected a whole number from 0 to 100 or null"):
         EncryptedCrop(BLURRED, quality=101)
 
 

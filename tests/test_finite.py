@@ -108,7 +108,8 @@ def test_every_method_that_runs_the_backbone_stops(name, broken):
         method.anonymize(images, [KEY] * 3, IDS)
 
 
-def test_the_runner_names_ids_and_method_and_publishes_nothing(tmp_path, broken, tiny_block_dct):
+def test_the_runner_names_ids_and_method_and_publishes_nothing(tmp_path, broken, tiny_block_dct, monkeypatch):
+    monkeypatch.setattr(LatentDiffusion, "sha256", "one")  # or recovery would say that this is another model
     for i in range(3):
         smooth_picture(i).save(tmp_path / f"face{i}.png")
     dataset, contents = Folder(str(tmp_path), 64), {id: id for id in ("face0", "face1", "face2")}

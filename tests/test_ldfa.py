@@ -69,7 +69,7 @@ def test_three_quarters_of_fifty_steps_are_thirty_seven(model, images, key, monk
 def test_it_starts_from_the_original_at_the_noise_of_its_strength(core, images, key, monkeypatch):
     asked = seen_by_network(monkeypatch)
     core.anonymize(images, [key] * 2, IDS)
-    noise = keyed_normals([key] * 2, IDS, images, "ldfa", (1, 3, 16, 16))[:, 0]
+    noise = keyed_normals(core, [key] * 2, IDS, images, "ldfa", (1, 3, 16, 16))[:, 0]
     abar = core.backbone.schedule.abar[666]  # the third of the timesteps 0, 333, 666, 999
     expected = abar**0.5 * core.backbone.encode(images) + (1 - abar) ** 0.5 * noise
     assert asked[0][1] == 666
@@ -81,7 +81,8 @@ def test_a_single_step_by_hand(core, images, key, sampler):
     """At the lowest level both samplers go straight to x_0 of the face and z_0 of the rest."""
     method, model = replace(core, steps=2, strength=0.5, feather=0, sampler=sampler), core.backbone
     z0, abar = model.encode(images), model.schedule.abar[0]
-    noise = keyed_normals([key] * 2, IDS, images, "ldfa", (2 if sampler == "euler_ancestral" else 1, 3, 16, 16))[:, 0]
+    shape = (2 if sampler == "euler_ancestral" else 1, 3, 16, 16)
+    noise = keyed_normals(method, [key] * 2, IDS, images, "ldfa", shape)[:, 0]
     z = abar**0.5 * z0 + (1 - abar) ** 0.5 * noise
     face = CentreFace().mask(images, (16, 16))
     x0 = torch.where(face, (z - (1 - abar) ** 0.5 * model.eps(z, 0)) / abar**0.5, z0)

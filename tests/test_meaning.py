@@ -153,7 +153,9 @@ def test_every_name_of_committed_scores_is_declared(path):
 
 
 def test_committed_scores_all_have_their_meanings():
-    scores = {path.stem for path in (TABLES / "scores").glob("*.parquet") if not path.stem.endswith(".scores")}
+    scores = {
+        path.stem for path in (TABLES / "scores").glob("*.parquet") if not path.stem.endswith((".scores", ".pairs"))
+    }
     assert scores == {path.name.removesuffix(".meanings.csv") for path in (TABLES / "scores").glob("*.meanings.csv")}
 
 

@@ -183,7 +183,7 @@ def command_to_files(arguments: list[str], folder: Path) -> None:
 def test_keys_and_passwords_are_in_no_file_that_a_whole_run_writes(faces, tiny_ldm, tmp_path, monkeypatch, where):
     """The command as users start it, wandb offline, with home and caches inside the folder that is searched."""
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
-    recipe = Recipe(bytes(range(16)), 1, 64, 1)
+    recipe = Recipe(bytes(range(16)))
     home = tmp_path / "home"
     home.mkdir()
     for name in (
@@ -202,7 +202,7 @@ def test_keys_and_passwords_are_in_no_file_that_a_whole_run_writes(faces, tiny_l
         choice = ["key=file", f"key.path={tmp_path.parent / f'{tmp_path.name}-key'}"]
     else:
         key = recipe.derive("hunter2 hunter2")
-        choice = ["key=password", f"key.salt={recipe.salt.hex()}", "key.passes=1", "key.memory=64", "key.lanes=1"]
+        choice = ["key=password", f"key.salt={recipe.salt.hex()}"]
     arguments = overrides(faces, tiny_ldm, *choice, "wandb=offline", "limit=4", "hydra.verbose=true")
     monkeypatch.chdir(tmp_path)
     process = multiprocessing.get_context("fork").Process(target=command_to_files, args=(arguments, home))

@@ -121,7 +121,7 @@ def test_another_file_is_refused(tmp_path, images):
 
 def test_a_single_step_by_hand(method, images, key):
     model, one = method.backbone, replace(method, steps=1)
-    noise = keyed_normals([key] * 2, IDS, images, "salar", (2, 4, 16, 16))
+    noise = keyed_normals(one, [key] * 2, IDS, images, "salar", (2, 4, 16, 16))
     z0, abar = model.encode(images), model.schedule.abar
     z = abar[-1] ** 0.5 * z0 + (1 - abar[-1]) ** 0.5 * noise[:, 0]
     face = CentreFace().mask(images, (32, 32))

@@ -47,7 +47,11 @@ PATIENCE = 20  # tenths of a second
 STATISTICS = ["experiment", "dataset", "anonymizer", "notes", *CELL[2:], "n", "undefined", "value", "low", "high"]
 COSTS = ["dataset", "anonymizer", "view", "pictures", "seconds", "evaluations", "device", "processor", "threads"]
 SCORES = ["dataset", "anonymizer", "id", "view", "scorer", "value"]
-KEPT_COLUMNS = {"statistics": [*CELL[2:], "n", "undefined", "value", "low", "high"], "scores": SCORES[2:]}  # of a run
+KEPT_COLUMNS = {  # of a run
+    "statistics": [*CELL[2:], "n", "undefined", "value", "low", "high"],
+    "scores": SCORES[2:],
+    "pairs": PAIRS,
+}
 ABOUT = {
     "dataset": str,
     "anonymizer": str,

@@ -24,7 +24,7 @@ from keyanon.faces.alignment import align
 from keyanon.faces.detection import MtcnnDetector
 from keyanon.faces.layouts import CELEBAHQ, FFHQ_LAYOUTS, LFW_LAYOUT, SUFFIXES, Member, members, passed_over, person
 from keyanon.settings import Crop, Name, Names, Size, checked
-from keyanon.types import Dataset, ListsFolder, Picture, Source, Synthetic
+from keyanon.types import Benchmark, Dataset, ListsFolder, Picture, Source, Synthetic
 from keyanon.weights import Package
 
 LISTS = Path(__file__).with_name("lists")
@@ -316,6 +316,10 @@ class Overexposed:
     @property
     def synthetic(self) -> bool:
         return isinstance(self.dataset, Synthetic) and self.dataset.synthetic
+
+    @property
+    def is_benchmark(self) -> bool:
+        return isinstance(self.dataset, Benchmark) and self.dataset.is_benchmark
 
     @cached_property
     def _gallery(self) -> frozenset[str]:
