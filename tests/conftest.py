@@ -234,3 +234,10 @@ def smooth_picture(seed: int, size: int = 64) -> PIL.Image.Image:
     """A random smooth colour picture."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return PIL.Image.fromarray(coarse).resize((size, size), PIL.Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise that does not depend on the method's settings, so that these can be compared."""
+    for name in ("described", "everything"):
+        monkeypatch.setattr(f"keyanon.channel.nonces.{name}", lambda method: b"")

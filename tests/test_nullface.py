@@ -10,7 +10,6 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from hydra.utils import instantiate
 
 from experiments.harness.preflight import missing_parts
-from keyanon.channel import nonces
 from keyanon.channel.pixels import to_bytes
 from keyanon.diffusion.model import BadModel, LatentDiffusion
 from keyanon.diffusion.solvers import NoiseSchedule
@@ -151,6 +150,7 @@ def test_an_inversion_of_nothing_is_refused(change):
 # The core
 
 
+@pytest.mark.usefixtures("same_noise")
 def test_the_core_without_a_face_is_the_replay(model, images, key):
     core = NullFaceCore(model, Nowhere(), SHORT, mask_delay=0)
     assert isinstance(core, Anonymizer)
@@ -196,13 +196,6 @@ def test_the_negated_embedding_and_no_identity_reach_the_network(method, images,
     away, toward, nobody = (method.eps(z, 101, sign * embeddings) for sign in (-1, 1, 0))
     for one, other in ((away, toward), (away, nobody), (toward, nobody)):
         assert (one - other).abs().max() > 1e-4
-
-
-@pytest.fixture
-def same_noise(monkeypatch):
-    """Noise that does not depend on the method's settings, so that these can be compared."""
-    for name in ("described", "everything"):
-        monkeypatch.setattr(nonces, name, lambda method: b"")
 
 
 @pytest.mark.usefixtures("same_noise")

@@ -136,6 +136,7 @@ def test_a_single_step_by_hand(method, images, key):
     assert g.abs().max() > 0
 
 
+@pytest.mark.usefixtures("same_noise")
 def test_the_pull_pulls(method, images, key):
     """More pull, nearer to the target in FaRL's tokens."""
     assert isinstance(method, Anonymizer)
