@@ -55,7 +55,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     key, method, second = (made(cfg, group) for group in ("key", "anonymizer", "second_detector"))
     attacks = by_view(made(cfg, "attacks"))
     # by what it is: a file may hold it, too
-    known = KNOWN_KEY if key == experiment_key(cfg.key.get("seed", 0)) else None
+    known = KNOWN_KEY if key == experiment_key(cfg.key.get("seed", 0)) and method.about.kind == "keyed" else None
     session = begin(cfg, choices, command, method, second, known_key=known)
     settings = {"anonymizer": plain(cfg.anonymizer), "key": key.fingerprint}
     measures = {group: plain(cfg[group]) for group in MEASURES}

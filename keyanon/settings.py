@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
@@ -38,7 +39,8 @@ def whole(low: int = 1, high: int | None = None) -> Setting:
     """A whole number from `low` to `high`, or on."""
     end = "on" if high is None else f"to {high}"
     return Setting(
-        f"a whole number from {low} {end}", lambda value: is_whole(value) and low <= value <= (high or value)
+        f"a whole number from {low} {end}",
+        lambda value: is_whole(value) and low <= value <= (value if high is None else high),
     )
 
 
@@ -52,8 +54,15 @@ def is_whole(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    number: Any = value  # mypy: Real has no order
-    return isinstance(value, Real) and value is not True and value is not False and abs(number) <= FINITE
+    return isinstance(value, Real) and value is not True and value is not False and abs(as_float(value)) <= FINITE
+
+
+def as_float(value: Real) -> float:
+    """Infinity for whole numbers beyond all floats."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def is_list(value: Any) -> bool:

@@ -1,18 +1,21 @@
 """What files say of how they were made: who shares a key stream, what a receiver with other settings is told."""
 
 import json
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keyanon.channel.description import CHOICES, PLACES, described, match
+from keyanon.channel.description import CHOICES, PLACES, described, match, settings
 from keyanon.channel.headers import MAX_DESCRIPTION, BadHeader, Header, canonical
 from keyanon.channel.keys import MasterKey, experiment_key
 from keyanon.channel.nonces import contexts_of, nonce_for
@@ -20,7 +23,7 @@ from keyanon.context import Context, joined
 from keyanon.diffusion.controlnet import MaskControl
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import DDIM
-from keyanon.errors import UserError
+from keyanon.errors import BadSetting, UserError
 from keyanon.faces.parsing import EllipseParser
 from keyanon.methods.baselines.scrambling import Scrambling
 from keyanon.methods.signflip import SignFlip
@@ -244,6 +247,47 @@ def test_other_steps_at_recovery_are_named_and_not_run(tiny_block_dct):
         BadHeader, match=r"quantize=true, here false; reinject=true, here false; .*; and 2 more; recover"
     ):
         other.recover(published, [KEY])
+
+
+def test_numbers_of_any_type_count_and_what_cannot_be_told_is_refused():
+    """A numpy number left no trace in description and nonce: 8 and 16 shared a key stream."""
+    parser = EllipseParser()
+    contexts = [Run("", Scrambling(parser, block)).context() for block in (2, np.int64(2), np.int64(3))]
+    assert contexts[0] == contexts[1] != contexts[2]
+    assert described(Scrambling(parser, np.int64(2))) == described(Scrambling(parser, 2))
+
+    class Stateful:
+        def __init__(self) -> None:
+            self.strength = 1
+
+        def mask(self, images, size):
+            raise AssertionError
+
+    for odd in (Stateful(), lambda images: images, {1, 2}, torch.zeros(2), math.nan, Path("place")):
+        with pytest.raises(BadSetting, match="among a method's settings: a file cannot say"):
+            settings(odd, public=True)
+
+
+def test_settings_that_differ_beyond_what_a_message_shows_are_told_apart(tiny_block_dct):
+    noise = [{"trained_betas": [*([1e-3] * 40), last]} for last in (0.1, 0.2)]
+    one, other = (
+        SignFlip(LatentDiffusion(str(tiny_block_dct), noise=each), DDIM(8), EllipseParser()) for each in noise
+    )
+    with pytest.raises(BadHeader, match=r"backbone\.noise\.trained_betas=\[0\.001, .*\.\.\., here \[0\.001, .*\.\.\.;"):
+        match(Header(bytes(24), description=described(one)), other)
+
+
+@given(st.text(max_size=9), st.text(max_size=99))
+def test_whatever_a_strangers_file_calls_its_settings_the_message_is_printable(name, value):
+    told = json.loads(described(Scrambling(EllipseParser())))
+    told["method"][name] = value
+    header = Header(bytes(24), description=canonical(told))
+    if name in ("block", "class", "inside", "negative"):
+        return
+    with pytest.raises(BadHeader) as caught:
+        match(header, Scrambling(EllipseParser()))
+    assert str(caught.value).isprintable()
+    assert str(caught.value).encode()
 
 
 def test_methods_that_share_a_key_no_longer_share_its_signs(methods):

@@ -10,12 +10,15 @@ a function of everything (keyanon/channel/nonces.py).
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
+from numbers import Real
 from typing import Any
 
 from keyanon.channel.headers import BadHeader, Header, canonical, placed, unseal
+from keyanon.errors import BadSetting
 from keyanon.types import Key, Model, Published
 from keyanon.version import __version__
 from keyanon.weights import Card, named
@@ -53,11 +56,17 @@ def senders(part: Any) -> Sequence[str]:
 
 
 def settings(part: Any, public: bool) -> Any:
-    """What decides the outcome of a part, as JSON has it; `public` leaves out what the sender alone uses."""
-    if isinstance(part, float) and part.is_integer():
-        return int(part)  # 1.0 is 1
-    if part is None or isinstance(part, bool | int | float | str):
+    """What decides the outcome of a part, as JSON has it; `public` leaves out what the sender alone uses.
+
+    BadSetting for a value that cannot be told: two that differ must never be told alike.
+    """
+    if part is None or isinstance(part, bool | str):
         return part
+    if isinstance(part, Real):
+        number = float(part)
+        if not math.isfinite(number):
+            raise BadSetting(f"{part} among a method's settings: a file cannot say that it was made with it")
+        return int(part) if number.is_integer() else number  # type: ignore[call-overload]  # 1.0 is 1, numpy's too
     if isinstance(part, Card):
         return part.sha256[:DIGITS] if part.sha256 else part.name
     if isinstance(part, Mapping):
@@ -65,11 +74,16 @@ def settings(part: Any, public: bool) -> Any:
     if isinstance(part, Sequence):
         return [settings(value, public) for value in part]
     if isinstance(part, partial):
-        return {"class": name_of(part.func), **settings(part.keywords, public)}
+        given = {name: value for name, value in part.keywords.items() if name not in PLACES}
+        return {"class": name_of(part.func), "args": settings(part.args, public), **settings(given, public)}
     out: dict[str, Any] = {"class": name_of(part)}
     if isinstance(part, Model):
         out["sha256"] = part.sha256[:DIGITS]
     if not is_dataclass(part):
+        if "<" in out["class"] or not hasattr(part, "__qualname__"):
+            raise BadSetting(
+                f"{out['class']} among a method's settings: a file cannot say how it was made with it; make it a dataclass"
+            )
         return out
     left_out = PLACES | CHOICES | (set(senders(part)) if public else set())
     for field in fields(part):
@@ -96,26 +110,33 @@ def match(header: Header, method: Any) -> None:
     names = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
     if not names:
         return
-    if "class" in names:
-        other = there.get("class", "which it does not name")
-        raise BadHeader(f"the file was published by another method: {other}, not {here['class']}")
-    shown = "; ".join(
-        f"{name}={there.get(name, 'nothing')}, here {here.get(name, 'nothing')}" for name in names[:SHOWN]
+    if ("class",) in names:
+        other = shown(there[("class",)]) if ("class",) in there else "which it does not name"
+        raise BadHeader(f"the file was published by another method: {other}, not {shown(here[('class',)])}")
+    told = "; ".join(
+        f"{'.'.join(map(shown, name))}={shown(there.get(name, 'nothing'))}, here {shown(here.get(name, 'nothing'))}"
+        for name in names[:SHOWN]
     )
     more = f"; and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     raise BadHeader(
-        f"the file was published with other settings: {shown}{more}; recover it with the anonymizer's settings of then"
+        f"the file was published with other settings: {told}{more}; recover it with the anonymizer's settings of then"
     )
 
 
-def leaves(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """The values of nested JSON by their path, short enough for a message."""
+def leaves(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The values of nested JSON, each as JSON, by the names that lead to it."""
     if isinstance(node, dict) and node:
         for name, value in node.items():
-            yield from leaves(value, f"{path}.{name}" if path else str(name))
+            yield from leaves(value, (*path, name))
     else:
-        text = json.dumps(node)
-        yield path[:LONGEST], text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+        yield path, json.dumps(node)
+
+
+def shown(text: str) -> str:
+    """Short and printable, whoever wrote it."""
+    plain = text.encode("ascii", "backslashreplace").decode()
+    plain = "".join(letter if letter.isprintable() else "?" for letter in plain)
+    return plain if len(plain) <= LONGEST else f"{plain[:LONGEST]}..."
 
 
 def opened(published: Published, keys: Sequence[Key], method: Any, authenticate: bool) -> list[Header]:

@@ -31,6 +31,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from keyanon.context import Context, joined
 from keyanon.errors import UserError
+from keyanon.settings import checked
 
 log = logging.getLogger(__name__)
 KEY_BYTES = 32
@@ -45,6 +46,7 @@ class BadKey(UserError):
     """A key file that is missing, malformed or readable by others; a password or recipe that gives no key."""
 
 
+@checked
 @dataclass(frozen=True)
 class Recipe:
     """How a master key comes from a password: public, it travels in the header. By default RFC 9106's second recommendation.
@@ -171,6 +173,8 @@ def read_key(path: str | Path) -> MasterKey:
         raise BadKey(f"key.path: no key file {path}; make one with: python -m experiments.keys new {path}") from None
     except UnicodeDecodeError:
         raise BadKey(malformed) from None
+    except (OSError, ValueError) as error:
+        raise BadKey(f"key.path: {str(path)!r} cannot be read ({error})") from None
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise BadKey(f"key.path: {path} can be read by others; run: chmod 600 {path}")
     first, _, second = text.partition("\n")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keyanon.channel.headers import BadHeader
+from keyanon.channel.headers import BadHeader, inflated
 from keyanon.types import Latent, Mask
 
 
@@ -36,13 +36,9 @@ def decoded(codes: Sequence[bytes], mask: Mask, like: Latent, step: float) -> La
 
 
 def numbers(code: bytes, channels: int, cells: int) -> Tensor:
-    """Inflates no more than a byte too many."""
     size = 2 * channels * cells
-    try:
-        data = zlib.decompressobj().decompress(code, size + 1)
-    except zlib.error:
-        data = b""
-    if len(data) != size:
+    data = inflated(code, size)
+    if data is None or len(data) != size:
         raise BadHeader(
             "the header's residual does not fit the latent: it is damaged, or the file was published with another model or method"
         )
