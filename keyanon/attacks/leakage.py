@@ -105,7 +105,7 @@ SUMMARIES = {
 }
 
 
-def linkage_statistics(scores: Floats, people: Sequence[Hashable], seed: int = 0) -> list[Statistic]:
+def linkage_statistics(scores: Floats, people: Sequence[Hashable] | Rows, seed: int = 0) -> list[Statistic]:
     """Are the scores (p n n) of one photograph (diagonals) above those of two? For p comparisons of n photographs of `people`.
 
     `auc`: the chance that they are, 0.5 for systems that do not link. `d_sys` (Gomez-Barrero et al., IEEE TIFS 13(6), 2018) is
@@ -167,7 +167,7 @@ def auc(mated: ArrayLike, nonmated: ArrayLike) -> float:
 
 
 def auc_statistic(
-    right: ArrayLike, wrong: ArrayLike, people: Sequence[Hashable], name: str = "auc", seed: int = 0
+    right: ArrayLike, wrong: ArrayLike, people: Sequence[Hashable] | Rows, name: str = "auc", seed: int = 0
 ) -> Statistic:
     """`auc` of values (n a) against values (n b) of the same n pictures, with the interval of `people` drawn again."""
     first, second = np.asarray(right, np.float64), np.asarray(wrong, np.float64)
@@ -181,7 +181,7 @@ def auc_statistic(
     )
 
 
-def rows_by_person(people: Sequence[Hashable]) -> list[Rows]:
+def rows_by_person(people: Sequence[Hashable] | Rows) -> list[Rows]:
     """The rows of each person, in the order in which they first come."""
     rows: dict[Hashable, list[int]] = {}
     for row, who in enumerate(people):
@@ -190,7 +190,7 @@ def rows_by_person(people: Sequence[Hashable]) -> list[Rows]:
 
 
 def interval(
-    value: Callable[[Rows], float], people: Sequence[Hashable], resamples: int = RESAMPLES, seed: int = 0
+    value: Callable[[Rows], float], people: Sequence[Hashable] | Rows, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
     """The middle 95 % of `value` when people are drawn again with replacement, each with all rows; NaN for fewer than two.
 
@@ -207,7 +207,7 @@ def interval(
     return float(low), float(high)
 
 
-def jackknife_interval(value: Callable[[Rows], float], people: Sequence[Hashable]) -> tuple[float, float]:
+def jackknife_interval(value: Callable[[Rows], float], people: Sequence[Hashable] | Rows) -> tuple[float, float]:
     """`value`, within [0, 1], and 1.96 standard errors to both sides, from leaving out each person in turn, with all rows."""
     everyone, own = np.arange(len(people)), rows_by_person(people)
     middle, n = value(everyone), len(own)
