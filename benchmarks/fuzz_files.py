@@ -8,7 +8,6 @@ Measured: results/benchmarks/fuzz_files.csv.
 """
 
 import argparse
-import csv
 import io
 import random
 import re
@@ -27,9 +26,9 @@ import PIL.Image
 import torch
 from tqdm import tqdm
 
+from benchmarks.fuzz_headers import KEY, report
 from keyanon.channel.chunks import HEADER_CHUNK, SIGNATURE
 from keyanon.channel.headers import BadHeader, Header, seal
-from keyanon.channel.keys import MasterKey, Recipe, experiment_key
 from keyanon.channel.pixels import png_bytes, read_png
 from keyanon.channel.streams import signs
 from keyanon.context import Context
@@ -37,7 +36,6 @@ from keyanon.faces.parsing import EllipseParser
 from keyanon.methods.baselines.scrambling import Scrambling
 from keyanon.types import BadPicture, PictureBytes, Published
 
-KEY = MasterKey(experiment_key().secret, Recipe(bytes(16)))
 METHOD = Scrambling(EllipseParser(), block=4)
 COLUMNS = ["kind", "files", "refused", "as_published", "slowest_ms", "peak_mib"]
 STRANGE = (
@@ -65,12 +63,7 @@ def main() -> None:
     args = parser.parse_args()
     start = time.perf_counter()
     rows, messages = fuzz(args.files)
-    writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    for message, count in messages.most_common():
-        print(f"{count:8d}  {message}", file=sys.stderr)
-    print(f"{sum(messages.values())} refused, {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    report(rows, messages, start)
 
 
 def fuzz(files: int, seed: int = 0) -> tuple[list[dict[str, object]], Counter[str]]:

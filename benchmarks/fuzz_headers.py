@@ -44,7 +44,12 @@ def main() -> None:
     args = parser.parse_args()
     start = time.perf_counter()
     rows, messages = fuzz(args.each)
-    writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
+    report(rows, messages, start)
+
+
+def report(rows: list[dict[str, object]], messages: Counter[str], start: float) -> None:
+    """The rows as CSV on standard output; on standard error the messages, the commonest first, and the time since `start`."""
+    writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     for message, count in messages.most_common():

@@ -225,14 +225,14 @@ def test_another_setting_at_recovery_is_named_with_both_values(methods):
     """Each field that the receiver needs; what the sender alone uses is free."""
     for method in methods.values():
         header = Header(bytes(24), description=described(method))
-        match(header, method)
+        match(header, described(method))
         for path, other in changes(method):
             if published_apart(path) and described(other) != described(method):
                 name = "sha256" if path == "backbone.source" else path.rpartition(".")[2]
                 with pytest.raises(BadHeader, match=rf"other settings: .*{name}.*=.*, here "):
-                    match(header, other)
+                    match(header, described(other))
             else:
-                match(header, other)
+                match(header, described(other))
 
 
 def test_other_steps_at_recovery_are_named_and_not_run(tiny_block_dct):
@@ -274,7 +274,7 @@ def test_settings_that_differ_beyond_what_a_message_shows_are_told_apart(tiny_bl
         SignFlip(LatentDiffusion(str(tiny_block_dct), noise=each), DDIM(8), EllipseParser()) for each in noise
     )
     with pytest.raises(BadHeader, match=r"backbone\.noise\.trained_betas=\[0\.001, .*\.\.\., here \[0\.001, .*\.\.\.;"):
-        match(Header(bytes(24), description=described(one)), other)
+        match(Header(bytes(24), description=described(one)), described(other))
 
 
 @given(st.text(max_size=9), st.text(max_size=99))
@@ -285,7 +285,7 @@ def test_whatever_a_strangers_file_calls_its_settings_the_message_is_printable(n
     if name in ("block", "class", "inside", "negative"):
         return
     with pytest.raises(BadHeader) as caught:
-        match(header, Scrambling(EllipseParser()))
+        match(header, described(Scrambling(EllipseParser())))
     assert str(caught.value).isprintable()
     assert str(caught.value).encode()
 
@@ -336,6 +336,6 @@ def test_a_description_that_is_not_written_in_the_one_way_is_refused(told):
 )
 def test_any_description_leads_to_a_message_of_one_printable_line(told):
     with pytest.raises(BadHeader) as caught:
-        match(Header(bytes(24), description=canonical({"method": told})), Scrambling(EllipseParser()))
+        match(Header(bytes(24), description=canonical({"method": told})), described(Scrambling(EllipseParser())))
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 900

@@ -14,8 +14,9 @@ from keyanon.channel.headers import BadHeader, Header, seal
 from keyanon.channel.keys import MasterKey, Nobody
 from keyanon.channel.nonces import OneForAll
 from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.channel.streams import orders
 from keyanon.context import Context
-from keyanon.methods.baselines.scrambling import Scrambling, cut, joined, orders
+from keyanon.methods.baselines.scrambling import Scrambling, cut, joined
 from keyanon.types import Image, Mask, Published, Reversible
 from tests.conftest import CentreFace
 

@@ -9,6 +9,7 @@ from scipy.stats import kstest
 
 from keyanon.channel.headers import BadHeader
 from keyanon.channel.keys import MasterKey, experiment_key
+from keyanon.channel.streams import orders
 from keyanon.context import Context
 from keyanon.methods.transforms import (
     BandRotation,
@@ -20,7 +21,6 @@ from keyanon.methods.transforms import (
     ciphered,
     coded,
     decoded,
-    orders,
     rotations,
 )
 
@@ -103,7 +103,7 @@ def test_standard_normal_noise_stays_so(transform):
 
 def test_orders_are_uniform():
     """Each cell comes to each place equally often, and no order of three is preferred."""
-    found = torch.cat([orders(experiment_key(i), Context(bytes(24)), 300, 3) for i in range(20)])
+    found = torch.cat([orders(experiment_key(i), Context(bytes(24)), "permutation", 300, 3) for i in range(20)])
     assert torch.equal(found.sort(1).values, torch.arange(3).expand(6000, 3))
     counts = torch.bincount(found[:, 0] * 3 + found[:, 1], minlength=9)
     assert counts[[0, 4, 8]].tolist() == [0, 0, 0]

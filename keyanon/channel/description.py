@@ -99,14 +99,14 @@ def name_of(part: Any) -> str:
     return kind.__qualname__ if kind.__module__.startswith("keyanon.") else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def match(header: Header, method: Any) -> None:
-    """Raises BadHeader, which names the differences, unless a file was made by this method with these settings.
+def match(header: Header, own: bytes) -> None:
+    """Raises BadHeader, which names the differences, unless a file says the same of its method as `own`, a description.
 
     Files of header version 2 do not say how they were made.
     """
     if header.description is None:
         return
-    there, here = (dict(leaves(json.loads(each).get("method"))) for each in (header.description, described(method)))
+    there, here = (dict(leaves(json.loads(each).get("method"))) for each in (header.description, own))
     names = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
     if not names:
         return
@@ -144,10 +144,10 @@ def opened(published: Published, keys: Sequence[Key], method: Any, authenticate:
 
     With `authenticate` each has to have a tag that fits header, pixels and key.
     """
-    headers = unseal(published.headers, published.images, keys, authenticate)
+    headers, own = unseal(published.headers, published.images, keys, authenticate), described(method)
     for i, header in enumerate(headers):
         try:
-            match(header, method)
+            match(header, own)
         except BadHeader as error:
             raise BadHeader(f"{placed(i, len(headers))}{error}") from None
     return headers

@@ -1,8 +1,8 @@
-"""From a key's stream to secret signs and normal numbers."""
+"""From a key's stream to secret signs, orders and normal numbers, and to a cipher."""
 
 import numpy as np
 import torch
-from jaxtyping import Int8
+from jaxtyping import Int8, Int64
 from torch import Tensor
 
 from keyanon.context import Context
@@ -24,6 +24,12 @@ def normals(key: Key, context: Context, purpose: str, shape: tuple[int, ...]) ->
     words = np.frombuffer(key.stream(context, purpose, 8 * -(-d // 2)), "<u4").reshape(2, -1).astype(np.float64)
     radius, angle = np.sqrt(-2 * np.log((words[0] + 0.5) / 2**32)), 2 * np.pi * words[1] / 2**32
     return torch.from_numpy(np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:d]).view(shape)
+
+
+def orders(key: Key, context: Context, purpose: str, rows: int, n: int) -> Int64[Tensor, "rows n"]:
+    """A random order of n things for each row: that of 64-bit words, two of which are equal with a chance below n^2 / 2^64."""
+    words = np.frombuffer(key.stream(context, purpose, 8 * rows * n), "<u8").reshape(rows, n)
+    return torch.from_numpy(words.argsort(axis=1, kind="stable"))
 
 
 def ciphered(data: bytes, key: Key, context: Context, purpose: str) -> bytes:

@@ -173,15 +173,15 @@ class Exact:
 
     def recover(self, published: Published, keys: Sequence[Key]) -> Image:
         """Original faces from published files and their keys; raises BadHeader."""
-        return self.open(to_floats(published.images), published, keys, self.authenticate)
+        return self.open(to_floats(published.images), published, keys)
 
     def recover_floats(self, published: Published, keys: Sequence[Key]) -> Image:
         """The same from the decoder's unrounded output, which no refinement has touched."""
         assert published.floats is not None
-        return self.open(published.floats, published, keys, self.authenticate)
+        return self.open(published.floats, published, keys)
 
-    def open(self, images: Image, published: Published, keys: Sequence[Key], authenticate: bool) -> Image:
-        headers = self.opened(published, keys, authenticate)
+    def open(self, images: Image, published: Published, keys: Sequence[Key]) -> Image:
+        headers = self.opened(published, keys, self.authenticate)
         return self.receive(images.to(self.backbone.device), headers, keys).cpu()
 
     def opened(self, published: Published, keys: Sequence[Key], authenticate: bool) -> list[Header]:

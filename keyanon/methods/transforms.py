@@ -31,12 +31,12 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool
 from scipy.fft import dct, idct
 from torch import Tensor
 
 from keyanon.channel.headers import BadHeader
-from keyanon.channel.streams import ciphered, normals, signs
+from keyanon.channel.streams import ciphered, normals, orders, signs
 from keyanon.context import Context
 from keyanon.settings import Share, checked
 from keyanon.types import Key, Latent, Mask, Secret
@@ -130,7 +130,7 @@ class Permutation:
         out = zT.clone()
         for z, cells, key, context in zip(out, mask[:, 0], keys, contexts, strict=True):
             face = z[:, cells]
-            z[:, cells] = face.gather(1, orders(key, context, *face.shape).to(z.device))
+            z[:, cells] = face.gather(1, orders(key, context, "permutation", *face.shape).to(z.device))
         return out, [b""] * len(zT)
 
     def undo(
@@ -139,7 +139,7 @@ class Permutation:
         out = zT.clone()
         for z, cells, key, context in zip(out, mask[:, 0], keys, contexts, strict=True):
             face = z[:, cells]
-            z[:, cells] = face.scatter(1, orders(key, context, *face.shape).to(z.device), face)
+            z[:, cells] = face.scatter(1, orders(key, context, "permutation", *face.shape).to(z.device), face)
         return out
 
 
@@ -222,12 +222,6 @@ def flips(key: Key, context: Context, shape: tuple[int, ...], share: float) -> B
     """True with the chance `share`, to 2^-32."""
     words = np.frombuffer(key.stream(context, "noise flip", 4 * int(np.prod(shape))), "<u4")
     return torch.from_numpy(words < round(share * 2**32)).view(shape)
-
-
-def orders(key: Key, context: Context, channels: int, d: int) -> Int64[Tensor, "c d"]:
-    """A random order of d cells for each channel: that of 64-bit words, two of which are equal with a chance below d^2 / 2^64."""
-    words = np.frombuffer(key.stream(context, "permutation", 8 * channels * d), "<u8").reshape(channels, d)
-    return torch.from_numpy(words.argsort(axis=1, kind="stable"))
 
 
 def rotations(key: Key, context: Context, channels: int, d: int) -> Tensor:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
@@ -22,7 +21,7 @@ from keyanon.channel.description import opened
 from keyanon.channel.headers import BadHeader, Header, seal
 from keyanon.channel.nonces import Nonces, contexts_of, nonce_for
 from keyanon.channel.pixels import to_bytes, to_floats
-from keyanon.channel.streams import signs
+from keyanon.channel.streams import orders, signs
 from keyanon.context import Context
 from keyanon.errors import BadSetting
 from keyanon.settings import Pixels, checked
@@ -126,12 +125,6 @@ class Scrambling:
         if message := self.misfit(height, width):
             raise BadSetting(message)
         return height // self.block, width // self.block
-
-
-def orders(key: Key, context: Context, purpose: str, rows: int, n: int) -> Int64[Tensor, "rows n"]:
-    """A secret order of n things for each row: that of 64-bit words, as in keyanon.methods.transforms.orders."""
-    words = np.frombuffer(key.stream(context, purpose, 8 * rows * n), "<u8").reshape(rows, n)
-    return torch.from_numpy(words.argsort(axis=1, kind="stable"))
 
 
 def cut(pixels: UInt8[Tensor, "b 3 h w"], block: int) -> UInt8[Tensor, "b rows columns p 3"]:
