@@ -22,6 +22,7 @@ from experiments.harness.command import given, row_names, row_overrides
 from experiments.harness.errors import user_error
 from experiments.harness.made import made
 from experiments.harness.names import check_table_name, row_label
+from experiments.harness.protocol import protocol_label
 from keyanon import weights
 from keyanon.errors import BadSetting
 
@@ -85,7 +86,8 @@ class WholeSweep(Callback):
             chosen = cfg.hydra.runtime.choices
             open_dataset(cfg, chosen["dataset"], problems)
             label = row_label(chosen.get("anonymizer", "every method"), row_overrides(cell, swept))
-            row = (str(cfg.runs), str(cfg.name), chosen["dataset"], label)
+            protocol = protocol_label(cfg.protocol, chosen["protocol"])
+            row = (str(cfg.runs), str(cfg.name), chosen["dataset"], protocol, label)
             if row in rows:
                 differ = [set(one) - set(other) for one, other in ((rows[row], cell), (cell, rows[row]))]
                 told = " and ".join(" ".join(sorted(one)) for one in differ if one) or "a value is given twice"
