@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 NOT_READY = 2  # exit code
 # The groups whose parts may be missing.
-GROUPS = ("anonymizer", "methods", "parser", "finder", "second_detector", "recognizers", "scorers", "wandb")
+GROUPS = ("anonymizer", "methods", "parser", "finder", "second_detector", "recognizers", "scorers", "protocol", "wandb")
 BYTES_PER_VALUE = 1.2  # a PNG of a photograph, against its 3 h w raw bytes, with some air
 
 

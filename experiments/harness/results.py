@@ -167,8 +167,9 @@ def table(statistics: pd.DataFrame, paper: Sequence[Reference], experiment: str)
     """Every measured cell and every cell of the paper, one a row, with the columns TIDY.
 
     Verdicts: `within` the tolerance (inclusive), `outside` it (also where ours is undefined for every picture),
-    `no-reference` for a cell that the paper does not have, one of another protocol among them, `not-run` for one of the paper's that nobody ran. Cells of
-    the paper come first, in the order of its file, then the others, sorted. BadData where a cell was measured twice.
+    `no-reference` for a cell that the paper does not have, such as one by another protocol, `not-run` for one of the paper's
+    that nobody ran. Cells of the paper come first, in the order of its file, then the others, sorted. BadData where a cell was
+    measured twice.
     """
     measured = {tuple(row[key] for key in CELL): row for row in statistics.to_dict("records")}
     if len(measured) < len(statistics):

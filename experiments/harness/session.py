@@ -290,6 +290,7 @@ def begin(
     """
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
+    made(cfg, "protocol")  # checked, whatever takes its choices
     parser: FaceParser = made(cfg, "parser")
     recognizers: dict[str, Recognizer] = made(cfg, "recognizers")
     scorers: dict[str, Scorer] = made(cfg, "scorers")
