@@ -73,7 +73,7 @@ class Layout:
 
     @property
     def remedy(self) -> str:
-        return f"Set dataset.root=/path or {self.variable}. To be had: {self.source}"
+        return f"Set dataset.root=/path or {self.variable}, to the folder where it is unpacked. To be had: {self.source}"
 
 
 CELEBAHQ = Layout(
@@ -106,10 +106,9 @@ LFW_LAYOUT = Layout(
     name="LFW",
     places=tuple(LFW_PLACES.values()),
     variable="KEYANON_LFW",
-    source="lfw-deepfunneled.tgz (the authors' edition), lfw-funneled.tgz or lfw.tgz, with pairsDevTrain.txt, pairsDevTest.txt and "
-    "pairs.txt, from https://vis-www.cs.umass.edu/lfw, in one folder; the archive of "
-    "https://www.kaggle.com/datasets/jessicali9530/lfw-dataset as it unpacks (deep-funneled); or the folder lfw_home that "
-    "scikit-learn's fetch_lfw_pairs leaves (research only).",
+    source="deep-funneled, as the authors have it, from https://www.kaggle.com/datasets/jessicali9530/lfw-dataset; or lfw.tgz, "
+    "lfw-funneled.tgz or lfw-deepfunneled.tgz with pairsDevTrain.txt, pairsDevTest.txt and pairs.txt beside, from "
+    "https://vis-www.cs.umass.edu/lfw; or the folder lfw_home that scikit-learn's fetch_lfw_pairs leaves (research only).",
 )
 # Files of the same pairs: the matched ones of DevTrain and then of DevTest, all of both, or View 2's ten folds.
 DEV_MATCHES = (
