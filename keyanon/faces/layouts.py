@@ -73,7 +73,9 @@ class Layout:
 
     @property
     def remedy(self) -> str:
-        return f"Set dataset.root=/path or {self.variable}, to the folder where it is unpacked. To be had: {self.source}"
+        return (
+            f"Set dataset.root=/path or {self.variable}, to the folder where it is unpacked. To be had: {self.source}"
+        )
 
 
 CELEBAHQ = Layout(
