@@ -133,8 +133,8 @@ class Source:
 class Dataset(Protocol):
     """Pictures by id, in a committed order.
 
-    `ids` are the pictures to anonymize; `gallery` the clean enrolment pictures they are verified against (empty where the
-    protocol has none); `identity` tells who is on a picture, None where the dataset does not say.
+    `ids` are the pictures to anonymize, each once; `gallery` the clean enrolment pictures they are verified against (empty where
+    the protocol has none), each as often as it counts; `identity` tells who is on a picture, None where the dataset does not say.
     """
 
     @property
@@ -168,6 +168,24 @@ class Benchmark(Protocol):
 
     @property
     def is_benchmark(self) -> bool: ...
+
+
+@runtime_checkable
+class Repeats(Protocol):
+    """A dataset whose pictures may count several times: each is anonymized once, but compared and averaged as often as listed."""
+
+    @property
+    def probes(self) -> Sequence[str]:
+        """`ids`, each as often as it counts, in the order of the list."""
+        ...
+
+
+@runtime_checkable
+class Noted(Protocol):
+    """A dataset that knows what a reader of its numbers must be told: which edition it is, how its pictures count."""
+
+    @property
+    def notes(self) -> Sequence[str]: ...
 
 
 @runtime_checkable
