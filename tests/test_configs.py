@@ -132,7 +132,11 @@ def test_the_paper_s_experiments_are_by_its_protocol_and_with_its_recognizers():
         cfg = composed(f"experiment={name}", config=command_of(name))
         assert (cfg.name, cfg.protocol.name) == (name, "authors")
         assert set(cfg.recognizers) == {"facenet_vggface2", "facenet_casia", "arcface_r50", "adaface_vit"}
-        rows = set(cfg.methods) if "methods" in cfg else {"signflip_controlnet" if "control" in cfg.anonymizer else "signflip"}
+        rows = (
+            set(cfg.methods)
+            if "methods" in cfg
+            else {"signflip_controlnet" if "control" in cfg.anonymizer else "signflip"}
+        )
         own = {each.anonymizer for each in read_paper(ROOT / "results" / "paper" / f"{name}.yaml")}
         assert {row for row in own if row.startswith("signflip")} <= rows
 

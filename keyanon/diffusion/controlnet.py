@@ -61,9 +61,7 @@ class MaskControl:
         control = self.network(backbone)
         hint = in_chunks(control.features, mask.to(backbone.device).float().expand(-1, 3, -1, -1), chunk=backbone.chunk)
         if (size := tuple(hint.shape[-2:])) != backbone.latent_size(mask):
-            raise BadModel(
-                f"{named(self.card).name}: brings masks to {size}, latents are {backbone.latent_size(mask)}"
-            )
+            raise BadModel(f"{named(self.card).name}: brings masks to {size}, latents are {backbone.latent_size(mask)}")
 
         def eps(z: Latent, t: int) -> Latent:
             if len(z) != len(hint):
