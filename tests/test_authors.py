@@ -1,7 +1,7 @@
 """The authors' method, written down anew from its description as small reference functions, beside ours: equal to 1e-8 in fp64.
 
-Tiny VQModel and UNet2DModel with random weights, 10 + 10 steps, both directions: without and with the control network; the right key,
-wrong ones and JPEG by their protocol (mask from unclipped floats). Their code is not here: what it does is in docs/method.md.
+Tiny VQModel and UNet2DModel with random weights, 10 + 10 steps, both directions: without and with the control network; the right
+key, wrong ones and JPEG by their protocol (mask from unclipped floats). Their code is not here: what it does is in docs/method.md.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from torch.nn.functional import adaptive_avg_pool2d, conv2d, interpolate, silu
 from keyanon.attacks.views import FloatChannel, Jpeg, NearKey, WrongKey
 from keyanon.channel.headers import Header
 from keyanon.channel.keys import MasterKey, experiment_key
-from keyanon.channel.pixels import from_pil, jpeg, to_floats
+from keyanon.channel.pixels import from_pil, jpeg
 from keyanon.channel.streams import signs
 from keyanon.diffusion.controlnet import ControlNetwork
 from keyanon.diffusion.model import LatentDiffusion

@@ -10,8 +10,8 @@ convolution on every skip: here f_0 and the downsamplers' reach the decoder bare
 before training.
 
 Written anew from a description and a reading of https://github.com/PLabarbarie/diffusion-signflip-anon (commit 824c55b). The
-weights are a checkpoint of the authors, as torch.save writes a state dict: the frozen network, its whole copy, and what is added. The
-config beside the backbone's `unet/` tells the network's shape. None of their checkpoints was at hand: the names in it were read off
+weights are a checkpoint of the authors, as torch.save writes a state dict: the frozen network, its whole copy, and what is added.
+The config of the backbone's `unet` tells the network's shape. None of their checkpoints was at hand: the names in it were read off
 their code, and no real one was tried.
 """
 
@@ -54,9 +54,10 @@ class MaskControl:
         return (named(self.card),)
 
     def denoisers(self, backbone: LatentDiffusion, mask: Mask) -> tuple[Denoiser, Denoiser]:
-        """eps for inverting and for sampling pictures whose face is `mask` (b 1 h w), at pixel size; raises MissingWeights, WrongWeights.
+        """eps for inverting and for sampling pictures whose face is `mask` (b 1 h w), at pixel size.
 
-        A call counts as one evaluation of the backbone, though it costs about half of one more.
+        A call counts as one evaluation of the backbone, though it costs about half of one more. Raises MissingWeights,
+        WrongWeights.
         """
         control = self.network(backbone)
         hint = in_chunks(control.features, mask.to(backbone.device).float().expand(-1, 3, -1, -1), chunk=backbone.chunk)
