@@ -91,19 +91,22 @@ class Hub:
         return first if len(self.files) == 1 else first.parents[len(Path(self.files[0]).parts) - 1]
 
     def fetch(self, folder: Path) -> None:
-        from huggingface_hub import HfApi, hf_hub_download
+        from huggingface_hub import hf_hub_download
 
         for file, name in zip(self.files, self.names, strict=True):
-            path = file
-            if file != name:
-                there = HfApi().list_repo_files(self.repo, revision=self.revision)
-                ending = [each for each in there if Path(each).name == name]
-                if len(ending) != 1:
-                    raise FileNotFoundError(f"{len(ending)} files of {self.repo} are called {name}, not one")
-                path = ending[0]
-            fetched = hf_hub_download(self.repo, path, revision=self.revision, local_dir=folder)
-            if path != name:
-                Path(fetched).replace(folder / name)
+            path = file if file == name else self.place(name)
+            fetched = Path(hf_hub_download(self.repo, path, revision=self.revision, local_dir=folder))
+            fetched.replace(folder / name)
+
+    def place(self, name: str) -> str:
+        """The path of the one file of the repository that is called so; asks the hub."""
+        from huggingface_hub import HfApi
+
+        there = HfApi().list_repo_files(self.repo, revision=self.revision)
+        paths = [path for path in there if Path(path).name == name]
+        if len(paths) != 1:
+            raise FileNotFoundError(f"{len(paths)} files of {self.repo} are called {name}, not one")
+        return paths[0]
 
 
 @dataclass(frozen=True)
