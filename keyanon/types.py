@@ -226,10 +226,13 @@ class Reversible(Anonymizer, Protocol):
 
 @runtime_checkable
 class RecoversFloats(Protocol):
-    """A reversible method that can also read what was never in a file: the sender's unrounded floats, as the authors do."""
+    """A reversible method that can also read what was never in a file, such as the sender's unrounded floats, as the authors do."""
 
-    def recover_floats(self, published: Published, keys: Sequence[Key]) -> Image:
-        """As `recover`, from `published.floats` in the place of the bytes; the tag is that of the bytes all the same."""
+    def recover_floats(self, published: Published, keys: Sequence[Key], images: Image, seen: Image) -> Image:
+        """As `recover`, from `images` in the place of the file's pixels, whose tag is looked at all the same.
+
+        A method that looks for the face anew looks for it on `seen`: the same pictures, by another way.
+        """
         ...
 
 
@@ -399,6 +402,14 @@ class Attack(Protocol):
     def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
         """What an attacker, or a receiver over a bad channel, makes of published pictures: one more view."""
         ...
+
+
+@runtime_checkable
+class ReadsFloats(Protocol):
+    """An attack that may read the sender's floats, which no file carries, and says whether it does."""
+
+    @property
+    def reads_floats(self) -> bool: ...
 
 
 # What the names in a table mean. Whoever makes a view, a measure or a statistic says so; a table guesses nothing from a name.
