@@ -19,6 +19,7 @@ class Choices:
     resize: Literal["lanczos", "bilinear"]
     pairs: Literal["distinct", "repeated"]
     calibration: Literal["anonymized", "all"]
+    threshold: Literal["order", "quantile"]
     enrolment: Literal["fixed", "lowered"]
     alignment: Literal["least_squares", "ransac"]
     ssim: Literal["inside", "whole"]
