@@ -1,7 +1,7 @@
 """Which protocol a run measures by: the choices of conf/protocol, by name."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -32,5 +32,6 @@ class Choices:
 def protocol_label(protocol: DictConfig, chosen: str) -> str:
     """The name of the `chosen` file of conf/protocol, and what was set otherwise: `ours`, or `ours,ssim=whole`."""
     path = CHECKOUT / "conf" / "protocol" / f"{chosen}.yaml"
-    named = OmegaConf.load(path) if path.is_file() else protocol
-    return ",".join([chosen, *(f"{name}={value}" for name, value in protocol.items() if named.get(name) != value)])
+    named: Any = OmegaConf.load(path) if path.is_file() else protocol
+    set_otherwise = [f"{name}={value}" for name, value in protocol.items() if named.get(str(name)) != value]
+    return ",".join([chosen, *set_otherwise])
