@@ -130,7 +130,8 @@ def test_the_paper_s_experiments_are_by_its_protocol_and_with_its_recognizers():
     assert names == ["diversity", "jpeg", "recovery", "table1", "table2", "wrong_keys"]
     for name in names:
         cfg = composed(f"experiment={name}", config=command_of(name))
-        assert (cfg.name, cfg.protocol.name) == (name, "authors")
+        assert cfg.name == name
+        assert cfg.protocol == OmegaConf.load(CONF / "protocol" / "authors.yaml")
         assert set(cfg.recognizers) == {"facenet_vggface2", "facenet_casia", "arcface_r50", "adaface_vit"}
         rows = (
             set(cfg.methods)

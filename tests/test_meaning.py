@@ -114,11 +114,11 @@ def test_a_file_that_says_what_no_table_knows_is_refused(tmp_path, row, message)
 
 
 def made(group: str) -> dict:
-    return {
-        name: part
-        for path in sorted((ROOT / "conf" / group).glob("*.yaml"))
-        for name, part in instantiate(OmegaConf.load(path), _convert_="all").items()
-    }
+    files = sorted((ROOT / "conf" / group).glob("*.yaml"))
+    given = {"protocol": "ours", "parser": "ellipse"}
+    parts = OmegaConf.create({name: OmegaConf.load(ROOT / "conf" / name / f"{of}.yaml") for name, of in given.items()})
+    nodes = OmegaConf.merge(parts, *map(OmegaConf.load, files))
+    return {name: instantiate(nodes[name], _convert_="all") for name in nodes if name not in given}
 
 
 @pytest.mark.parametrize("name", sorted(made("scorers")))
