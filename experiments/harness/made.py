@@ -33,7 +33,7 @@ def kinds() -> dict[str, Any]:
 
     return {
         "anonymizer": Anonymizer, "attacks": dict[str, Attack | dict[str, Attack]], "backbone": LatentDiffusion, "dataset": Dataset,
-        "finder": Finder, "key": MasterKey, "methods": dict[str, Anonymizer], "parser": FaceParser,
+        "finder": Finder, "key": MasterKey, "methods": dict[str, Anonymizer | None], "parser": FaceParser,
         "recognizers": dict[str, Recognizer], "scorers": dict[str, Scorer], "second_detector": DlibCnnDetector,
         "security": dict[str, Any], "solver": Solver,
     }  # fmt: skip

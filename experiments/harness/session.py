@@ -22,6 +22,7 @@ from experiments.harness import preflight, provenance, results
 from experiments.harness.made import made
 from experiments.harness.meaning import Meanings
 from experiments.harness.names import file_name
+from experiments.harness.protocol import protocol_label
 from experiments.harness.shards import FailedShard, Incomplete, Shards, numbers, one_line, sharded, until_unchanged
 from experiments.harness.statistics import write_parquets
 from experiments.harness.tracking import Tracker, shown_outside
@@ -45,9 +46,11 @@ from keyanon.types import (
     FaceParser,
     ListsFolder,
     Model,
+    Noted,
     Picture,
     ReadsFiles,
     Recognizer,
+    Repeats,
     Scorer,
 )
 
@@ -85,6 +88,11 @@ class Session:
     scorers: Mapping[str, Scorer]
     tracker: Tracker
     ids: Sequence[str]
+
+    @cached_property
+    def protocol(self) -> str:
+        """What numbers are made by, as tables name it."""
+        return protocol_label(self.cfg.protocol, self.choices["protocol"])
 
     @cached_property
     def mine(self) -> list[str]:
@@ -156,7 +164,10 @@ class Session:
         return skipped
 
     def enrol(self, ids: Sequence[str], gallery: Sequence[str] = ()) -> dict[str, RunFiles]:
-        """Embed prepared pictures and the gallery: where that is kept, by recognizer, shared by all runs."""
+        """Embed prepared pictures and the gallery: where that is kept, by recognizer, shared by all runs.
+
+        With them goes every other clean picture that is compared.
+        """
         lost = self.identify([id for id in gallery if id not in self.contents])
         gallery = [id for id in gallery if id not in lost]
 
@@ -171,7 +182,7 @@ class Session:
             runner.enrol(files, self.originals.load, ids, name, recognizer, size, device, self.finder)
             lost |= runner.enrol(files, load, gallery, name, recognizer, size, device, self.finder)
         for id, reason in list(lost.items())[:SHOWN_SKIPPED]:
-            log.warning("not in the gallery: %s: %s", id, reason, extra={"skipped": 1})
+            log.warning("not compared: %s: %s", id, reason, extra={"skipped": 1})
         return enrolled
 
     def score_originals(self, ids: Sequence[str]) -> None:
@@ -180,6 +191,11 @@ class Session:
         views = dict.fromkeys((ORIGINAL, MASK), self.originals)
         size, device = self.cfg.batch_size, self.cfg.device
         runner.score(self.originals, views, [ORIGINAL], ids, alone, {}, {}, size, device)
+
+    def listed(self, ids: Iterable[str]) -> list[str]:
+        """Pictures of the run, each as often as the dataset counts it."""
+        asked = set(ids)
+        return [id for id in probes_of(self.dataset)[: self.cfg.limit] if id in asked]
 
     def people(self, ids: Iterable[str]) -> list[str]:
         """Who is on each picture; a picture of nobody in particular stands for itself."""
@@ -203,6 +219,7 @@ class Session:
         asked = {
             "dataset": plain(self.cfg.dataset),
             "parser": plain(self.cfg.parser),
+            "protocol": plain(self.cfg.protocol),
             "originals": self._originals.name,
             **provenance.made_of(settings, method),
         }
@@ -283,6 +300,7 @@ def begin(
     """
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
+    made(cfg, "protocol")  # checked, whatever takes its choices
     parser: FaceParser = made(cfg, "parser")
     recognizers: dict[str, Recognizer] = made(cfg, "recognizers")
     scorers: dict[str, Scorer] = made(cfg, "scorers")
@@ -299,8 +317,13 @@ def begin(
             known_key,
         )
     tell_passed_over(dataset)
-    ids = list(dataset.ids[: cfg.limit])
+    ids = list(dict.fromkeys(probes_of(dataset)[: cfg.limit]))
     return Session(cfg, choices, command, dataset, parser, recognizers, scorers, tracker, ids)
+
+
+def probes_of(dataset: Dataset) -> Sequence[str]:
+    """A dataset's pictures, each as often as it counts."""
+    return dataset.probes if isinstance(dataset, Repeats) else dataset.ids
 
 
 def tell_passed_over(dataset: Dataset | None) -> None:
@@ -420,12 +443,14 @@ def publish(
     for line in [*pictures_replaced(cell, of_pictures), *moved_aside(session, cell, there, skipped)]:
         log.warning(line)
     statistics = write_parquets(folder, result.statistics, result.scores, result.pairs)
+    dataset_notes = session.dataset.notes if there and isinstance(session.dataset, Noted) else []
     lacking = [f"{shard} ({status['state']})" for shard, status in statuses.items() if shard not in done]
     record = {
         "experiment": cfg.name,
         "dataset": session.choices["dataset"],
+        "protocol": session.protocol,
         "anonymizer": cell.row,
-        "title_notes": list(dict.fromkeys([*cell.notes, *pictures_notes(cfg, len(there), lacking)])),
+        "title_notes": list(dict.fromkeys([*cell.notes, *dataset_notes, *pictures_notes(cfg, len(there), lacking)])),
         "question": cell.question,
         **({"about": asdict(cell.about)} if cell.about is not None else {}),
         "seconds": sum(statuses[shard]["seconds"] for shard in done),
@@ -496,7 +521,8 @@ def rows_replaced(session: Session, cell: Cell) -> list[str]:
     taken = []
     for folder in results.latest_cells(cell.folder.parent):
         about = results.read_about(folder)
-        if folder != cell.folder and (about["dataset"], about["anonymizer"]) == (session.choices["dataset"], cell.row):
+        row = {"dataset": session.choices["dataset"], "protocol": session.protocol, "anonymizer": cell.row}
+        if folder != cell.folder and results.row_of(about) == row:
             now, then = flat(cell.question), flat(about["question"])
             names = [name for name in {**now, **then} if now.get(name) != then.get(name)]
             told = ", ".join(f"{name} {then.get(name)} -> {now.get(name)}" for name in names[:SHOWN_DIFFERENCES])
