@@ -14,8 +14,8 @@ from hydra import compose, initialize_config_dir
 from experiments.run import run
 from keyanon import weights
 from tests.conftest import ROOT, save_tiny_ldm
-from tests.test_parsing import colour_parser
 from tests.test_backbones import save_tiny_face_transformer, save_tiny_iresnet
+from tests.test_parsing import colour_parser
 
 CHOICES = {
     "dataset": "celebahq", "protocol": "ours",
@@ -76,7 +76,9 @@ def test_table1_runs_through_to_its_table(everything):
     table = pd.read_csv("results/runs/table1/tables/table1.csv")
     views = {"original", "reconstructed", "anonymized", "recovered", "recovered_float", "wrong_key", "near_key"}
     assert set(table["view"]) == views
-    assert {"facenet_vggface2", "facenet_casia", "arcface_r50", "adaface_vit", "psnr", "detected"} <= set(table["scorer"])
+    assert {"facenet_vggface2", "facenet_casia", "arcface_r50", "adaface_vit", "psnr", "detected"} <= set(
+        table["scorer"]
+    )
     clean = table[(table["view"] == "original") & (table["statistic"] == "mean")].set_index("scorer")["ours"]
     assert clean["facenet_vggface2"] == pytest.approx(1)
     assert clean["arcface_r50"] == pytest.approx(1)
