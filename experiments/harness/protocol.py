@@ -19,12 +19,14 @@ class Choices:
     resize: Literal["lanczos", "bilinear"]
     pairs: Literal["distinct", "repeated"]
     calibration: Literal["anonymized", "all"]
+    threshold: Literal["order", "quantile"]
     enrolment: Literal["fixed", "lowered"]
     alignment: Literal["least_squares", "ransac"]
     ssim: Literal["inside", "whole"]
     channel: Literal["file", "floats"]
     float_mask: Literal["file", "floats"]
-    jpeg_mask: Literal["compressed", "published"]
+    jpeg_mask: Literal["compressed", "floats"]
+    looks_at: Literal["faces", "picture"]
 
 
 def protocol_label(protocol: DictConfig, chosen: str) -> str:
