@@ -40,15 +40,15 @@ from keyanon.sources import Digests, combined
 from keyanon.types import (
     About,
     Anonymizer,
-    Benchmark,
     Dataset,
     FaceParser,
-    ListsFolder,
     Model,
     Picture,
     ReadsFiles,
     Recognizer,
     Scorer,
+    is_benchmark,
+    passed_over,
 )
 
 log = logging.getLogger(__name__)
@@ -293,7 +293,7 @@ def begin(
     dataset = preflight.open_dataset(cfg, choices["dataset"], problems)
     preflight.stop_if(problems)
     assert dataset is not None
-    if known_key is not None and not (isinstance(dataset, Benchmark) and dataset.is_benchmark):
+    if known_key is not None and not is_benchmark(dataset):
         log.warning(
             "anyone can compute the key of this run (key=experiment), and its pictures are no benchmark's: it protects nobody; %s",
             known_key,
@@ -303,10 +303,9 @@ def begin(
     return Session(cfg, choices, command, dataset, parser, recognizers, scorers, tracker, ids)
 
 
-def tell_passed_over(dataset: Dataset | None) -> None:
+def tell_passed_over(dataset: Dataset) -> None:
     """Say what a dataset's folder holds besides its pictures; pictures that nobody left out on purpose count as skipped."""
-    counts: Mapping[str, int] = dataset.passed_over if isinstance(dataset, ListsFolder) else {}
-    for kind, count in counts.items():
+    for kind, count in passed_over(dataset).items():
         log.warning(
             "not read: %d %s",
             count,

@@ -20,7 +20,7 @@ from keyanon.context import Context
 from keyanon.errors import BadPicture
 from keyanon.settings import Name, Setting, checked
 from keyanon.sheets import csv_text
-from keyanon.types import Benchmark, Dataset, ListsFolder, Picture, Source, Synthetic
+from keyanon.types import Dataset, Picture, Source, is_benchmark, is_synthetic, passed_over
 
 Kind = Annotated[
     Callable[..., Dataset], Setting("a class of datasets", lambda given: isinstance(given, partial | type))
@@ -74,15 +74,15 @@ class Renamed:
 
     @property
     def passed_over(self) -> Mapping[str, int]:
-        return self.dataset.passed_over if isinstance(self.dataset, ListsFolder) else {}
+        return passed_over(self.dataset)
 
     @property
     def synthetic(self) -> bool:
-        return isinstance(self.dataset, Synthetic) and self.dataset.synthetic
+        return is_synthetic(self.dataset)
 
     @property
     def is_benchmark(self) -> bool:
-        return isinstance(self.dataset, Benchmark) and self.dataset.is_benchmark
+        return is_benchmark(self.dataset)
 
     @cached_property
     def table(self) -> Path:
