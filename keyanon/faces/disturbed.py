@@ -158,12 +158,12 @@ class Place:
     eyes: float
 
 
-def places(picture: Picture, id: str, finder: Finder) -> list[Place]:
+def places(picture: Picture, finder: Finder) -> list[Place]:
     """The faces of a picture that count; raises BadPicture where there is none, or none of which anything is on the picture."""
     (faces,) = finder.chosen(picture[None])
     found = [place for face in faces if (place := placed(face, *picture.shape[1:])).inside.any() and place.eyes > 0]
     if not found:
-        raise BadPicture(f"{id}: no face found to disturb")
+        raise BadPicture("no face found to disturb")
     return found
 
 
@@ -222,7 +222,7 @@ class SurgicalMask:
     share: Share
 
     def __call__(self, picture: Picture, id: str, finder: Finder) -> Picture:
-        for place in places(picture, id, finder):
+        for place in places(picture, finder):
             height = -place.down - 0.4 * np.clip(1 - np.abs(place.across), 0, None)
             pleats = 0.06 * np.sin(2 * pi * place.down / 0.25)
             cloth = np.array([0.1, 0.5, 0.65])[:, None, None] + pleats
@@ -238,7 +238,7 @@ class Glasses:
     share: Share
 
     def __call__(self, picture: Picture, id: str, finder: Finder) -> Picture:
-        for place in places(picture, id, finder):
+        for place in places(picture, finder):
             lenses = [np.hypot((place.across - eye) / 1.4, place.down) for eye in (-0.5, 0.5)]
             bridge = np.where(np.abs(place.across) < 0.5, 5 * np.abs(place.down), np.inf)
             order = np.minimum(np.minimum(*lenses), bridge)
@@ -254,7 +254,7 @@ class Hand:
     share: Share
 
     def __call__(self, picture: Picture, id: str, finder: Finder) -> Picture:
-        for place in places(picture, id, finder):
+        for place in places(picture, finder):
             generator = generator_of(id, "hand")
             rows, columns = np.nonzero(place.inside)
             middle, angle = generator.integers(len(rows)), generator.uniform(0, pi)
@@ -293,7 +293,7 @@ class SideLight:
     least: Share
 
     def __call__(self, picture: Picture, id: str, finder: Finder) -> Picture:
-        place = places(picture, id, finder)[0]
+        place = places(picture, finder)[0]
         side = generator_of(id, "side").choice([-1, 1])
         light = self.least + (1 - self.least) * ((1 + side * place.across) / 2).clip(0, 1)
         return torch.from_numpy(light).to(picture) * (picture + 1) - 1
@@ -307,7 +307,7 @@ class Blur:
     sigma: Positive
 
     def __call__(self, picture: Picture, id: str, finder: Finder) -> Picture:
-        sigma = self.sigma * places(picture, id, finder)[0].eyes
+        sigma = self.sigma * places(picture, finder)[0].eyes
         smooth = gaussian_filter(picture.cpu().numpy(), (0, sigma, sigma), mode="nearest")
         return torch.from_numpy(smooth).to(picture)
 
@@ -320,7 +320,7 @@ class LowResolution:
     eyes: Positive
 
     def __call__(self, picture: Picture, id: str, finder: Finder) -> Picture:
-        scale = self.eyes / places(picture, id, finder)[0].eyes
+        scale = self.eyes / places(picture, finder)[0].eyes
         if scale >= 1:
             return picture
         height, width = picture.shape[1:]
