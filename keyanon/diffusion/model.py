@@ -10,8 +10,9 @@ eps = a v + s z_t (arXiv 2202.00512, appendix D).
 import hashlib
 import json
 import logging
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +24,7 @@ from typing import Annotated, Any, Literal
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2DModel, VQModel
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
@@ -34,11 +35,16 @@ from keyanon.errors import UserError
 from keyanon.finite import finite
 from keyanon.settings import Count, Device, Name, checked, fits, refuse, whole
 from keyanon.types import Image, Latent
-from keyanon.weights import MissingWeights, offline
+from keyanon.weights import MissingWeights, WrongWeights, offline
 
 log = logging.getLogger(__name__)
 Precision = Literal["fp32", "tf32", "bf16"]
 WEIGHT_FILES = ("*.safetensors", "*.bin")
+# as diffusers and transformers name them
+WEIGHT_NAMES = (
+    "diffusion_pytorch_model.safetensors", "model.safetensors", "diffusion_pytorch_model.bin", "pytorch_model.bin",
+)  # fmt: skip
+PARTS = ("unet", "vqvae", "vae", "latent", "scheduler", "text_encoder", "tokenizer")
 DDIM_ARGUMENTS = signature(DDIMScheduler).parameters.keys()
 # Of what schedulers can be asked for besides their noise: what the solvers do. They do not clip z_0, they choose timesteps
 # themselves, and they divide by the signal at the last one.
@@ -230,11 +236,18 @@ class LatentDiffusion:
             return found
         if not self.source.startswith("bundled:") and not Path(self.source).is_absolute() and not offline():
             try:
-                top = snapshot_download(self.source, revision=self.revision, allow_patterns=self._patterns())
-                return Path(top) / self.subfolder
+                needed = needed_of(HfApi().list_repo_files(self.source, revision=self.revision), self.subfolder)
+                top = Path(snapshot_download(self.source, revision=self.revision, allow_patterns=needed))
             except Exception as error:
                 raise MissingWeights(f"{self._message()}\n  download failed: {error}") from error
+            for name in needed:
+                check_blob(top / name)
+            return top / self.subfolder
         raise MissingWeights(self._message())
+
+    def fetch(self) -> None:
+        """Have the model on this machine; raises MissingWeights, and WrongWeights of a file that is not the hub's."""
+        _ = self.folder
 
     def missing(self) -> str | None:
         """What a preflight says if the model is not on this machine, or its scheduler not to be honoured; downloads nothing."""
@@ -286,19 +299,14 @@ class LatentDiffusion:
             folder = Path(self.source) / self.subfolder
         else:
             try:
-                top = snapshot_download(
-                    self.source, revision=self.revision, allow_patterns=self._patterns(), local_files_only=True
-                )
+                top = snapshot_download(self.source, revision=self.revision, local_files_only=True)
             except Exception:  # hub ids are not paths; the hub's many error classes all mean: not in the cache
                 return None
             folder = Path(top) / self.subfolder
-        has_weights = any(any((folder / "unet").glob(pattern)) for pattern in WEIGHT_FILES)
-        return folder if has_weights else None
-
-    def _patterns(self) -> list[str]:
-        prefix = f"{self.subfolder}/" if self.subfolder else ""
-        parts = ("unet", "vqvae", "vae", "latent", "scheduler", "text_encoder", "tokenizer")
-        return [f"{prefix}{part}/*" for part in parts]
+            # a download that was cut off leaves some files of the snapshot
+            if not any(has_weights(folder / part) for part in ("vqvae", "vae")):
+                return None
+        return folder if has_weights(folder / "unet") else None
 
     def _message(self) -> str:
         if self.source.startswith("bundled:"):
@@ -308,7 +316,8 @@ class LatentDiffusion:
         name = self.source.rstrip("/").split("/")[-1]
         return (
             f"diffusion model {where}: not on this machine. Licence: {self.licence}.\n"
-            f"  fetch it with: hf download {self.source}  (or set backbone.source to a folder that holds {name}'s files)"
+            f"  `python -m keyanon.weights fetch --all EXPERIMENT` fetches it (or set backbone.source to a folder that holds {name}'s "
+            "files)"
         )
 
     def _class_of(self, part: str) -> str:
@@ -336,6 +345,37 @@ class LatentDiffusion:
     @property
     def _predicts_v(self) -> bool:
         return bool(self._scheduler.config.prediction_type == "v_prediction")
+
+
+def has_weights(folder: Path) -> bool:
+    return any(path.is_file() for pattern in WEIGHT_FILES for path in folder.glob(pattern))
+
+
+def needed_of(listed: Sequence[str], subfolder: str) -> list[str]:
+    """Of a repository's files those that a model in its `subfolder` is read from: one weight file a part, safetensors if there is.
+
+    Copies in half precision, without averaging or for other programs are left out, and so is whatever else is there.
+    """
+    found: list[str] = []
+    for part in PARTS:
+        prefix = "/".join(filter(None, (subfolder, part))) + "/"
+        names = [name.removeprefix(prefix) for name in listed if name.startswith(prefix)]
+        weights = [name for name in WEIGHT_NAMES if name in names]
+        others = [name for name in names if name.endswith((".json", ".txt"))]
+        found += [prefix + name for name in [*weights[:1], *others]]
+    return found
+
+
+def check_blob(path: Path) -> None:
+    """Raise WrongWeights, and remove the file, where a file that the hub keeps under its SHA-256 has another one."""
+    blob = path.resolve()
+    if not re.fullmatch("[0-9a-f]{64}", blob.name):  # a small file, kept under git's digest
+        return
+    with blob.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != blob.name:
+        blob.unlink()
+        raise WrongWeights(f"{path}: expected SHA-256 {blob.name}, found {digest}. It was removed; fetch it again")
 
 
 def scheduler(config: Mapping[str, Any], where: str) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 import PIL.Image
 
 from keyanon.errors import BadData, BadPicture, MissingData
+from keyanon.faces import obtain
 from keyanon.types import Source
 
 # HEIC among them, so that such a picture is refused by name and counted, not passed over.
@@ -79,14 +80,14 @@ CELEBAHQ = Layout(
     name="CelebA-HQ",
     places=("CelebA-HQ-img/{id}.jpg", "{id}.jpg", "{id}.png"),
     variable="KEYANON_CELEBAHQ",
-    source="CelebAMask-HQ.zip, linked from https://github.com/switchablenorms/CelebAMask-HQ (research only).",
+    source=obtain.CELEBAHQ,
 )
 FFHQ_LAYOUTS = {
     version: Layout(
         name="FFHQ",
         places=(f"{version}/{{id:.2}}000/{{id}}.png", f"{version}/{{id}}.png", "{id:.2}000/{id}.png", "{id}.png"),
         variable="KEYANON_FFHQ",
-        source=f"{version}, linked from https://github.com/NVlabs/ffhq-dataset.",
+        source=obtain.FFHQ.format(version=version),
     )
     for version in ("images1024x1024", "thumbnails128x128")
 }
@@ -94,8 +95,7 @@ LFW_LAYOUT = Layout(
     name="LFW",
     places=("{person}/{id}.jpg", "lfw/{person}/{id}.jpg", "lfw_funneled/{person}/{id}.jpg"),
     variable="KEYANON_LFW",
-    source="lfw.tgz, pairs.txt, pairsDevTrain.txt and pairsDevTest.txt from https://vis-www.cs.umass.edu/lfw, in one "
-    "folder; or the folder lfw_home that scikit-learn's fetch_lfw_pairs(funneled=False) leaves.",
+    source=obtain.LFW,
 )
 
 
