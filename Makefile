@@ -56,7 +56,7 @@ brought-all $(PUBLISHED:%=brought-%): brought-%:
 	@$(PYTHON) -m experiments.brought $(if $(filter all,$*),$(PUBLISHED),$*)
 
 fetched-all $(PUBLISHED:%=fetched-%): fetched-%: $(INSTALLED)
-	$(RUN) keyanon.weights fetch --all $(if $(filter all,$*),$(PUBLISHED),$*)
+	$(RUN) keyanon.weights fetch --all $(if $(filter all,$*),$(PUBLISHED),$*) $(ARGS)
 
 estimated-all: $(INSTALLED)
 	$(foreach name,$(PUBLISHED),$(RUN) $(call COMMAND,$(name)) estimate_only=true &&) true

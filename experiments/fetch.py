@@ -3,8 +3,8 @@
 The library has cards and does not know experiments; which cards and models one needs shows when its parts are made. So the walk over
 these parts is here, and shares the preflight's.
 
-Nothing is fetched while something is missing that only a person can bring, such as a dataset, nor before the licences are accepted:
-ACCEPT_LICENCES=1, or a yes at a terminal. Only what is needed is fetched, and a download that was cut off goes on.
+Nothing is fetched before the licences are accepted: ACCEPT_LICENCES=1, or a yes at a terminal. Only what is needed is fetched, and a
+download that was cut off goes on. Pictures are no concern of this: experiments.brought asks for them.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 
 from experiments.harness.command import CHECKOUT, FAILED, given, in_one_line
 from experiments.harness.made import made
-from experiments.harness.preflight import GROUPS, NOT_READY, choices, missing_parts, open_dataset, walk
+from experiments.harness.preflight import GROUPS, NOT_READY, choices, missing_parts, walk
 from keyanon import weights
 from keyanon.errors import UserError
 from keyanon.weights import Card, Package
@@ -50,14 +50,13 @@ def cells(name: str, overrides: Sequence[str]) -> Iterator[DictConfig]:
             yield compose(config, [f"experiment={name}", *overrides, *cell], return_hydra_config=True)
 
 
-def needed(names: Sequence[str], overrides: Sequence[str]) -> tuple[list[Any], list[str]]:
-    """All parts that experiments are made of, and what of their pictures is missing."""
-    parts, problems = [], []
+def needed(names: Sequence[str], overrides: Sequence[str]) -> list[Any]:
+    """All parts that experiments are made of."""
+    parts: list[Any] = []
     for cfg in (cfg for name in names for cfg in cells(name, overrides)):
         groups = GROUPS if "anonymizer" in cfg or "methods" in cfg else (*GROUPS, "backbone")
         parts += [made(cfg, group) for group in groups if group in cfg]
-        open_dataset(cfg, cfg.hydra.runtime.choices["dataset"], problems)
-    return parts, list(dict.fromkeys(problems))
+    return parts
 
 
 def to_fetch(parts: Sequence[Any]) -> tuple[dict[str, Card], dict[str, Any]]:
@@ -88,9 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in names:
         if not any((CONF / place).is_file() for place in (f"experiment/{name}.yaml", f"{name}.yaml")):
             parser.error(f"there is no experiment {name!r}, which conf/experiment/{name}.yaml would be")
-    parts, problems = needed(names, overrides)
-    if problems:
-        return stop("nothing is fetched while this is missing, which only you can bring", problems)
+    parts = needed(names, overrides)
     cards, models = to_fetch(parts)
     listed = [f"{card.name}: {card.source}  [{card.licence}]" for card in cards.values()]
     listed += [f"{name}: the model alone, from the hub  [{model.licence}]" for name, model in models.items()]

@@ -100,10 +100,12 @@ class Hub:
         return first if len(self.files) == 1 else first.parents[len(Path(self.files[0]).parts) - 1]
 
     def fetch(self, folder: Path) -> None:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_url
 
         for file in self.files:
-            hf_hub_download(self.repo, file, revision=self.revision, local_dir=folder)
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            if not (folder / file).is_file():
+                _download(hf_hub_url(self.repo, file, revision=self.revision), folder / file)
 
 
 @dataclass(frozen=True)
@@ -289,7 +291,7 @@ def mirrored(url: str) -> str:
     return f"{mirror.rstrip('/')}/{parts.netloc}{parts.path}"
 
 
-def _download(url: str, target: Path) -> None:
+def _download(url: str, target: Path, title: str | None = None) -> None:
     """A file from its URL, by way of TARGET.partial, which a later try goes on with (HTTP's Range)."""
     partial = target.with_name(f"{target.name}.partial")
     have = partial.stat().st_size if partial.is_file() else 0
@@ -307,7 +309,7 @@ def _download(url: str, target: Path) -> None:
         total = None if length is None else begun + int(length)
         with (
             partial.open("ab" if resumed else "wb") as file,
-            tqdm(total=total, initial=begun, desc=target.name, unit="B", unit_scale=True, unit_divisor=1024) as bar,
+            tqdm(total=total, initial=begun, desc=title or target.name, unit="B", unit_scale=True, unit_divisor=1024) as bar,
         ):
             while block := response.read(1 << 20):
                 file.write(block)
@@ -316,6 +318,34 @@ def _download(url: str, target: Path) -> None:
     if total is not None and size < total:
         raise OSError(f"the connection ended at {size:,} of {total:,} bytes; the same command goes on there")
     partial.replace(target)
+
+
+def fetch_blob(repo: str, file: str, revision: str) -> None:
+    """Put a big file of a hub's repository into huggingface_hub's cache, where huggingface_hub finds it.
+
+    Its own download of a file begins again where it was killed, and trusts the size. This one goes on, and checks the SHA-256 by
+    which the hub keeps the file. Raises WrongWeights.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+
+    url = hf_hub_url(repo, file, revision=revision)
+    etag = get_hf_file_metadata(url).etag
+    if etag is None or not re.fullmatch("[0-9a-f]{64}", etag):  # a small file, which the hub keeps by git's digest
+        return
+    blob = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "blobs", etag)
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    (cache() / ".locks").mkdir(parents=True, exist_ok=True)
+    with FileLock(cache() / ".locks" / etag):
+        if blob.is_file():
+            return
+        whole = blob.with_name(f"{etag}.fetched")
+        _download(url, whole, file)
+        with whole.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        if digest != etag:
+            whole.unlink()
+            raise WrongWeights(f"{repo}, {file}: expected SHA-256 {etag}, found {digest}. It was removed; fetch it again")
+        whole.replace(blob)
 
 
 def _is_folder(origin: Origin) -> bool:

@@ -11,7 +11,7 @@ import torch
 from keyanon.batching import CHUNK, padded
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.errors import BadPicture
-from keyanon.faces.finding import describing
+from keyanon.faces.recognition import describing
 from keyanon.measures.scorers import Against
 
 if TYPE_CHECKING:

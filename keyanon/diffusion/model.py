@@ -10,7 +10,6 @@ eps = a v + s z_t (arXiv 2202.00512, appendix D).
 import hashlib
 import json
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from typing import Annotated, Any, Literal
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2DModel, VQModel
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
@@ -35,7 +34,7 @@ from keyanon.errors import UserError
 from keyanon.finite import finite
 from keyanon.settings import Count, Device, Name, checked, fits, refuse, whole
 from keyanon.types import Image, Latent
-from keyanon.weights import MissingWeights, WrongWeights, offline
+from keyanon.weights import MissingWeights, WrongWeights, fetch_blob, offline
 
 log = logging.getLogger(__name__)
 Precision = Literal["fp32", "tf32", "bf16"]
@@ -236,13 +235,17 @@ class LatentDiffusion:
             return found
         if not self.source.startswith("bundled:") and not Path(self.source).is_absolute() and not offline():
             try:
-                needed = needed_of(HfApi().list_repo_files(self.source, revision=self.revision), self.subfolder)
-                top = Path(snapshot_download(self.source, revision=self.revision, allow_patterns=needed))
+                about = HfApi().model_info(self.source, revision=self.revision)
+                needed = needed_of([each.rfilename for each in about.siblings or ()], self.subfolder)
+                for name in needed:
+                    if name.endswith(WEIGHT_NAMES):
+                        fetch_blob(self.source, name, about.sha or "main")
+                top = snapshot_download(self.source, revision=self.revision, allow_patterns=needed)
+                return Path(top) / self.subfolder
+            except WrongWeights:
+                raise
             except Exception as error:
                 raise MissingWeights(f"{self._message()}\n  download failed: {error}") from error
-            for name in needed:
-                check_blob(top / name)
-            return top / self.subfolder
         raise MissingWeights(self._message())
 
     def fetch(self) -> None:
@@ -298,11 +301,14 @@ class LatentDiffusion:
         elif Path(self.source).is_dir():
             folder = Path(self.source) / self.subfolder
         else:
+            name = "/".join(filter(None, (self.subfolder, "unet", "config.json")))
             try:
-                top = snapshot_download(self.source, revision=self.revision, local_files_only=True)
-            except Exception:  # hub ids are not paths; the hub's many error classes all mean: not in the cache
+                found = try_to_load_from_cache(self.source, name, revision=self.revision)
+            except ValueError:  # a path that is no folder, and no hub's id either
                 return None
-            folder = Path(top) / self.subfolder
+            if not isinstance(found, str):
+                return None
+            folder = Path(found).parents[1]
             # a download that was cut off leaves some files of the snapshot
             if not any(has_weights(folder / part) for part in ("vqvae", "vae")):
                 return None
@@ -364,18 +370,6 @@ def needed_of(listed: Sequence[str], subfolder: str) -> list[str]:
         others = [name for name in names if name.endswith((".json", ".txt"))]
         found += [prefix + name for name in [*weights[:1], *others]]
     return found
-
-
-def check_blob(path: Path) -> None:
-    """Raise WrongWeights, and remove the file, where a file that the hub keeps under its SHA-256 has another one."""
-    blob = path.resolve()
-    if not re.fullmatch("[0-9a-f]{64}", blob.name):  # a small file, kept under git's digest
-        return
-    with blob.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != blob.name:
-        blob.unlink()
-        raise WrongWeights(f"{path}: expected SHA-256 {blob.name}, found {digest}. It was removed; fetch it again")
 
 
 def scheduler(config: Mapping[str, Any], where: str) -> Any:
