@@ -55,8 +55,10 @@ $(REPRODUCE): reproduce-%: brought-% $(INSTALLED) fetched-%
 brought-all $(PUBLISHED:%=brought-%): brought-%:
 	@$(PYTHON) -m experiments.brought $(if $(filter all,$*),$(PUBLISHED),$*)
 
+# once for all where all are asked for
+fetched-all $(PUBLISHED:%=fetched-%): FETCHED = $(and $(filter-out all,$*),$(filter reproduce-all,$(MAKECMDGOALS)))
 fetched-all $(PUBLISHED:%=fetched-%): fetched-%: $(INSTALLED)
-	$(RUN) keyanon.weights fetch --all $(if $(filter all,$*),$(PUBLISHED),$*) $(ARGS)
+	$(if $(FETCHED),@true,$(RUN) keyanon.weights fetch --all $(if $(filter all,$*),$(PUBLISHED),$*) $(ARGS))
 
 estimated-all: $(INSTALLED)
 	$(foreach name,$(PUBLISHED),$(RUN) $(call COMMAND,$(name)) estimate_only=true &&) true

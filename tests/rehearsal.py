@@ -25,17 +25,18 @@ import PIL.Image
 import torch
 import yaml
 
+from keyanon.faces.datasets import read_list
 from keyanon.weights import CARDS, Hub, Release
 from tests.conftest import ROOT, save_tiny_ldm
 from tests.hub import Site, serving
 from tests.test_parsing import colour_parser
 from tests.test_recognition import tiny_arcface
 
-ORDER = ("593", "12", "7")  # pictures of CelebA-HQ that the machine has
+HAS = 3  # pictures of CelebA-HQ that the machine has
 PEOPLE = ("Ada_Able", "Bo_Baker", "Cy_Cole", "Di_Dean")
 SOCKET = "forked.sock"
-# Settings of every target: two pictures, two steps; and who reads a table has to know.
-ARGS = "solver.steps=2 notes=[rehearsal\\ on\\ random\\ weights]"
+# Settings of every target: small pictures and one step, for the time; and who reads a table has to know.
+ARGS = "solver.steps=1 dataset.size=64 batch_size=2 notes=[rehearsal\\ on\\ random\\ weights]"
 
 
 def facenet(path: Path) -> None:
@@ -106,12 +107,12 @@ def bring(folder: Path) -> dict[str, str]:
     faces = sorted((ROOT / "keyanon" / "assets" / "faces").glob("*.webp"))
     celebahq, lfw = folder / "CelebAMask-HQ", folder / "lfw"
     (celebahq / "CelebA-HQ-img").mkdir(parents=True)
-    for place, name in enumerate(ORDER):
+    for place, name in enumerate(read_list("celebahq")[:HAS]):
         PIL.Image.open(faces[place]).resize((512, 512)).save(celebahq / "CelebA-HQ-img" / f"{name}.jpg")
     for place, person in enumerate(PEOPLE):
         (lfw / person).mkdir(parents=True)
         for picture in (1, 2):
-            face = PIL.Image.open(faces[len(ORDER) + place]).resize((250, 250))
+            face = PIL.Image.open(faces[HAS + place]).resize((250, 250))
             face.rotate(4 * picture).save(lfw / person / f"{person}_{picture:04}.jpg")
     pairs = [f"{person}\t1\t2" for person in PEOPLE]
     strangers = [f"{PEOPLE[0]}\t1\t{PEOPLE[1]}\t1", f"{PEOPLE[2]}\t1\t{PEOPLE[3]}\t1"]

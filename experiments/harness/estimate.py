@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from keyanon.batching import CHUNK, padded
+from experiments.harness.made import made
+from keyanon.batching import CHUNK
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.errors import BadPicture
 from keyanon.faces.recognition import describing
@@ -65,8 +66,8 @@ def batch_size(device: str, pictures: int) -> int:
 
 
 def measured(session: "Session", cell: "Cell", left: Sequence[str], passes: int) -> Estimate:
-    """How long the pictures `left` take, `passes` times through the method: one evaluation of each network is timed, and one
-    scoring.
+    """How long the pictures `left` take, `passes` times through the method: one evaluation of each network is timed, one search for
+    faces and one scoring.
 
     A pass is one inversion and one sampling. The autoencoder, a few hundredths of it, is left out.
     """
@@ -79,7 +80,8 @@ def measured(session: "Session", cell: "Cell", left: Sequence[str], passes: int)
         return Estimate(0, evaluations, 0.0, where, at_least)
     size = min(session.cfg.batch_size, len(left))
     seconds = sum(network_seconds(model, session.cfg.dataset.size, session.cfg.batch_size) for model in models) * evaluations
-    seconds += scoring_seconds(session, left[:size]) * (passes + 1)
+    once, each = looking_seconds(session, left[:size])
+    seconds += once + each * (passes + 1)
     return Estimate(len(left), evaluations, seconds * len(left), where, at_least)
 
 
@@ -102,8 +104,8 @@ def latent_channels(model: LatentDiffusion) -> int:
     return int(model.unet.config.out_channels)
 
 
-def scoring_seconds(session: "Session", ids: Sequence[str]) -> float:
-    """What recognizers and scorers cost for a picture and view, on the first pictures that can be read."""
+def looking_seconds(session: "Session", ids: Sequence[str]) -> tuple[float, float]:
+    """What it costs a picture to look for faces, and a picture and view to be scored, on the first pictures that can be read."""
     pictures = []
     for id in ids:
         try:
@@ -111,19 +113,29 @@ def scoring_seconds(session: "Session", ids: Sequence[str]) -> float:
         except BadPicture:
             continue
     if not pictures:
-        return 0.0
-    images = padded(torch.stack(pictures), len(pictures)).to(session.cfg.device)
+        return 0.0, 0.0
+    images = torch.stack(pictures).to(session.cfg.device)
     face = torch.ones_like(images[:, :1], dtype=torch.bool)
     alone = [scorer for scorer in session.scorers.values() if not isinstance(scorer, Against)]
+    second = made(session.cfg, "second_detector")
 
-    def score(batch: torch.Tensor, mask: torch.Tensor) -> None:
+    def look(batch: torch.Tensor) -> None:
+        session.parser.mask(batch, (batch.shape[-2], batch.shape[-1]))
+        session.finder.found(batch)
+        if second is not None:
+            second.faces(batch)
+
+    def score(batch: torch.Tensor) -> None:
         for recognizer in session.recognizers.values():
             describing(recognizer, session.finder, batch).embed(batch)
         for scorer in alone:
-            scorer(batch, batch, mask)
+            scorer(batch, batch, face[: len(batch)])
 
-    score(images[:1], face[:1])  # loads the networks
-    return timed(lambda: score(images, face), session.cfg.device) / len(images)
+    def seconds(work: Callable[[torch.Tensor], None]) -> float:
+        work(images[:1])  # loads the networks
+        return timed(lambda: work(images), session.cfg.device) / len(images)
+
+    return seconds(look), seconds(score)
 
 
 def timed(work: Callable[[], Any], device: str) -> float:
