@@ -3,7 +3,10 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+# of reproduce-...: only so many pictures; LONG=1 starts what takes more than an hour on a CPU; other settings, such as device=cuda
 LIMIT ?=
+LONG ?=
+ARGS ?=
 
 RUN := $(VENV)/bin/python -m
 INSTALLED := $(VENV)/.installed
@@ -31,18 +34,34 @@ quickstart: $(INSTALLED) ## Anonymize, recover, attack and score with the bundle
 	-$(RUN) keyanon.weights fetch mobilefacenet
 	$(RUN) experiments.run experiment=quickstart $(if $(LIMIT),limit=$(LIMIT))
 
-# one target for each file of the paper's numbers that has an experiment
+# One target for each file of the paper's numbers that has an experiment. An experiment with a command's name is that command's.
 PAPER := $(patsubst results/paper/%.yaml,%,$(wildcard results/paper/*.yaml))
-REPRODUCE := $(addprefix reproduce-,$(filter $(PAPER),$(patsubst conf/experiment/%.yaml,%,$(wildcard conf/experiment/*.yaml))))
+PUBLISHED := $(filter $(PAPER),$(patsubst conf/experiment/%.yaml,%,$(wildcard conf/experiment/*.yaml)))
+REPRODUCE := $(addprefix reproduce-,$(PUBLISHED))
+COMMAND = experiments.$(if $(wildcard experiments/$1.py),$1,run) experiment=$1 $(ASKED)
+ASKED := $(if $(LIMIT),limit=$(LIMIT)) $(if $(LONG),long=true) $(ARGS)
 
-.PHONY: reproduce-all $(REPRODUCE)
-reproduce-table1: ## Reproduce the paper's Table 1 in results/tables (needs CelebA-HQ, LFW, the weights and a GPU)
-reproduce-table2: ## Reproduce verification on LFW (needs LFW, the weights and a GPU)
-reproduce-all: $(REPRODUCE) ## Reproduce everything the paper has a number for, one experiment after the other
+.PHONY: reproduce-all brought-all fetched-all estimated-all $(REPRODUCE) $(PUBLISHED:%=brought-%) $(PUBLISHED:%=fetched-%)
+.NOTPARALLEL: # each target takes the whole machine, and these come in order: pictures, installation, weights, run, table
+reproduce-table1: ## Reproduce the paper's Table 1 in results/tables (needs CelebA-HQ; weights are fetched; LIMIT=, LONG=1, ARGS=)
+reproduce-table2: ## Reproduce verification on LFW (needs LFW; weights are fetched; LIMIT=, LONG=1, ARGS=)
+reproduce-all: brought-all $(INSTALLED) fetched-all estimated-all $(REPRODUCE) ## Reproduce all that the paper has a number for, after saying how long each takes
 
-$(REPRODUCE): reproduce-%: $(INSTALLED)
-	$(RUN) experiments.run experiment=$* || [ $$? -eq 3 ]  # 3: pictures were skipped, which the table counts
+$(REPRODUCE): reproduce-%: brought-% $(INSTALLED) fetched-%
+	$(RUN) $(call COMMAND,$*) || [ $$? -eq 3 ]  # 3: pictures were skipped, which the table counts
 	$(RUN) experiments.tables $* --runs results/runs/$*
+
+# what only a person can bring, told before anything is installed
+brought-all $(PUBLISHED:%=brought-%): brought-%:
+	@$(PYTHON) -m experiments.brought $(if $(filter all,$*),$(PUBLISHED),$*)
+
+# once for all where all are asked for
+fetched-all $(PUBLISHED:%=fetched-%): FETCHED = $(and $(filter-out all,$*),$(filter reproduce-all,$(MAKECMDGOALS)))
+fetched-all $(PUBLISHED:%=fetched-%): fetched-%: $(INSTALLED)
+	$(if $(FETCHED),@true,$(RUN) keyanon.weights fetch --all $(if $(filter all,$*),$(PUBLISHED),$*) $(ARGS))
+
+estimated-all: $(INSTALLED)
+	$(foreach name,$(PUBLISHED),$(RUN) $(call COMMAND,$(name)) estimate_only=true &&) true
 
 .PHONY: histories
 histories: $(INSTALLED) ## Compare 200 random histories of a run's folders with runs in empty ones (KEYANON_SEED=... repeats)

@@ -149,7 +149,7 @@ def fill_row(session: Session, cell: Cell, method: Anonymizer) -> bool:
         said = Meanings(runner.VIEWS, dict.fromkeys(session.recognizers, COSINE), SUMMARIES)
         return Result(statistics, pd.concat(scores, ignore_index=True), said)
 
-    return fill(session, cell, work, conclude)
+    return fill(session, cell, work, conclude, passes=keys)
 
 
 if __name__ == "__main__":

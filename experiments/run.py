@@ -120,7 +120,8 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
         said |= Meanings(scorers={runner.IN_CLEAR: searched})
         return Result(statistics, scores, said, draw_sheets(session.originals, files, ids))
 
-    if fill(session, cell, work, conclude, [ANONYMIZED, RECOVERED, *attacks]):
+    views = [ANONYMIZED, RECOVERED, *attacks]
+    if fill(session, cell, work, conclude, views, passes=len(views)):
         show(session, [cell])
     if in_clear:
         message = in_clear_message(cell, in_clear)

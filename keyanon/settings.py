@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +13,11 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from keyanon.errors import BadSetting, UserError
 
+log = logging.getLogger(__name__)
 Part = TypeVar("Part", bound=Callable[..., Any])
 FINITE = sys.float_info.max  # whole numbers beyond it overflow; NaN is not below it
 SHOWN = 200  # characters of a value in a message
+AUTO = "auto"  # of a device: the card where there is one that can be used, else the CPU
 LATER = object()  # in the place of an argument that is not known yet
 SEVERAL = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
@@ -78,15 +81,37 @@ def is_device(name: Any) -> bool:
     """Whether PyTorch knows a device of this kind; whether this machine has it shows when it is used."""
     import torch
 
+    if name == AUTO:
+        return True
     try:
         return isinstance(name, str) and bool(torch.device(name))
     except RuntimeError:
         return False
 
 
+@functools.cache
+def usable_device() -> str:
+    """What `auto` stands for: cuda where a card is there and computes, else cpu. A card that does not compute is told."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    try:
+        torch.ones(1, device="cuda").add(1).item()
+    except RuntimeError as error:  # a driver too old, a card too old for this build, a card in another's exclusive use
+        log.warning("device=auto: the card cannot be used, going on with the CPU: %s", " ".join(str(error).split()))
+        return "cpu"
+    return "cuda"
+
+
+def device_of(name: str) -> str:
+    """The device that a setting names: itself, or what `auto` stands for on this machine."""
+    return usable_device() if name == AUTO else name
+
+
 SOME_TEXT = Setting("a text that is not empty", lambda value: is_text(value) and bool(value.strip()))
 OF_TYPE: Mapping[Any, Callable[[Any], bool]] = {int: is_whole, float: is_number, str: is_text}
-DEVICE = Setting("a device that PyTorch knows, such as cpu", is_device)
+DEVICE = Setting("a device that PyTorch knows, such as cpu, or auto", is_device)
 SIZE = Setting("a whole number of pixels from 16 to 8192", lambda value: whole(16, 8192).fits(value))
 CROP = Setting(
     "left, top, right, bottom as fractions of the picture",
@@ -112,7 +137,7 @@ Crop = Annotated[Sequence[float], CROP]
 def checked(part: Part) -> Part:
     """A class or a function whose arguments are what its annotations say: else it raises BadSetting, before anything else.
 
-    Of a class the outermost decorator, above @dataclass.
+    A device `auto` is by then the one that it stands for. Of a class the outermost decorator, above @dataclass.
     """
     signature = inspect.signature(part)
     work = part.__init__ if isinstance(part, type) else part  # type: ignore[misc]
@@ -121,6 +146,8 @@ def checked(part: Part) -> Part:
     @functools.wraps(work)
     def look_first(*args: Any, **settings: Any) -> Any:
         check_arguments(part, part.__name__, args[own:], settings, signature)
+        if "device" in settings:
+            settings["device"] = device_of(settings["device"])
         return work(*args, **settings)
 
     if isinstance(part, type):

@@ -373,6 +373,21 @@ class NeedsFiles(Protocol):
 
 
 @runtime_checkable
+class Fetchable(NeedsFiles, Protocol):
+    """A part whose files can be had by the network, but have no card: a diffusion model of a hub."""
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def licence(self) -> str: ...
+
+    def fetch(self) -> None:
+        """Have the files on this machine; raises MissingWeights, WrongWeights."""
+        ...
+
+
+@runtime_checkable
 class TakesSizes(Protocol):
     """A method or a model that takes pictures of some sizes alone."""
 

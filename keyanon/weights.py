@@ -2,11 +2,20 @@
 
 The cards are in cards.yaml. `resolve` gives a card's file, in this order: the explicit path, the local cache, a package that
 ships it, the network; then it fails with one message that says what to do. `locate` and `missing` ask the same without a
-download, for a preflight. KEYANON_CACHE moves the cache (default ~/.cache/keyanon); KEYANON_OFFLINE=1 or HF_HUB_OFFLINE=1
-forbids the network.
+download, for a preflight. A download that was cut off goes on where it was at the next try.
 
     python -m keyanon.weights list
     python -m keyanon.weights fetch facenet_vggface2 arcface_r50
+    python -m keyanon.weights fetch --all table1                    all that an experiment of this checkout needs
+
+| variable | |
+|---|---|
+| KEYANON_CACHE | where downloads are kept (default ~/.cache/keyanon) |
+| KEYANON_OFFLINE=1, HF_HUB_OFFLINE=1 | no network |
+| KEYANON_MIRROR | releases come from $KEYANON_MIRROR/HOST/PATH instead of https://HOST/PATH |
+| HF_ENDPOINT | another hub |
+| KEYANON_CARDS | another file of cards instead of cards.yaml |
+| ACCEPT_LICENCES=1 | `fetch --all` asks nothing |
 """
 
 import argparse
@@ -14,18 +23,23 @@ import hashlib
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
+import sys
 import tarfile
-import tempfile
+import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
+from filelock import FileLock
+from tqdm import tqdm
 
 from keyanon.errors import UserError
 
@@ -54,12 +68,14 @@ class Release:
 
     def fetch(self, folder: Path) -> None:
         download = folder / Path(self.url).name
-        with urllib.request.urlopen(self.url, timeout=60) as response, download.open("wb") as file:
-            shutil.copyfileobj(response, file)
+        if not download.is_file():
+            _download(mirrored(self.url), download)
         if self.member is not None:
-            with zipfile.ZipFile(download) as archive, archive.open(self.member) as source:
-                _copy(source, folder / Path(self.member).name)
-            download.unlink()
+            try:
+                with zipfile.ZipFile(download) as archive, archive.open(self.member) as source:
+                    _copy(source, folder / Path(self.member).name)
+            finally:
+                download.unlink()
 
 
 @dataclass(frozen=True)
@@ -91,12 +107,13 @@ class Hub:
         return first if len(self.files) == 1 else first.parents[len(Path(self.files[0]).parts) - 1]
 
     def fetch(self, folder: Path) -> None:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_url
 
         for file, name in zip(self.files, self.names, strict=True):
-            path = file if file == name else self.place(name)
-            fetched = Path(hf_hub_download(self.repo, path, revision=self.revision, local_dir=folder))
-            fetched.replace(folder / name)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if not (folder / name).is_file():
+                path = file if file == name else self.place(name)
+                _download(hf_hub_url(self.repo, path, revision=self.revision), folder / name)
 
     def place(self, name: str) -> str:
         """The path of the one file of the repository that is called so; asks the hub."""
@@ -192,8 +209,11 @@ def cache() -> Path:
 
 
 def offline() -> bool:
-    names = ("KEYANON_OFFLINE", "HF_HUB_OFFLINE")
-    return any(os.environ.get(name, "").lower() in {"1", "true", "yes", "on"} for name in names)
+    return is_set("KEYANON_OFFLINE") or is_set("HF_HUB_OFFLINE")
+
+
+def is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in {"1", "true", "yes", "on"}
 
 
 def resolve(card: Card, path: str | os.PathLike[str] | None = None) -> Path:
@@ -251,20 +271,103 @@ def check(card: Card, found: Path) -> None:
 
 
 def _fetch(card: Card, origin: Release | Hub | Npm) -> Path:
-    """Fetch into a folder of its own, check, then move: a file under its final name is always the right one."""
-    cache().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache(), prefix=f"{card.name}-", suffix=".partial") as temporary:
-        folder = Path(temporary)
+    """Fetch into a folder of its own, check, then move: a file under its final name is always the right one.
+
+    The folder stays where a download was cut off, and the next try goes on in it. A wrong file goes with it.
+    """
+    folder, locks = cache() / f"{card.name}.partial", cache() / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / card.name):
+        if (found := locate(card)) is not None:  # another process was faster
+            check(card, found)
+            return found
+        if card.sha256 is None:  # nothing would tell that the halves are of two files
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
         try:
             origin.fetch(folder)
         except (OSError, subprocess.SubprocessError, zipfile.BadZipFile, tarfile.TarError, KeyError) as error:
             raise MissingWeights(_explain(card, None, error)) from error
-        check(card, folder / card.filename)
+        try:
+            check(card, folder / card.filename)
+        except UserError:
+            shutil.rmtree(folder)
+            raise
         place = cache() / card.name
         for name in origin.names if isinstance(origin, Hub) else (card.filename,):
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).replace(place / name)
+        shutil.rmtree(folder)
     return place if _is_folder(origin) else place / card.filename
+
+
+def mirrored(url: str) -> str:
+    """Where a release's file is asked for: KEYANON_MIRROR/HOST/PATH, if that is set."""
+    mirror, parts = os.environ.get("KEYANON_MIRROR"), urlsplit(url)
+    if not mirror or parts.scheme not in ("http", "https"):
+        return url
+    return f"{mirror.rstrip('/')}/{parts.netloc}{parts.path}"
+
+
+def _download(url: str, target: Path, title: str | None = None) -> None:
+    """A file from its URL, by way of TARGET.partial, which a later try goes on with (HTTP's Range)."""
+    partial = target.with_name(f"{target.name}.partial")
+    have = partial.stat().st_size if partial.is_file() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # of a range that begins at the file's end, or beyond
+            raise
+        have, response = 0, urllib.request.urlopen(url, timeout=60)
+    with response:
+        resumed = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        begun = have if resumed else 0
+        length = response.headers.get("Content-Length")
+        total = None if length is None else begun + int(length)
+        with (
+            partial.open("ab" if resumed else "wb") as file,
+            tqdm(
+                total=total, initial=begun, desc=title or target.name, unit="B", unit_scale=True, unit_divisor=1024
+            ) as bar,
+        ):
+            while block := response.read(1 << 20):
+                file.write(block)
+                bar.update(len(block))
+            size = file.tell()
+    if total is not None and size < total:
+        raise OSError(f"the connection ended at {size:,} of {total:,} bytes; the same command goes on there")
+    partial.replace(target)
+
+
+def fetch_blob(repo: str, file: str, revision: str) -> None:
+    """Put a big file of a hub's repository into huggingface_hub's cache, where huggingface_hub finds it.
+
+    Its own download of a file begins again where it was killed, and trusts the size. This one goes on, and checks the SHA-256 by
+    which the hub keeps the file. Raises WrongWeights.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+
+    url = hf_hub_url(repo, file, revision=revision)
+    etag = get_hf_file_metadata(url).etag
+    if etag is None or not re.fullmatch("[0-9a-f]{64}", etag):  # a small file, which the hub keeps by git's digest
+        return
+    blob = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "blobs", etag)
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    (cache() / ".locks").mkdir(parents=True, exist_ok=True)
+    with FileLock(cache() / ".locks" / etag):
+        if blob.is_file():
+            return
+        whole = blob.with_name(f"{etag}.fetched")
+        _download(url, whole, file)
+        with whole.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        if digest != etag:
+            whole.unlink()
+            raise WrongWeights(
+                f"{repo}, {file}: expected SHA-256 {etag}, found {digest}. It was removed; fetch it again"
+            )
+        whole.replace(blob)
 
 
 def _is_folder(origin: Origin) -> bool:
@@ -337,7 +440,7 @@ def _filled(kind: Any, given: Any, where: str) -> Any:
     return kind(**given)
 
 
-CARDS = read_cards(Path(__file__).with_name("cards.yaml"))
+CARDS = read_cards(Path(os.environ.get("KEYANON_CARDS") or Path(__file__).with_name("cards.yaml")))
 
 
 def named(card: str | Card) -> Card:
@@ -349,23 +452,57 @@ def named(card: str | Card) -> Card:
     return CARDS[card]
 
 
+def accepted(wanted: Sequence[str]) -> bool:
+    """Whether the user accepts what is about to be fetched, each with its licence: by ACCEPT_LICENCES=1, or asked at a terminal.
+
+    Everything is shown in any case.
+    """
+    print("To be fetched:", *(f"- {one}" for one in wanted), sep="\n", flush=True)
+    if is_set("ACCEPT_LICENCES"):
+        return True
+    if sys.stdin.isatty():
+        return input("Do you accept these licences? [y/N] ").strip().lower() in {"y", "yes"}
+    return False
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m keyanon.weights", description="Which weights are here; fetch them."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="every card, and where its file lies")
-    commands.add_parser("fetch", help="download cards").add_argument("names", nargs="+", choices=list(CARDS))
+    fetch = commands.add_parser("fetch", help="download cards, or all that an experiment needs")
+    fetch.add_argument("names", nargs="+", help=f"cards: {', '.join(CARDS)}; with --all, experiments and settings")
+    fetch.add_argument("--all", action="store_true", help="names are experiments of this checkout, such as table1")
     options = parser.parse_args(arguments)
+    if options.command == "fetch" and options.all:
+        return _fetch_all(options.names)
     failed = 0
-    for card in CARDS.values() if options.command == "list" else [CARDS[name] for name in options.names]:
+    for card in CARDS.values() if options.command == "list" else map(named, options.names):
         try:
+            if options.command == "fetch" and locate(card) is None:
+                print(f"{card.name}: from {card.source}  [{card.licence}]", flush=True)
             place = locate(card) if options.command == "list" else resolve(card)
             print(f"{card.name:18} {place or 'missing: ' + card.source}  [{card.licence}]")
         except UserError as error:
             failed += 1
             print(error)
     return 1 if failed else 0
+
+
+def _fetch_all(names: Sequence[str]) -> int:
+    """Hand over to the command of the checkout that knows what its experiments need; the library knows none of them."""
+    if importlib.util.find_spec("experiments") is None:
+        print("fetch --all: there are no experiments here; start it in a checkout of keyanon", file=sys.stderr)
+        return 1
+    before, sys.argv = sys.argv, ["experiments.fetch", *names]
+    try:
+        runpy.run_module("experiments.fetch", run_name="__main__")
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0
+    finally:
+        sys.argv = before
+    return 0
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ COMMANDS = {
     "train_proface_s",
     "faces",
     "keys",
+    "fetch",
+    "brought",
 }
 LIGHT = [
     "keyanon",

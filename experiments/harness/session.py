@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.harness import preflight, provenance, results
+from experiments.harness import estimate, preflight, provenance, results
 from experiments.harness.made import made
 from experiments.harness.meaning import Meanings
 from experiments.harness.names import file_name
@@ -29,6 +29,7 @@ from experiments.harness.tracking import Tracker, shown_outside
 from keyanon import runner
 from keyanon.attacks.case import Pairs
 from keyanon.channel.whole import write_whole
+from keyanon.diffusion.solvers import Solver
 from keyanon.errors import BadData
 from keyanon.faces.finding import Finder
 from keyanon.faces.layouts import IN_SUBFOLDERS, OF_OTHER_KINDS
@@ -37,6 +38,7 @@ from keyanon.measures.biometrics import Statistic
 from keyanon.measures.scorers import Against
 from keyanon.parts import Damaged
 from keyanon.run_folder import MASK, ORIGINAL, RunFiles
+from keyanon.settings import device_of
 from keyanon.sources import Digests, combined
 from keyanon.types import (
     About,
@@ -244,6 +246,7 @@ class Session:
             tuple(notes),
             method.about if isinstance(method, Anonymizer) else None,
             preflight.models(method),
+            getattr(method, "solver", None),
         )
 
 
@@ -280,6 +283,7 @@ class Cell:
     notes: Sequence[str] = ()
     about: About | None = None
     models: Sequence[Model] = field(default=(), repr=False)
+    solver: Solver | None = None
 
     @property
     def files(self) -> RunFiles:
@@ -298,8 +302,9 @@ def begin(
 
     `known_key` says what to do about it that anyone can compute the key; None where that is not so, or no picture is published.
     """
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
+    cfg.device = device_of(cfg.device)
+    if (threads := estimate.threads(cfg.device) if cfg.threads is None else cfg.threads) is not None:
+        torch.set_num_threads(threads)
     made(cfg, "protocol")  # checked, whatever takes its choices
     parser: FaceParser = made(cfg, "parser")
     recognizers: dict[str, Recognizer] = made(cfg, "recognizers")
@@ -318,6 +323,8 @@ def begin(
         )
     tell_passed_over(dataset)
     ids = list(dict.fromkeys(probes_of(dataset)[: cfg.limit]))
+    if cfg.batch_size is None:
+        cfg.batch_size = estimate.batch_size(cfg.device, len(ids))
     return Session(cfg, choices, command, dataset, parser, recognizers, scorers, tracker, ids)
 
 
@@ -338,18 +345,28 @@ def fill(
     work: Callable[[Sequence[str]], None],
     conclude: Callable[[Sequence[str]], Result | None],
     views: Sequence[str] = (),
+    passes: int = 0,
 ) -> bool:
     """Do this shard's `work` on a cell, and write the result if no other shard is still to do that; whether it was written.
 
     `work` gets this shard's prepared pictures, `conclude` those of all shards that are done; it gives nothing if these are too few,
     and raises Incomplete where rows or files of other shards are lost. `views` is what the work writes, for which the disk has to
-    have room.
+    have room. `passes` is how often each picture goes through the method, for the estimate of the time; 0 where nobody knows.
     """
     log.info("%s: %d pictures", cell.folder, len(cell.ids))
     for line in rows_replaced(session, cell):
         log.warning(line)
     mine = sharded(cell.ids, session.cfg.shard)
     preflight.stop_if(missing_disk(session, cell, mine, views))
+    if passes:
+        done = set() if views else cell.files.measured()
+        left = [id for id in mine if id not in done and not (views and all(cell.files.has(view, id) for view in views))]
+        expected = estimate.measured(session, cell, left, passes)
+        if session.cfg.estimate_only:
+            print(f"{session.cfg.name}, {cell.row} of {session.choices['dataset']}: {expected}")
+            return False
+        log.info("%s: %s", cell.folder, expected)
+        preflight.stop_if(expected.too_long(session.cfg.device, session.cfg.long))
     written: list[bool] = []
 
     def publish_if_last() -> None:

@@ -21,13 +21,18 @@ def inversion(value: Any) -> bool:
 COUNT = whole()
 COUNT_OR_ALL = Setting("a whole number from 1 on, or null for all", lambda value: value is None or COUNT.fits(value))
 PAIR = whole(2)
+SWITCH = Setting("true or false", lambda value: isinstance(value, bool))
 # Top-level settings of all commands in conf/*.yaml; groups, whose parts check their own, are no concern of this.
 SETTINGS: Mapping[str, Setting] = {
     "limit": COUNT_OR_ALL,
     "threads": Setting(
-        "a whole number from 1 to 1024, or null for all", lambda value: value is None or whole(1, 1024).fits(value)
+        "a whole number from 1 to 1024, or null for the device's own choice",
+        lambda value: value is None or whole(1, 1024).fits(value),
     ),
-    "batch_size": COUNT,
+    "batch_size": Setting(
+        "a whole number from 1 on, or null for the device's own choice",
+        lambda value: value is None or COUNT.fits(value),
+    ),
     "shard": Setting("i/n, with whole numbers 1 <= i <= n, as in 1/4", shard),
     "device": DEVICE,
     "far": Setting("a number between 0 and 1", lambda value: is_number(value) and 0 < value < 1),
@@ -37,7 +42,9 @@ SETTINGS: Mapping[str, Setting] = {
     "runs": SOME_TEXT,
     "notes": Setting("a list of texts", lambda value: isinstance(value, list)),
     "faces": Setting("all, largest or one_or_skip", lambda value: value in ("all", "largest", "one_or_skip")),
-    "allow_faces_in_clear": Setting("true or false", lambda value: isinstance(value, bool)),
+    "allow_faces_in_clear": SWITCH,
+    "long": SWITCH,
+    "estimate_only": SWITCH,
     "inversions": Setting(
         "names, with a tolerance and a list of steps each",
         lambda value: isinstance(value, dict) and all(inversion(one) for one in value.values()),

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2DModel, VQModel
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
@@ -34,11 +34,16 @@ from keyanon.errors import UserError
 from keyanon.finite import finite
 from keyanon.settings import Count, Device, Name, checked, fits, refuse, whole
 from keyanon.types import Image, Latent
-from keyanon.weights import MissingWeights, offline
+from keyanon.weights import MissingWeights, WrongWeights, fetch_blob, offline
 
 log = logging.getLogger(__name__)
 Precision = Literal["fp32", "tf32", "bf16"]
 WEIGHT_FILES = ("*.safetensors", "*.bin")
+# as diffusers and transformers name them
+WEIGHT_NAMES = (
+    "diffusion_pytorch_model.safetensors", "model.safetensors", "diffusion_pytorch_model.bin", "pytorch_model.bin",
+)  # fmt: skip
+PARTS = ("unet", "vqvae", "vae", "latent", "scheduler", "text_encoder", "tokenizer")
 DDIM_ARGUMENTS = signature(DDIMScheduler).parameters.keys()
 # Of what schedulers can be asked for besides their noise: what the solvers do. They do not clip z_0, they choose timesteps
 # themselves, and they divide by the signal at the last one.
@@ -230,11 +235,22 @@ class LatentDiffusion:
             return found
         if not self.source.startswith("bundled:") and not Path(self.source).is_absolute() and not offline():
             try:
-                top = snapshot_download(self.source, revision=self.revision, allow_patterns=self._patterns())
+                about = HfApi().model_info(self.source, revision=self.revision)
+                needed = needed_of([each.rfilename for each in about.siblings or ()], self.subfolder)
+                for name in needed:
+                    if name.endswith(WEIGHT_NAMES):
+                        fetch_blob(self.source, name, about.sha or "main")
+                top = snapshot_download(self.source, revision=self.revision, allow_patterns=needed)
                 return Path(top) / self.subfolder
+            except WrongWeights:
+                raise
             except Exception as error:
                 raise MissingWeights(f"{self._message()}\n  download failed: {error}") from error
         raise MissingWeights(self._message())
+
+    def fetch(self) -> None:
+        """Have the model on this machine; raises MissingWeights, and WrongWeights of a file that is not the hub's."""
+        _ = self.folder
 
     def missing(self) -> str | None:
         """What a preflight says if the model is not on this machine, or its scheduler not to be honoured; downloads nothing."""
@@ -285,20 +301,18 @@ class LatentDiffusion:
         elif Path(self.source).is_dir():
             folder = Path(self.source) / self.subfolder
         else:
+            name = "/".join(filter(None, (self.subfolder, "unet", "config.json")))
             try:
-                top = snapshot_download(
-                    self.source, revision=self.revision, allow_patterns=self._patterns(), local_files_only=True
-                )
-            except Exception:  # hub ids are not paths; the hub's many error classes all mean: not in the cache
+                found = try_to_load_from_cache(self.source, name, revision=self.revision)
+            except ValueError:  # a path that is no folder, and no hub's id either
                 return None
-            folder = Path(top) / self.subfolder
-        has_weights = any(any((folder / "unet").glob(pattern)) for pattern in WEIGHT_FILES)
-        return folder if has_weights else None
-
-    def _patterns(self) -> list[str]:
-        prefix = f"{self.subfolder}/" if self.subfolder else ""
-        parts = ("unet", "vqvae", "vae", "latent", "scheduler", "text_encoder", "tokenizer")
-        return [f"{prefix}{part}/*" for part in parts]
+            if not isinstance(found, str):
+                return None
+            folder = Path(found).parents[1]
+            # a download that was cut off leaves some files of the snapshot
+            if not any(has_weights(folder / part) for part in ("vqvae", "vae")):
+                return None
+        return folder if has_weights(folder / "unet") else None
 
     def _message(self) -> str:
         if self.source.startswith("bundled:"):
@@ -308,7 +322,8 @@ class LatentDiffusion:
         name = self.source.rstrip("/").split("/")[-1]
         return (
             f"diffusion model {where}: not on this machine. Licence: {self.licence}.\n"
-            f"  fetch it with: hf download {self.source}  (or set backbone.source to a folder that holds {name}'s files)"
+            f"  `python -m keyanon.weights fetch --all EXPERIMENT` fetches what is needed of it, hf download {self.source} all of it "
+            f"(or set backbone.source to a folder that holds {name}'s files)"
         )
 
     def _class_of(self, part: str) -> str:
@@ -336,6 +351,25 @@ class LatentDiffusion:
     @property
     def _predicts_v(self) -> bool:
         return bool(self._scheduler.config.prediction_type == "v_prediction")
+
+
+def has_weights(folder: Path) -> bool:
+    return any(path.is_file() for pattern in WEIGHT_FILES for path in folder.glob(pattern))
+
+
+def needed_of(listed: Sequence[str], subfolder: str) -> list[str]:
+    """Of a repository's files those that a model in its `subfolder` is read from: one weight file a part, safetensors if there is.
+
+    Copies in half precision, without averaging or for other programs are left out, and so is whatever else is there.
+    """
+    found: list[str] = []
+    for part in PARTS:
+        prefix = "/".join(filter(None, (subfolder, part))) + "/"
+        names = [name.removeprefix(prefix) for name in listed if name.startswith(prefix)]
+        weights = [name for name in WEIGHT_NAMES if name in names]
+        others = [name for name in names if name.endswith((".json", ".txt"))]
+        found += [prefix + name for name in [*weights[:1], *others]]
+    return found
 
 
 def scheduler(config: Mapping[str, Any], where: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Literal
 import PIL.Image
 
 from keyanon.errors import BadData, BadPicture, MissingData
+from keyanon.faces import obtain
 from keyanon.types import Source
 
 # HEIC among them, so that such a picture is refused by name and counted, not passed over.
@@ -82,14 +83,14 @@ CELEBAHQ = Layout(
     name="CelebA-HQ",
     places=("CelebA-HQ-img/{id}.jpg", "{id}.jpg", "{id}.png"),
     variable="KEYANON_CELEBAHQ",
-    source="CelebAMask-HQ.zip, linked from https://github.com/switchablenorms/CelebAMask-HQ (research only).",
+    source=obtain.CELEBAHQ,
 )
 FFHQ_LAYOUTS = {
     version: Layout(
         name="FFHQ",
         places=(f"{version}/{{id:.2}}000/{{id}}.png", f"{version}/{{id}}.png", "{id:.2}000/{id}.png", "{id}.png"),
         variable="KEYANON_FFHQ",
-        source=f"{version}, linked from https://github.com/NVlabs/ffhq-dataset.",
+        source=obtain.FFHQ.format(version=version),
     )
     for version in ("images1024x1024", "thumbnails128x128")
 }
@@ -108,9 +109,7 @@ LFW_LAYOUT = Layout(
     name="LFW",
     places=tuple(LFW_PLACES.values()),
     variable="KEYANON_LFW",
-    source="deep-funneled, as the authors have it, from https://www.kaggle.com/datasets/jessicali9530/lfw-dataset; or lfw.tgz, "
-    "lfw-funneled.tgz or lfw-deepfunneled.tgz with pairsDevTrain.txt, pairsDevTest.txt and pairs.txt beside, from "
-    "https://vis-www.cs.umass.edu/lfw; or the folder lfw_home that scikit-learn's fetch_lfw_pairs leaves (research only).",
+    source=obtain.LFW,
 )
 # Files of the same pairs: the matched ones of DevTrain and then of DevTest, all of both, or View 2's ten folds.
 DEV_MATCHES = (

@@ -1,0 +1,113 @@
+"""From a machine with nothing to the paper's tables by make, killed on the way: see tests/rehearsal.py."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from experiments.brought import datasets
+from tests.rehearsal import HAS, Machine, bring, machine, wait_for
+
+pytestmark = [pytest.mark.no_cover, pytest.mark.xdist_group("rehearsal")]
+NAMES = ("recovery", "jpeg", "table1", "table2", "wrong_keys")
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> Iterator[Machine]:
+    with machine(tmp_path_factory.mktemp("machine")) as made:
+        yield made
+
+
+@pytest.fixture
+def brought(here) -> Machine:
+    if "KEYANON_LFW" not in here.environment:
+        here.environment |= bring(here.folder / "data")
+    return here
+
+
+def asked_before(here: Machine) -> list[str]:
+    return [path for _, path, _ in here.site.asked]
+
+
+def test_on_a_machine_with_nothing_one_message_says_what_to_bring(here):
+    for target in ("reproduce-table1", "reproduce-all"):
+        begun = time.monotonic()
+        code, printed = here.make(target)
+        assert (code, time.monotonic() - begun < 10) == (2, True)
+        assert printed.count("keyanon:") == 1
+        assert printed.count("CelebA-HQ: not here. To be had: CelebAMask-HQ.zip") == 1
+        assert printed.count("export KEYANON_CELEBAHQ=/path") == 1
+        assert printed.count("export KEYANON_LFW=/path") == (target == "reproduce-all")
+    assert not here.cache.exists()
+    assert here.site.asked == []
+
+
+def test_nothing_is_fetched_before_the_licences_are_accepted(brought):
+    code, printed = brought.make("reproduce-table1")
+    assert code == 2
+    assert "CelebAMask-HQ is for non-commercial research" in printed
+    assert "nothing was fetched: accept the licences above with ACCEPT_LICENCES=1" in printed
+    assert brought.site.asked == []
+
+
+def test_table1_from_nothing_killed_twice(brought):
+    """While it fetches a release, and while it runs; nothing that was done is done again."""
+    site, runs = brought.site, brought.checkout / "results" / "runs" / "table1"
+    site.stall = "vggface2.pt"
+    process = brought.start("reproduce-table1", ACCEPT_LICENCES="1")
+    partial = brought.cache / "facenet_vggface2.partial" / "20180402-114759-vggface2.pt.partial"
+    wait_for(lambda: site.stalled.is_set() and partial.is_file() and partial.stat().st_size > 10**6, process)
+    brought.kill(process)
+    have, site.stall = partial.stat().st_size, None
+    process = brought.start("reproduce-table1", ACCEPT_LICENCES="1")
+    wait_for(lambda: list(runs.glob("*/anonymized/*.png")), process)
+    brought.kill(process)
+    assert [span for _, path, span in site.asked if path.endswith("vggface2.pt")] == [None, f"bytes={have}-"]
+    made = {path: path.stat().st_mtime_ns for path in runs.glob("*/anonymized/*.png")}
+    before = len(site.asked)
+    code, printed = brought.make("reproduce-table1")
+    assert code == 0, printed
+    assert len(site.asked) == before  # all weights are here, and no licence is asked for again
+    assert brought.tables() == ["table1"]
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    assert not [path for path in asked_before(brought) if "keys/" in path]  # of the repository only the model
+    assert "rehearsal on random weights" in (brought.checkout / "results/tables/table1.md").read_text()
+
+
+def test_table2_goes_on_in_a_download_of_the_hub_that_was_killed(brought):
+    """Whose own library would begin the file again."""
+    site = brought.site
+    blobs = list(Path(brought.environment["HF_HOME"]).rglob("blobs/*"))
+    for snapshot in Path(brought.environment["HF_HOME"]).rglob("snapshots/*/ffhq-diffusers/unet/*.safetensors"):
+        blob = snapshot.resolve()
+        snapshot.unlink()
+        half = blob.with_name(f"{blob.name}.fetched.partial")
+        half.write_bytes(blob.read_bytes()[:100_000])
+        blob.unlink()
+    assert len(blobs) == 4
+    code, printed = brought.make("reproduce-table2", ACCEPT_LICENCES="1")
+    assert code == 0, printed
+    assert [span for _, path, span in site.asked if path.endswith("unet/diffusion_pytorch_model.safetensors")][
+        -1
+    ] is not None
+    assert ("GET", "bytes=100000-") in [
+        (method, span) for method, path, span in site.asked if "/unet/diffusion" in path
+    ]
+    assert "table2" in brought.tables()
+
+
+@pytest.mark.slow
+def test_all_says_how_long_each_takes_and_goes_to_all_tables(brought):
+    code, printed = brought.make("reproduce-all", ACCEPT_LICENCES="1")
+    assert code == 0, printed
+    begin = printed.index("anonymize and recover") if "anonymize and recover" in printed else len(printed)
+    for name in NAMES:
+        assert f"\n{name}, signflip of" in printed[:begin], name
+    assert set(brought.tables()) >= set(NAMES)
+
+
+def test_which_pictures_an_experiment_asks_for():
+    assert datasets("table1") == ["celebahq"]
+    assert datasets("table2") == ["lfw"]
+    assert HAS >= 2
