@@ -69,6 +69,36 @@ def test_ssim_equals_skimages(pictures):
         assert score == pytest.approx(skimage_ssim(a, b)[0], abs=1e-4)
 
 
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_measures_of_files_are_the_authors(pictures, dtype, near):
+    """Their pictures come as 8-bit tensors; torchmetrics clips them to (0, 255), which makes them floats of that range."""
+    from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+
+    view, original, face = pictures
+    files = [to_bytes(view), to_bytes(original)]
+    floats = [file.to(dtype) / 127.5 - 1 for file in files]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # what clipping makes of bytes
+    try:
+        their_ssim = StructuralSimilarityIndexMeasure(data_range=(0, 255.0), reduction="none")(*files)
+        their_psnr = PeakSignalNoiseRatio(data_range=(0, 255.0), reduction="none", dim=(1, 2, 3))(*files)
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(ssim(*floats, face, mean_over="whole"), their_ssim, atol=near, rtol=0)
+    torch.testing.assert_close(psnr(*floats, face), their_psnr, atol=near, rtol=near)
+    assert (ssim(*floats, face, mean_over="whole") - ssim(*floats, face)).abs().max() > 1e-4
+
+
+def test_rounding_to_8_bits_moves_the_mean_error_of_a_recovery_by_nothing_that_is_printed(pictures):
+    """The authors take it of the decoder's floats, we of the file: at their 0.1074 the printed digits are the same."""
+    original = to_floats(to_bytes(pictures[1])).repeat(1, 1, 8, 8)
+    noise = 0.135 * torch.randn(original.shape, generator=torch.Generator().manual_seed(2))  # mean error about 0.1
+    view, face = (original + noise).clamp(-1, 1), torch.ones(3, 1, 1, 1)
+    torch.testing.assert_close(
+        mae(to_floats(to_bytes(view)), original, face), mae(view, original, face), atol=3e-5, rtol=0
+    )
+
+
 def test_ssim_face_is_the_mean_of_skimages_map_over_the_face(pictures):
     view, original, face = pictures
     for score, a, b, mask in zip(ssim_face(view, original, face), view, original, face[:, 0].numpy(), strict=True):

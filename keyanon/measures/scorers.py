@@ -8,7 +8,7 @@ pictures.
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -42,16 +42,23 @@ def psnr_face(view: Image, original: Image, face: Mask) -> Scores:
 
 
 @declares(Measure("picture", "", "alike", "structural similarity"))
-def ssim(view: Image, original: Image, face: Mask) -> Scores:
+def ssim(view: Image, original: Image, face: Mask, mean_over: Literal["inside", "whole"] = "inside") -> Scores:
     """Structural similarity over the whole picture, in [-1, 1], 1 for equal pictures; higher is more alike.
 
     As Wang et al., IEEE TIP 13(4), 2004: Gaussian window of σ = 1.5 on 11 x 11 pixels, K = 0.01 and 0.03, biased
-    variances, mean over the windows that lie inside the picture; for each colour channel of RGB in [0, 1], then their
-    mean. Equals skimage's structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-    data_range=1, channel_axis=...). NaN for pictures of less than 11 pixels.
+    variances; for each colour channel of RGB in [0, 1], then their mean. NaN for pictures of less than 11 pixels.
+
+    Args:
+        view: pictures to compare.
+        original: what they are compared with.
+        face: not looked at.
+        mean_over: `inside`: the windows that lie inside the picture. Equals skimage's structural_similarity(
+            gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1, channel_axis=...). `whole`: those
+            around every pixel, with the picture mirrored at its border. Equals torchmetrics', which the authors report.
     """
-    inside = slice(SSIM_BORDER, -SSIM_BORDER)
-    return _ssim_map(view, original)[..., inside, inside].mean(dim=(1, 2, 3))
+    similarities = _ssim_map(view, original)
+    inside = slice(SSIM_BORDER, -SSIM_BORDER) if mean_over == "inside" else slice(None)
+    return similarities[..., inside, inside].mean(dim=(1, 2, 3))
 
 
 @declares(Measure("picture", "", "alike", "structural similarity on the face"))
