@@ -44,7 +44,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     from experiments.harness.provenance import made_of, signature
     from experiments.harness.session import Result, begin, fill, plain, show
     from experiments.harness.shards import Incomplete, sharded
-    from experiments.harness.statistics import averages, scores_of_enrolled, verification
+    from experiments.harness.statistics import averages, between_sets, scores_of_enrolled, verification
     from keyanon import runner
     from keyanon.attacks.views import by_view
     from keyanon.channel.keys import experiment_key
@@ -90,6 +90,8 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
         )
         loops = {name: scorer for name, scorer in session.scorers.items() if isinstance(scorer, Against)}
         runner.score(files, pictures, [ORIGINAL], ids, loops, {}, {}, cfg.batch_size, cfg.device)
+        session.look_at_originals(ids)
+        session.look_at_views(cell, ids)
 
     def conclude(ids: Sequence[str]) -> Result:
         files = cell.files
@@ -102,16 +104,18 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
             files.check(view, ids, session.digests)
         enrolled = session.enrol(ids, session.dataset.gallery)
         session.score_originals(ids)
+        clean, seen = session.look_at_originals(ids), session.look_at_views(cell, ids)
         own, made = (at.scores(ids).to_pandas() for at in (session.originals, files))
         scores = pd.concat([own, scores_of_enrolled(enrolled, ids), made], ignore_index=True)
         scores = scores.sort_values(["view", "scorer", "id"], ignore_index=True)
         statistics = [
             *averages(scores, session.people),
             *verification(files, enrolled, session.dataset.gallery, ids, session.people, cfg.far),
+            *between_sets(session.set_scorers, clean, seen, ids),
         ]
         search = runner.MEASURES[runner.IN_CLEAR]
         searched = replace(search, label=f"{search.label} (second_detector: {second!r})")
-        said = meanings(session.scorers, session.recognizers, attacks, method, cfg.far)
+        said = meanings({**session.scorers, **session.set_scorers}, session.recognizers, attacks, method, cfg.far)
         said |= Meanings(scorers={runner.IN_CLEAR: searched})
         return Result(statistics, scores, said, draw_sheets(session.originals, files, ids))
 

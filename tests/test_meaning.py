@@ -114,11 +114,10 @@ def test_a_file_that_says_what_no_table_knows_is_refused(tmp_path, row, message)
 
 
 def made(group: str) -> dict:
-    return {
-        name: part
-        for path in sorted((ROOT / "conf" / group).glob("*.yaml"))
-        for name, part in instantiate(OmegaConf.load(path), _convert_="all").items()
-    }
+    files = sorted((ROOT / "conf" / group).glob("*.yaml"))
+    protocol = OmegaConf.create({"protocol": OmegaConf.load(ROOT / "conf" / "protocol" / "ours.yaml")})
+    nodes = OmegaConf.merge(protocol, *map(OmegaConf.load, files))
+    return {name: instantiate(nodes[name], _convert_="all") for name in nodes if name != "protocol"}
 
 
 @pytest.mark.parametrize("name", sorted(made("scorers")))

@@ -12,6 +12,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.faces.detection import Detection
 from keyanon.measures.scorers import (
+    FID,
     LPIPS,
     PSNR_CEILING,
     Detected,
@@ -161,6 +162,62 @@ def test_scores_do_not_depend_on_the_batch_and_follow_the_noise(pictures, scorer
     assert torch.allclose(together, alone, atol=1e-5)
     order = together.diff()
     assert (order > 0).all() if scorer is mae else (order < 0).all()
+
+
+class Corners(torch.nn.Module):
+    """A network of 12 features: a picture's mean over blocks of 2 x 2 to a channel, in double precision."""
+
+    num_features = 12
+
+    def forward(self, pictures):
+        return torch.nn.functional.adaptive_avg_pool2d(pictures.double(), 2).flatten(1)
+
+
+def test_fid_is_torchmetrics():
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    generator = torch.Generator().manual_seed(3)
+    original = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    view = torch.randint(40, 256, (60, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    theirs = FrechetInceptionDistance(feature=Corners(), normalize=False)
+    theirs.update(original, real=True)
+    theirs.update(view, real=False)
+    ours, count = FID().compare(Corners()(view), Corners()(original))
+    assert count == 60
+    assert ours == pytest.approx(theirs.compute().item(), rel=1e-6)
+
+
+def test_fid_is_the_mean_over_its_parts():
+    generator = np.random.default_rng(4)
+    view, original = generator.normal(1, 1, (70, 5)), generator.normal(0, 1, (70, 5))
+    each = [frechet_distance(view[i : i + 30], original[i : i + 30]) for i in (0, 30)]
+    assert FID(parts=30).compare(view, original) == (pytest.approx(np.mean(each)), 60)
+    assert FID(parts=1000).compare(view, original) == (pytest.approx(frechet_distance(view, original)), 70)
+    assert FID().compare(original, original) == (pytest.approx(0, abs=1e-12), 70)
+    assert math.isnan(FID().compare(view[:1], original[:1])[0])
+    assert "2,500 pictures" in FID(parts=2500).meaning.label
+
+
+def test_fid_looks_through_torchmetrics_network(tmp_path, monkeypatch):
+    """With random numbers in torch-fidelity's layout, read from a file of the card's."""
+    from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+    from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
+
+    torch.manual_seed(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(NoTrainInceptionV3, "load_state_dict", lambda *_: None)
+        network = NoTrainInceptionV3("inception-v3-compat", ["2048"])
+    path = tmp_path / "inception.pth"
+    torch.save(network.state_dict(), path)
+    theirs = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=str(path)).inception
+    pictures = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    ours = FID(card=random_card(path), weights=str(path)).embed(to_floats(pictures))
+    assert ours.shape == (2, 2048)
+    assert ours.std() > 0
+    torch.testing.assert_close(ours, theirs(pictures))
+    with pytest.raises(WrongWeights, match="fid_inception"):
+        FID(weights=str(path)).embed(to_floats(pictures))
 
 
 @pytest.fixture

@@ -33,8 +33,9 @@ SMALL = [
     "dataset=bundled", "parser=ellipse", "solver.steps=1", "limit=3", "batch_size=2", "name=tiny",
 ]  # fmt: skip
 PIXEL = ["recognizers=[]", "+recognizers.pixel._target_=tests.conftest.PixelRecognizer"]
+SETS = ["+scorers.brightness._target_=tests.conftest.Brightness"]
 CHEAP = {
-    "config": [*SMALL, *PIXEL, "scorers=[mae,psnr_face]", "attacks=[wrong_key]"],
+    "config": [*SMALL, *PIXEL, "scorers=[mae,psnr_face]", *SETS, "attacks=[wrong_key]"],
     "gaussianity": [*SMALL, "inversions.naive.steps=[1]", "inversions.exact.steps=[]", "limit=2"],
     "diversity": [*SMALL, *PIXEL, "~methods.exact", "keys_per_picture=2"],
     "security": [

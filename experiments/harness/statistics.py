@@ -1,5 +1,6 @@
 """From one number per picture to the numbers of a table: means and rates with 95 % intervals over identities."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +17,9 @@ from keyanon.attacks.case import Pairs
 from keyanon.channel.whole import write_whole
 from keyanon.errors import BadData
 from keyanon.measures import biometrics
-from keyanon.measures.biometrics import Floats, Statistic
+from keyanon.measures.biometrics import WHOLE_SET, Floats, Statistic
 from keyanon.run_folder import ORIGINAL, RunFiles
+from keyanon.types import SetScorer
 
 People = Callable[[Iterable[str]], Sequence[str]]  # who is on each picture
 
@@ -144,6 +146,25 @@ def verification(
                 vectors(seen), gallery_vectors, people(seen["id"].to_pylist()), gallery_people, calibration, far
             ):
                 yield view, recognizer, statistic
+
+
+def between_sets(
+    scorers: Mapping[str, SetScorer],
+    originals: Mapping[str, RunFiles],
+    views: Mapping[str, RunFiles],
+    ids: Sequence[str],
+) -> Iterator[tuple[str, str, Statistic]]:
+    """Each view's features against the originals', in the order of `ids`. Memory holds one view's and the originals' at a time."""
+    for name, scorer in scorers.items():
+        clean = in_order(ids, originals[name].embeddings())
+        for view in pc.unique(views[name].embeddings()["view"]).to_pylist():
+            value, used = scorer.compare(in_order(ids, views[name].embeddings(view=view)), clean)
+            yield view, name, Statistic(WHOLE_SET, used, len(ids) - used, value, math.nan, math.nan)
+
+
+def in_order(ids: Sequence[str], rows: pa.Table) -> Floats:
+    """Embeddings (n d) of one view, one for each of `ids`."""
+    return vectors(rows.take(pc.index_in(pa.array(ids, pa.string()), value_set=rows["id"].combine_chunks())))
 
 
 def rows_of(ids: Sequence[str], rows: pa.Table) -> pa.Table:

@@ -6,6 +6,8 @@ pictures.
 """
 
 import functools
+import importlib.util
+import io
 import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -15,12 +17,16 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from keyanon.channel.pixels import to_bytes
+from keyanon.errors import MissingPackage
 from keyanon.faces.detection import Detector
-from keyanon.settings import Name, checked
-from keyanon.types import Image, Mask, Measure, Scorer, Scores, declared, declares
+from keyanon.finite import finite
+from keyanon.settings import Count, Name, checked
+from keyanon.types import Features, Image, Mask, Measure, Scorer, Scores, declared, declares
 from keyanon.weights import Card, missing, named, resolve
 
 PSNR_CEILING = 10 * math.log10(12 * 255**2)  # 58.9 dB
+NO_FIDELITY = 'torch-fidelity, which FID needs, is not installed. Remedy: `pip install "keyanon[fid]"`.'
 SSIM_BORDER = 5  # pixels: half of its window
 
 
@@ -132,6 +138,55 @@ class Detected:
         return torch.tensor([float(found is not None) for found in self.detector.detect(view)])
 
 
+@checked
+@dataclass(frozen=True)
+class FID:
+    """Fréchet distance between what Inception sees in two sets of pictures, from 0 (equal); it grows with fewer pictures.
+
+    Heusel et al., NeurIPS 2017, as torchmetrics 1.9 has it: TensorFlow's Inception of 2015 in torch-fidelity's file (`card`,
+    or the file `weights`), 2,048 features of RGB bytes, enlarged to 299 px antialiased. Other implementations enlarge
+    otherwise: only numbers of the same one compare.
+
+    Args:
+        parts: the mean over consecutive parts of so many pictures, as the authors take it on CelebA-HQ; None for all at once.
+            What is left beyond the last whole part does not count. Fewer pictures are one part.
+        card: of the network.
+        weights: its file's path; None looks where cards are kept.
+
+    Raises, at the first call: MissingPackage, MissingWeights, WrongWeights.
+    """
+
+    parts: Count | None = None
+    card: str | Card = "fid_inception"
+    weights: str | None = None
+
+    @property
+    def meaning(self) -> Measure:
+        over = "" if self.parts is None else f", mean over parts of {self.parts:,} pictures"
+        return Measure("picture", "", "lower", f"Fréchet inception distance{over}")
+
+    def cards(self) -> tuple[Card, ...]:
+        return (named(self.card),)
+
+    def missing(self) -> str | None:
+        """What a preflight says where torch-fidelity, which has the network's layers, is not installed."""
+        return None if importlib.util.find_spec("torch_fidelity") else NO_FIDELITY
+
+    def embed(self, images: Image) -> Features:
+        """2,048 features of each picture."""
+        network = _inception(self.card, self.weights).to(images.device)
+        features: Features = network(to_bytes(images))
+        return finite(features, "Inception")
+
+    def compare(self, view: ArrayLike, original: ArrayLike) -> tuple[float, int]:
+        """The distance of features (n d), (n d), NaN of fewer than two pictures; and how many pictures are in it."""
+        rows, clean = np.asarray(view), np.asarray(original)
+        size = len(rows) if self.parts is None else min(self.parts, len(rows))
+        starts = range(0, len(rows) - size + 1, max(size, 1))
+        distances = [frechet_distance(rows[start : start + size], clean[start : start + size]) for start in starts]
+        return float(np.mean(distances)), size * len(distances)
+
+
 def frechet_distance(a: ArrayLike, b: ArrayLike) -> float:
     """Fréchet distance of the Gaussians fitted to two sets of embeddings (n d), (m d): from 0, in their unit squared.
 
@@ -167,6 +222,20 @@ def _ssim_map(view: Image, original: Image) -> Image:
 def _mean_where(mask: Mask, values: Image) -> Scores:
     """The mean over channels and the mask's pixels (b 1 h w) of each picture; 0 / 0 = NaN where it has none."""
     return (values * mask).sum(dim=(1, 2, 3)) / (mask.sum(dim=(1, 2, 3)) * values.shape[1])
+
+
+@functools.cache
+def _inception(card: str | Card, path: str | None) -> torch.nn.Module:
+    """Torchmetrics' network. It unpickles whatever its file holds: it gets one that we write from checked numbers."""
+    if not importlib.util.find_spec("torch_fidelity"):
+        raise MissingPackage(NO_FIDELITY)
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    safe = io.BytesIO()
+    torch.save(torch.load(resolve(named(card), path), map_location="cpu", weights_only=True), safe)
+    safe.seek(0)
+    network: torch.nn.Module = NoTrainInceptionV3("inception-v3-compat", ["2048"], safe)  # type: ignore[arg-type]
+    return network.requires_grad_(False)
 
 
 @functools.cache
