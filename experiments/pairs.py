@@ -13,12 +13,12 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.harness.errors import SKIPPED
-from experiments.harness.results import RESULTS
+from experiments.harness.paper import CELL
+from experiments.harness.results import RESULTS, ROW
 from experiments.harness.statistics import PAIRS, pairs_of, read_frame
 from keyanon.attacks.pairs import PHOTOGRAPH, TWO_FILES, statistics_of_pairs
 from keyanon.errors import BadData, MissingData, UserError
 
-CELL = ["dataset", "anonymizer", "view", "scorer", "statistic"]
 NUMBERS = ["n", "undefined", "ours", "ci_low", "ci_high"]
 
 
@@ -55,13 +55,13 @@ def made_again(path: Path) -> pd.DataFrame:
             f"{path} does not exist: the experiment has no scores of pairs, or was run before they were kept"
         )
     rows = []
-    kept = read_frame(path, ["dataset", "anonymizer", *PAIRS])
+    kept = read_frame(path, [*ROW, *PAIRS])
     if kept.empty:
         raise BadData(f"{path}: no scores of pairs in it")
-    for (dataset, anonymizer), pairs in kept.groupby(["dataset", "anonymizer"], sort=False, observed=True):
+    for row, pairs in kept.groupby(ROW, sort=False, observed=True):
         for one in statistics_of_pairs(pairs_of(pairs)):
             s = one.statistic
-            cell = (dataset, anonymizer, one.view, one.scorer, s.statistic)
+            cell = (*row, one.view, one.scorer, s.statistic)
             rows.append((*cell, s.n, s.undefined, s.value, s.low, s.high))
     text = pd.DataFrame(rows, columns=[*CELL, *NUMBERS]).to_csv(index=False, float_format="%.6g")
     return text_table(text.splitlines())

@@ -272,7 +272,7 @@ def in_process(faces: Path, model: Path, *more: str) -> pd.DataFrame:
     ]  # fmt: skip
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("gaussianity", overrides=overrides)
-    run(cfg, {"dataset": "folder", "backbone": "ldm_ffhq", "parser": "ellipse"})
+    run(cfg, {"dataset": "folder", "protocol": "ours", "backbone": "ldm_ffhq", "parser": "ellipse"})
     return pd.read_csv("results/runs/tiny/tables/tiny.csv")
 
 

@@ -260,7 +260,7 @@ def read_run(path: Path) -> object:
     run.mkdir(exist_ok=True)
     for name in results.KEPT:
         (run / name).write_bytes(path.read_bytes())
-    results.write_about(run, {"dataset": "a", "anonymizer": "b", "title_notes": []})
+    results.write_about(run, {"dataset": "a", "protocol": "ours", "anonymizer": "b", "title_notes": []})
     return [
         refused(lambda: results.collect([run], "x")),
         refused(lambda: results.collect_scores([run])),

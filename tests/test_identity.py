@@ -34,7 +34,8 @@ from tests.conftest import ROOT, smooth_picture
 pytestmark = pytest.mark.no_cover  # mostly Hydra's code, which coverage's tracer would make three times as slow
 
 CHOICES = {
-    "dataset": "folder", "backbone": "faces128", "parser": "ellipse", "anonymizer": "scrambling", "key": "experiment",
+    "dataset": "folder", "protocol": "ours",
+    "backbone": "faces128", "parser": "ellipse", "anonymizer": "scrambling", "key": "experiment",
     "nonce": "per_image",
 }  # fmt: skip
 SIZE = 32

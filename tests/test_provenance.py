@@ -181,7 +181,8 @@ def test_no_bit_of_a_picture_or_of_run_json_can_flip_unseen(bit):
         files = RunFiles(Path(home), {"a": "of a"})
         files.write("recovered", "a", bytes(range(256)))
         results.write_about(
-            Path(home), {"dataset": "d", "anonymizer": "m", "seconds": 1.5, "title_notes": ["é"], "files": {}}
+            Path(home),
+            {"dataset": "d", "protocol": "ours", "anonymizer": "m", "seconds": 1.5, "title_notes": ["é"], "files": {}},
         )
         for path, read in (
             (files.path("recovered", "a"), lambda: files.data("recovered", "a")),

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.no_cover  # mostly Hydra's code, which coverage's trace
 
 CHOICES = {
     "dataset": "folder",
+    "protocol": "ours",
     "anonymizer": "signflip",
     "backbone": "ldm_ffhq",
     "parser": "ellipse",

@@ -30,7 +30,7 @@ def in_process(model: Path, *more: str) -> pd.DataFrame:
     overrides = [*TINY, f"backbone.source={model}", "+backbone.chunk=1", *more]
     with initialize_config_dir(CONF, version_base="1.3"):
         cfg = compose("security", overrides=overrides)
-    run(cfg, {"dataset": "bundled", "backbone": "faces128", "parser": "ellipse"})
+    run(cfg, {"dataset": "bundled", "protocol": "ours", "backbone": "faces128", "parser": "ellipse"})
     return pd.read_csv("results/runs/tiny/tables/tiny.csv")
 
 
@@ -147,7 +147,7 @@ def test_a_reader_makes_the_cells_of_pairs_again(made, monkeypatch, capsys):
         [f"{expected} of {expected} cells are equal to those of results/runs/tiny/tables/tiny.csv"],
     )
     kept = pd.read_parquet("results/runs/tiny/scores/tiny.pairs.parquet")
-    assert list(kept.columns) == ["dataset", "anonymizer", *statistics.PAIRS]
+    assert list(kept.columns) == ["dataset", "protocol", "anonymizer", *statistics.PAIRS]
     assert {str(kept[name].dtype) for name in ("comparison", "first", "person", "second")} == {"int16"}
     assert str(kept["score"].dtype) == "float32"
 

@@ -26,7 +26,8 @@ RUNS = {
     "security": experiments.security.run,
 }
 CHOICES = {
-    "dataset": "bundled", "backbone": "faces128", "parser": "ellipse", "anonymizer": "signflip", "key": "experiment",
+    "dataset": "bundled", "protocol": "ours",
+    "backbone": "faces128", "parser": "ellipse", "anonymizer": "signflip", "key": "experiment",
     "nonce": "per_image",
 }  # fmt: skip
 SMALL = [

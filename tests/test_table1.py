@@ -18,7 +18,8 @@ from tests.test_parsing import colour_parser
 from tests.test_recognition import tiny_arcface
 
 CHOICES = {
-    "dataset": "celebahq", "anonymizer": "signflip", "backbone": "ldm_ffhq", "parser": "bisenet", "key": "experiment",
+    "dataset": "celebahq", "protocol": "ours",
+    "anonymizer": "signflip", "backbone": "ldm_ffhq", "parser": "bisenet", "key": "experiment",
     "nonce": "per_image",
 }  # fmt: skip
 

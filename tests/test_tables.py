@@ -7,10 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
 
 from experiments.harness.layout import METHODS, arrow
 from experiments.harness.meaning import Meanings, read_meanings
 from experiments.harness.paper import Reference, read_paper
+from experiments.harness.protocol import protocol_label
 from experiments.harness.results import (
     COSTS,
     STATISTICS,
@@ -19,6 +21,8 @@ from experiments.harness.results import (
     collect,
     known_experiments,
     read_about,
+    row_of,
+    signed,
     table,
     write_about,
 )
@@ -48,7 +52,7 @@ NAN = float("nan")
 
 
 def cell(view="anonymized", scorer="facenet_vggface2", statistic="mean", value=0.08, **other) -> dict:
-    row = {"experiment": "table1", "dataset": "celebahq", "anonymizer": "signflip", "notes": ""}
+    row = {"experiment": "table1", "dataset": "celebahq", "protocol": "authors", "anonymizer": "signflip", "notes": ""}
     row |= {"view": view, "scorer": scorer, "statistic": statistic, "n": 100, "undefined": 0}
     return row | {"value": value, "low": value - 0.01, "high": value + 0.01} | other
 
@@ -82,7 +86,14 @@ def run_folder(folder: Path, dataset="faces128", anonymizer="signflip", notes=()
     pd.DataFrame([row], columns=columns).to_parquet(folder / "statistics.parquet")
     (folder / "meanings.csv").write_bytes(Meanings().csv())
     write_about(
-        folder, {"experiment": "another", "dataset": dataset, "anonymizer": anonymizer, "title_notes": list(notes)}
+        folder,
+        {
+            "experiment": "another",
+            "dataset": dataset,
+            "protocol": "ours",
+            "anonymizer": anonymizer,
+            "title_notes": list(notes),
+        },
     )
     return folder
 
@@ -127,7 +138,7 @@ def test_a_cell_nobody_ran_is_empty_and_a_measured_one_complete():
     assert (absent["n"], absent["undefined"], absent["verdict"]) == (0, 0, "not-run")
     assert np.isnan([absent["ours"], absent["ci_low"], absent["ci_high"]]).all()
     assert (absent["paper"], absent["tolerance"]) == (0.0755, 0.01)
-    assert [present[name] for name in TIDY[6:]] == [98, 2, 0.08, 0.07, 0.09, 0.0755, 0.01, "within"]
+    assert [present[name] for name in TIDY[7:]] == [98, 2, 0.08, 0.07, 0.09, 0.0755, 0.01, "within"]
     assert set(rows.experiment) == {"table1"}
 
 
@@ -136,8 +147,50 @@ def test_nothing_measured_and_nothing_printed():
     assert table(measured(cell()), [], "table1").verdict.tolist() == ["no-reference"]
 
 
+def test_a_run_by_another_protocol_is_no_reproduction_of_a_number():
+    """Cells of both protocols stand in one table; the paper's number is compared with its own protocol's alone."""
+    cells = [cell(protocol=protocol) for protocol in ("ours", "authors", "authors,ssim=inside")]
+    rows = table(measured(*cells), [paper()], "table1")
+    assert dict(zip(rows.protocol, rows.verdict, strict=True)) == {
+        "authors": "within", "authors,ssim=inside": "no-reference", "ours": "no-reference",
+    }  # fmt: skip
+
+
+def test_lines_of_two_protocols_stand_under_each_other_and_their_notes_say_whose_they_are(shown):
+    both = [cell(), cell(protocol="ours", value=0.09, notes="8 of 9 pictures")]
+    markdown, _ = shown(both, [paper()])
+    assert [line[:4] for line in lines_of(markdown, "### Anonymized")[1:]] == [
+        ["signflip", "authors", "anonymized", "measured"],
+        ["", "", "", "paper"],
+        ["signflip", "ours", "anonymized", "measured"],
+    ]
+    assert "## celebahq: 8 of 9 pictures (signflip by ours)\n" in markdown
+
+
+def test_a_protocol_is_named_after_its_file_and_what_was_set_otherwise():
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for override, label in (
+            ("protocol=ours", "ours"),
+            ("protocol=authors", "authors"),
+            ("protocol.ssim=whole", "ours,ssim=whole"),
+            ("protocol.ssim=inside", "ours"),
+        ):
+            cfg = compose("config", overrides=[override], return_hydra_config=True)
+            assert protocol_label(cfg.protocol, cfg.hydra.runtime.choices["protocol"]) == label
+        choices = [compose("config", overrides=[f"protocol={name}"]).protocol for name in ("ours", "authors")]
+    assert choices[0].keys() == choices[1].keys()
+    assert all(choices[0][name] != choices[1][name] for name in choices[0] if name != "_target_")
+
+
+def test_a_run_of_before_protocols_had_names_counts_as_ours(tmp_path):
+    run = run_folder(tmp_path / "run")
+    about = {name: value for name, value in read_about(run).items() if name != "protocol"}
+    (run / "run.json").write_bytes(signed(about))
+    assert row_of(read_about(run)) == {"dataset": "faces128", "protocol": "ours", "anonymizer": "signflip"}
+
+
 def test_a_cell_measured_twice_is_refused():
-    with pytest.raises(ValueError, match="measured twice: celebahq signflip anonymized facenet_vggface2 mean"):
+    with pytest.raises(ValueError, match="measured twice: celebahq authors signflip anonymized facenet_vggface2 mean"):
         table(measured(cell(), cell()), [], "table1")
 
 
@@ -167,7 +220,7 @@ def test_rates_of_the_notebook_are_multiples_of_one_in_2864():
     [
         ([entry(tolerence=1)], "entry 1: unknown key tolerence; known are dataset, "),
         ([entry(), {k: v for k, v in entry(view="a").items() if k != "source"}], "entry 2: missing key source"),
-        ([entry(), entry()], "2 entries for one cell: lfw signflip anonymized fid set"),
+        ([entry(), entry()], "2 entries for one cell: lfw authors signflip anonymized fid set"),
         ([entry(certainty="sure")], "certainty is 'sure'; expected one of seen-in-notebook"),
         ([entry(paper="0.1")], "paper is '0.1'; expected a number"),
         ([entry(paper=True)], "paper is True; expected a number"),
@@ -204,7 +257,7 @@ def test_collect_renames_runs_to_the_experiment_and_keeps_all_rows(tmp_path):
 
 def test_two_runs_of_one_cell_are_refused(tmp_path):
     runs = [run_folder(tmp_path / "aaa"), run_folder(tmp_path / "bbb")]
-    with pytest.raises(ValueError, match=r"aaa and .*bbb are both faces128 signflip"):
+    with pytest.raises(ValueError, match=r"aaa and .*bbb are both faces128 ours signflip"):
         collect(runs, "table1")
 
 
@@ -266,7 +319,7 @@ def test_methods_of_a_kind_stand_together_with_what_they_need(tmp_path):
         ["again", "keyed", "8-bit file", "-", "16", "16", "-", "-", "-"],
         ["signflip", "keyed", "8-bit file + header", "100", "256", "32", "MIT", "-", "arXiv 2510.01031"],
     ]
-    start = next(i for i, line in enumerate(lines) if line[1:2] == ["recovered"]) - 1
+    start = next(i for i, line in enumerate(lines) if line[2:3] == ["recovered"]) - 1
     grid = [line[0] for line in lines[start : start + 9]]
     assert grid == [
         "*control*",
@@ -303,25 +356,25 @@ def test_methods_side_by_side_with_their_costs(tmp_path):
         f"{','.join(METHODS)}\ncelebahq,signflip,keyed,-,256,256,-,-,-\ncelebahq,blur,irreversible,-,,,-,-,-\n"
     )
     (results / "scores" / "rivals.costs.csv").write_text(
-        f"{','.join(COSTS)}\ncelebahq,signflip,anonymized,8,1.2345,100,cpu,x,1\nother,signflip,recovered,8,9,9,cpu,x,1\n"
+        f"{','.join(COSTS)}\ncelebahq,authors,signflip,anonymized,8,1.2345,100,cpu,x,1\nother,authors,signflip,recovered,8,9,9,cpu,x,1\n"
     )
     build("rivals", results=results)
     markdown = (results / "tables" / "rivals.md").read_text()
     assert lines_of(markdown, "### Methods side by side") == [
         [
-            "anonymizer", "detected ↑", "dlib cosine ↓", "dlib TAR at FAR 0.001 ↓", "psnr_face, recovered ↑",
+            "anonymizer", "protocol", "detected ↑", "dlib cosine ↓", "dlib TAR at FAR 0.001 ↓", "psnr_face, recovered ↑",
             "dlib cosine, wrong key ↓", "side bytes", "seconds to anonymize", "to recover",
         ],
-        ["*irreversible*", *[""] * 8],
-        ["blur", "0.7500 [0.7400, 0.7600]", "-", "-", "-", "-", "-", "-", "-"],
-        ["*keyed*", *[""] * 8],
+        ["*irreversible*", *[""] * 9],
+        ["blur", "authors", "0.7500 [0.7400, 0.7600]", "-", "-", "-", "-", "-", "-", "-"],
+        ["*keyed*", *[""] * 9],
         [
-            "signflip", "1.000 [0.9900, 1.010]", "0.2500 [0.2400, 0.2600]", "0.1250 [0.1150, 0.1350]",
+            "signflip", "authors", "1.000 [0.9900, 1.010]", "0.2500 [0.2400, 0.2600]", "0.1250 [0.1150, 0.1350]",
             "22.50 [22.49, 22.51]", "0.5000", "15172", "1.23", "-",
         ],
     ]  # fmt: skip
     clean = lines_of(markdown, "### Clean pictures")  # the same for both: said once
-    assert clean[1:] == [["all methods", "original", "ours", "100", "0", "58.92 [58.91, 58.93]"]]
+    assert clean[1:] == [["all methods", "authors", "original", "measured", "100", "0", "58.92 [58.91, 58.93]"]]
 
 
 def test_originals_that_differ_are_all_shown(shown):
@@ -336,7 +389,7 @@ def test_csv_prints_six_significant_digits(tmp_path):
     run = run_folder(tmp_path / "run", values=(1 / 3, 1 / 3))
     build("quick", [run], tmp_path)
     row = (tmp_path / "tables" / "quick.csv").read_text().splitlines()[1]
-    assert row == "quick,faces128,signflip,recovered,psnr,mean,2,0,0.333333,0.333333,0.333333,,,no-reference"
+    assert row == "quick,faces128,ours,signflip,recovered,psnr,mean,2,0,0.333333,0.333333,0.333333,,,no-reference"
 
 
 @pytest.mark.parametrize("experiment", known_experiments(ROOT / "results"))
@@ -410,13 +463,13 @@ def test_markdown_reads_like_a_papers_table(shown):
     markdown, _ = shown(cells, [paper(std=0.161), paper(scorer="arcface_r50"), paper(scorer="adaface_vit", value=0.05)])
     grid = lines_of(markdown, "### Anonymized: cosine similarity to the original, mean ± standard deviation")
     assert grid == [
-        ["anonymizer", "view", "", "n", "undefined", "facenet_vggface2 ↓", "arcface_r50 ↓", "adaface_vit ↓"],
+        ["anonymizer", "protocol", "view", "", "n", "undefined", "facenet_vggface2 ↓", "arcface_r50 ↓", "adaface_vit ↓"],
         [
-            "signflip", "anonymized", "ours", "98 to 100", "0 to 2",
+            "signflip", "authors", "anonymized", "measured", "98 to 100", "0 to 2",
             "0.07810 ± 0.1636 [0.06810, 0.08810]", "0.5000 [0.4900, 0.5100]", "not run",
         ],
-        ["", "", "paper", "", "", "0.0755 ± 0.161 (within)", "0.0755 (outside)", "0.05"],
-        ["blur", "anonymized", "ours", "100", "0", "0.4000 [0.3900, 0.4100]", "", ""],
+        ["", "", "", "paper", "", "", "0.0755 ± 0.161 (within)", "0.0755 (outside)", "0.05"],
+        ["blur", "authors", "anonymized", "measured", "100", "0", "0.4000 [0.3900, 0.4100]", "", ""],
     ]  # fmt: skip
     assert "Of 3 published numbers 1 within tolerance, 1 outside, 1 not run." in markdown
     assert "standard deviation\n\n|" in markdown
@@ -444,8 +497,9 @@ def test_an_undefined_number_and_a_missing_interval(shown):
     markdown, _ = shown([undefined, cell(scorer="fid", statistic="set", value=12.5, low=NAN, high=NAN)])
     assert lines_of(markdown, "### Anonymized: cosine")[1] == [
         "signflip",
+        "authors",
         "anonymized",
-        "ours",
+        "measured",
         "0",
         "100",
         "undefined",
@@ -515,9 +569,9 @@ def test_names_say_nothing_and_declarations_all(shown):
         ("Attacks and wrong keys", "jpeg_of_a_wrong_key", "edgeface ↓", "anything"),
     ):
         header, row = lines_of(markdown, f"### {place}: {alike}")
-        assert (row[1], header[5:]) == (view, [edgeface])
+        assert (row[2], header[6:]) == (view, [edgeface])
         header, row = lines_of(markdown, f"### {place}: {others}")
-        assert (row[1], header[5:]) == (view, [anything, "dlib_runtime ↓"])
+        assert (row[2], header[6:]) == (view, [anything, "dlib_runtime ↓"])
     assert "dlib_runtime: time of a picture, in s" in markdown
     assert "Not declared" not in markdown
     assert r"resized to 75 \%" in latex
@@ -532,8 +586,8 @@ def test_names_that_nobody_declared_come_last_without_arrows_and_are_named(shown
         "Recovered with the right key: of its own",
         "Views of no declared role: picture measures, mean",
     ]
-    assert lines_of(markdown, "### Recovered with the right key: picture")[0][5:] == ["arcface_new", "psnr ↑"]
-    assert lines_of(markdown, "### Views of no declared role")[0][5:] == ["arcface_new", "psnr"]
+    assert lines_of(markdown, "### Recovered with the right key: picture")[0][6:] == ["arcface_new", "psnr ↑"]
+    assert lines_of(markdown, "### Views of no declared role")[0][6:] == ["arcface_new", "psnr"]
 
 
 def test_what_runs_declare_is_committed_with_their_scores(tmp_path):

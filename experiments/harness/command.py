@@ -32,7 +32,7 @@ FAILED = 1  # exit code
 TRIES = 3  # of a run whose pictures change while it goes on
 CHECKOUT = Path(__file__).resolve().parents[2]
 # Of what a sweep can vary, that which no row's name has: it is a column, a table, or a part of one cell.
-NOT_IN_ROW_NAMES = {"anonymizer", "dataset", "experiment", "name", "runs", "shard", "allow_faces_in_clear"}
+NOT_IN_ROW_NAMES = {"anonymizer", "dataset", "protocol", "experiment", "name", "runs", "shard", "allow_faces_in_clear"}
 
 EMPTY = re.compile(r"\+*(attacks|recognizers|scorers)=(\[\]|\{\})")  # what somebody types who only wants files
 Run = Callable[[DictConfig, dict[str, str], Sequence[str], Sequence[str]], object]
@@ -185,7 +185,7 @@ def swept_names(job: HydraConf) -> list[str]:
 def row_names(overrides: Mapping[str, Override], hydra: DictConfig) -> list[str]:
     """Of a sweep's overrides those that tell rows apart: which have several values, or are of hydra.sweeper.params."""
     varied = [key for key, each in overrides.items() if each.is_sweep_override() or key in (hydra.sweeper.params or {})]
-    return [name for name in map(name_of, varied) if name not in NOT_IN_ROW_NAMES]
+    return [name for name in map(name_of, varied) if name not in NOT_IN_ROW_NAMES and not name.startswith("protocol.")]
 
 
 def given(hydra: HydraConf | DictConfig) -> list[str]:

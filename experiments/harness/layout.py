@@ -35,7 +35,7 @@ SUBJECTS = {  # of a grid's title: the first kind that stands in the grid
 KINDS = ("control", "irreversible", "keyless", "keyed")  # keyanon.types.About
 LEGEND = (
     "Ours with its 95 % bootstrap interval in brackets. reconstructed: D(E(x)), what the autoencoder alone makes of a picture. "
-    "n: pictures or comparisons that count; undefined: those that "
+    "protocol: how it was measured (conf/protocol). n: pictures or comparisons that count; undefined: those that "
     "could not be measured, such as pictures where no face was found. ↑: higher is better, ↓: lower is better."
 )
 
@@ -61,7 +61,8 @@ def sections(
     for dataset, heading in headings.items():
         cells = rows[rows.dataset == dataset]
         compared = [side_by_side(cells, kinds, costs[costs.dataset == dataset], meanings)] if len(kinds) > 1 else []
-        yield heading, [*compared, *grids(originals_once(cells), by_cell, kinds, meanings)]
+        each = [originals_once(cells[cells.protocol == protocol]) for protocol in cells.protocol.unique()]
+        yield heading, [*compared, *grids(pd.concat(each), by_cell, kinds, meanings)]
 
 
 def grids(
@@ -71,14 +72,14 @@ def grids(
     known, those of a kind stand together under its name.
     """
     rows: list[Any] = sorted(cells.itertuples(), key=lambda row: KINDS.index(kinds.get(row.anonymizer, KINDS[0])))
-    means = {(row.anonymizer, row.view, row.scorer) for row in rows if row.statistic == "mean"}
-    spreads = {(row.anonymizer, row.view, row.scorer): row.ours for row in rows if row.statistic == "std"}
-    groups: dict[tuple[str, str, bool], dict[tuple[str, str], dict[str, Any]]] = defaultdict(lambda: defaultdict(dict))
+    means = {line_of(row, row.scorer) for row in rows if row.statistic == "mean"}
+    spreads = {line_of(row, row.scorer): row.ours for row in rows if row.statistic == "std"}
+    groups: dict[tuple[str, str, bool], dict[tuple[str, ...], dict[str, Any]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        behind_mean = row.statistic == "std" and (row.anonymizer, row.view, row.scorer) in means
+        behind_mean = row.statistic == "std" and line_of(row, row.scorer) in means
         if not (behind_mean and row.verdict == "no-reference"):
             group = groups[role_of(row.view, meanings), row.statistic, is_identity(row.scorer, meanings)]
-            group[row.anonymizer, row.view][row.scorer] = row
+            group[line_of(row)][row.scorer] = row
     order = list(ROLES)
     for (role, statistic, _), lines in sorted(groups.items(), key=lambda item: order.index(item[0][0])):
         scorers = list(dict.fromkeys(scorer for line in lines.values() for scorer in line))
@@ -86,24 +87,29 @@ def grids(
         columns = [f"{name} {arrow(role, meanings.scorers.get(name), summary)}".rstrip() for name in scorers]
         body: list[list[str]] = []
         heading = ""
-        for (anonymizer, view), line in lines.items():
+        for (anonymizer, protocol, view), line in lines.items():
             if kinds.get(anonymizer, "") != heading:
                 heading = kinds[anonymizer]
-                body.append([f"*{heading}*", *[""] * (4 + len(scorers))])
+                body.append([f"*{heading}*", *[""] * (5 + len(scorers))])
             ran = [row for row in line.values() if row.verdict != "not-run"]
             ours, theirs = dict.fromkeys(scorers, ""), dict.fromkeys(scorers, "")
             for scorer, row in line.items():
-                spread = spreads.get((anonymizer, view, scorer), math.nan) if statistic == "mean" else math.nan
+                spread = spreads.get(line_of(row, scorer), math.nan) if statistic == "mean" else math.nan
                 ours[scorer] = ours_text(row, spread)
                 theirs[scorer] = paper_text(row, paper.get(tuple(getattr(row, key) for key in CELL)))
             counts = [between([row.n for row in ran]), between([row.undefined for row in ran])]
-            body.append([anonymizer, view_label(view, meanings), "ours", *counts, *ours.values()])
+            body.append([anonymizer, protocol, view_label(view, meanings), "measured", *counts, *ours.values()])
             if any(theirs.values()):
-                body.append(["", "", "paper", "", "", *theirs.values()])
+                body.append(["", "", "", "paper", "", "", *theirs.values()])
         title = f"{ROLES[role]}: {subject(statistic, scorers, meanings)}"
         if any("±" in text for line in body for text in line):
             title += " ± standard deviation"
-        yield Grid(title, ["anonymizer", "view", "", "n", "undefined", *columns], body)
+        yield Grid(title, ["anonymizer", "protocol", "view", "", "n", "undefined", *columns], body)
+
+
+def line_of(row: Any, *scorer: str) -> tuple[str, ...]:
+    """Which line of a grid a cell stands in, and which of its columns."""
+    return (row.anonymizer, row.protocol, row.view, *scorer)
 
 
 def side_by_side(cells: pd.DataFrame, kinds: Mapping[str, str], costs: pd.DataFrame, meanings: Meanings) -> Grid:
@@ -111,8 +117,8 @@ def side_by_side(cells: pd.DataFrame, kinds: Mapping[str, str], costs: pd.DataFr
 
     Columns that name no view are of the anonymized pictures.
     """
-    measured = {(row.anonymizer, row.view, row.scorer, row.statistic): row for row in cells.itertuples()}
-    seconds: dict[Any, float] = costs.set_index(["anonymizer", "view"])["seconds"].to_dict()
+    measured = {(row.anonymizer, row.protocol, row.view, row.scorer, row.statistic): row for row in cells.itertuples()}
+    seconds: dict[Any, float] = costs.set_index(["anonymizer", "protocol", "view"])["seconds"].to_dict()
     recognizers = [scorer for scorer in cells.scorer.unique() if is_identity(scorer, meanings)]
     rates = [statistic for statistic in cells.statistic.unique() if re.fullmatch(r"tar@far=[\d.e-]+", statistic)]
     columns = {
@@ -131,27 +137,28 @@ def side_by_side(cells: pd.DataFrame, kinds: Mapping[str, str], costs: pd.DataFr
             for name in recognizers
         },
     }
-    columns = {name: place for name, place in columns.items() if any(cell[1:] == place for cell in measured)}
+    columns = {name: place for name, place in columns.items() if any(cell[2:] == place for cell in measured)}
     body: list[list[str]] = []
     heading = ""
-    for method in sorted(cells.anonymizer.unique(), key=lambda name: (KINDS.index(kinds.get(name, KINDS[0])), name)):
+    methods = cells[["anonymizer", "protocol"]].drop_duplicates().itertuples(index=False)
+    for method, protocol in sorted(methods, key=lambda row: (KINDS.index(kinds.get(row.anonymizer, KINDS[0])), *row)):
         if kinds.get(method, "") != heading:
             heading = kinds[method]
-            body.append([f"*{heading}*", *[""] * (len(columns) + 3)])
-        found = [measured.get((method, *place)) for place in columns.values()]
-        side = measured.get((method, "anonymized", "header_bytes", "mean"))
-        times = [seconds.get((method, view)) for view in ("anonymized", "recovered")]
-        line = [method, *("-" if row is None else ours_text(row, math.nan) for row in found)]
+            body.append([f"*{heading}*", *[""] * (len(columns) + 4)])
+        found = [measured.get((method, protocol, *place)) for place in columns.values()]
+        side = measured.get((method, protocol, "anonymized", "header_bytes", "mean"))
+        times = [seconds.get((method, protocol, view)) for view in ("anonymized", "recovered")]
+        line = [method, protocol, *("-" if row is None else ours_text(row, math.nan) for row in found)]
         body.append(
             [*line, "-" if side is None else f"{side.ours:.0f}", *("-" if t is None else f"{t:.3g}" for t in times)]
         )
     titles = [f"{name} {arrow_of(*place, meanings)}".rstrip() for name, place in columns.items()]
-    header = ["anonymizer", *titles, "side bytes", "seconds to anonymize", "to recover"]
+    header = ["anonymizer", "protocol", *titles, "side bytes", "seconds to anonymize", "to recover"]
     return Grid("Methods side by side", header, body)
 
 
 def originals_once(cells: pd.DataFrame) -> pd.DataFrame:
-    """One dataset's cells, with those of the originals once where they are the same under all its methods."""
+    """One dataset's cells by one protocol, with those of the originals once where they are the same under all its methods."""
     clean = cells[(cells.view == "original") & (cells.verdict == "no-reference")]
     each = [rows.drop(columns="anonymizer").reset_index(drop=True) for _, rows in clean.groupby("anonymizer")]
     if not 1 < len(each) == cells.anonymizer.nunique() or not all(rows.equals(each[0]) for rows in each):
@@ -251,11 +258,12 @@ def titles(rows: pd.DataFrame, statistics: pd.DataFrame) -> dict[str, str]:
     """A title for each dataset: its name and its runs' notes, each with its anonymizers where not all share it."""
     named = {}
     for dataset in rows.dataset.unique():
-        runs = statistics[statistics.dataset == dataset].drop_duplicates("anonymizer")
+        runs = statistics[statistics.dataset == dataset].drop_duplicates(["protocol", "anonymizer"])
+        several = runs.protocol.nunique() > 1
         about: dict[str, list[str]] = defaultdict(list)
-        for anonymizer, notes in zip(runs.anonymizer, runs.notes, strict=True):
+        for anonymizer, protocol, notes in zip(runs.anonymizer, runs.protocol, runs.notes, strict=True):
             for note in notes.splitlines():
-                about[note].append(anonymizer)
+                about[note].append(f"{anonymizer} by {protocol}" if several else anonymizer)
         parts = [note if len(who) == len(runs) else f"{note} ({', '.join(who)})" for note, who in about.items()]
         named[dataset] = ": ".join([dataset, "; ".join(parts)]) if parts else dataset
     return named
@@ -336,10 +344,11 @@ def origins(paper: Sequence[Reference]) -> str:
     """Tolerance and source of every reference; scorers that share them share a line."""
     shared: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for r in paper:
-        line = (r.dataset, r.anonymizer, r.view, r.statistic, f"{r.tolerance:.6g}", r.why_tolerance)
+        line = (r.dataset, r.protocol, r.anonymizer, r.view, r.statistic, f"{r.tolerance:.6g}", r.why_tolerance)
         shared[(*line, r.certainty, r.source, r.note)].append(r.scorer)
     header = [
         "dataset",
+        "protocol",
         "anonymizer",
         "view",
         "statistic",

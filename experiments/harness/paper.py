@@ -6,10 +6,11 @@ from pathlib import Path
 
 import yaml
 
+from experiments.harness.protocol import AUTHORS
 from keyanon.errors import BadData
 from keyanon.settings import is_number
 
-CELL = ["dataset", "anonymizer", "view", "scorer", "statistic"]
+CELL = ["dataset", "protocol", "anonymizer", "view", "scorer", "statistic"]
 CERTAINTIES = ("seen-in-notebook", "read-off-figure", "second-hand", "unconfirmed")
 
 
@@ -27,12 +28,13 @@ class Reference:
     why_tolerance: str
     source: str
     certainty: str
+    protocol: str = AUTHORS
     std: float | None = None  # over pictures, where the paper prints it: shown, not compared
     note: str = ""
 
     @property
     def cell(self) -> tuple[str, ...]:
-        return (self.dataset, self.anonymizer, self.view, self.scorer, self.statistic)
+        return (self.dataset, self.protocol, self.anonymizer, self.view, self.scorer, self.statistic)
 
 
 def read_paper(path: Path) -> list[Reference]:

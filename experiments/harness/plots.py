@@ -73,7 +73,9 @@ def share_curve(statistics: pd.DataFrame, prefix: str, path: Path) -> bool:
     }
     if rows.empty:
         return False
-    told_apart = [column for column in ("dataset", "anonymizer") if column in rows and rows[column].nunique() > 1]
+    told_apart = [
+        column for column in ("dataset", "protocol", "anonymizer") if column in rows and rows[column].nunique() > 1
+    ]
     figure = Figure(figsize=(9, 3.5), dpi=100, layout="constrained")
     for axes, (title, chosen) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for names_of_line, line in rows[chosen].groupby([*told_apart, "scorer"]):

@@ -22,6 +22,7 @@ from experiments.harness.command import given, row_names, row_overrides
 from experiments.harness.errors import user_error
 from experiments.harness.made import made
 from experiments.harness.names import check_table_name, row_label
+from experiments.harness.protocol import protocol_label
 from keyanon import weights
 from keyanon.errors import BadSetting
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 NOT_READY = 2  # exit code
 # The groups whose parts may be missing.
-GROUPS = ("anonymizer", "methods", "parser", "finder", "second_detector", "recognizers", "scorers", "wandb")
+GROUPS = ("anonymizer", "methods", "parser", "finder", "second_detector", "recognizers", "scorers", "protocol", "wandb")
 BYTES_PER_VALUE = 1.2  # a PNG of a photograph, against its 3 h w raw bytes, with some air
 
 
@@ -85,7 +86,8 @@ class WholeSweep(Callback):
             chosen = cfg.hydra.runtime.choices
             open_dataset(cfg, chosen["dataset"], problems)
             label = row_label(chosen.get("anonymizer", "every method"), row_overrides(cell, swept))
-            row = (str(cfg.runs), str(cfg.name), chosen["dataset"], label)
+            protocol = protocol_label(cfg.protocol, chosen["protocol"])
+            row = (str(cfg.runs), str(cfg.name), chosen["dataset"], protocol, label)
             if row in rows:
                 differ = [set(one) - set(other) for one, other in ((rows[row], cell), (cell, rows[row]))]
                 told = " and ".join(" ".join(sorted(one)) for one in differ if one) or "a value is given twice"

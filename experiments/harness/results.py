@@ -31,6 +31,7 @@ from experiments.harness.frames import csv_of
 from experiments.harness.layout import BITS, METHODS, celled, latex, markdown, sections, titles
 from experiments.harness.meaning import Meanings, read_meanings
 from experiments.harness.paper import CELL, Reference, read_paper
+from experiments.harness.protocol import OURS
 from experiments.harness.provenance import PRESENTATION
 from experiments.harness.statistics import PAIRS, read_frame
 from keyanon.channel.whole import write_whole
@@ -44,16 +45,18 @@ PAPER = RESULTS / "paper"
 KEPT = ("statistics.parquet", "scores.parquet", "pairs.parquet", "meanings.csv")
 PAIRS_AT_ONCE = 100_000  # rows of pairs that share a dictionary in a file: few enough to be of few comparisons
 PATIENCE = 20  # tenths of a second
-STATISTICS = ["experiment", "dataset", "anonymizer", "notes", *CELL[2:], "n", "undefined", "value", "low", "high"]
-COSTS = ["dataset", "anonymizer", "view", "pictures", "seconds", "evaluations", "device", "processor", "threads"]
-SCORES = ["dataset", "anonymizer", "id", "view", "scorer", "value"]
+ROW = CELL[:3]  # what tells the rows of a table apart
+STATISTICS = ["experiment", *CELL[:3], "notes", *CELL[3:], "n", "undefined", "value", "low", "high"]
+COSTS = [*ROW, "view", "pictures", "seconds", "evaluations", "device", "processor", "threads"]
+SCORES = [*ROW, "id", "view", "scorer", "value"]
 KEPT_COLUMNS = {  # of a run
-    "statistics": [*CELL[2:], "n", "undefined", "value", "low", "high"],
-    "scores": SCORES[2:],
+    "statistics": [*CELL[3:], "n", "undefined", "value", "low", "high"],
+    "scores": SCORES[3:],
     "pairs": PAIRS,
 }
 ABOUT = {
     "dataset": str,
+    "protocol": str,
     "anonymizer": str,
     "title_notes": list[str],
     "files": dict[str, str],
@@ -164,8 +167,9 @@ def table(statistics: pd.DataFrame, paper: Sequence[Reference], experiment: str)
     """Every measured cell and every cell of the paper, one a row, with the columns TIDY.
 
     Verdicts: `within` the tolerance (inclusive), `outside` it (also where ours is undefined for every picture),
-    `no-reference` for a cell that the paper does not have, `not-run` for one of the paper's that nobody ran. Cells of
-    the paper come first, in the order of its file, then the others, sorted. BadData where a cell was measured twice.
+    `no-reference` for a cell that the paper does not have, such as one by another protocol, `not-run` for one of the paper's
+    that nobody ran. Cells of the paper come first, in the order of its file, then the others, sorted. BadData where a cell was
+    measured twice.
     """
     measured = {tuple(row[key] for key in CELL): row for row in statistics.to_dict("records")}
     if len(measured) < len(statistics):
@@ -197,31 +201,36 @@ def verdict(ours: float | None, theirs: Reference | None) -> str:
 # From run folders
 
 
+def row_of(about: Mapping[str, Any]) -> dict[str, str]:
+    """The row of a table that a run is: its dataset, protocol and anonymizer."""
+    return {name: about[name] for name in ROW}
+
+
 def latest_cells(folder: Path) -> dict[Path, int]:
-    """The finished cells of an experiment, the latest of each dataset and row, and when they were finished."""
-    cells: dict[tuple[str, str], tuple[int, Path]] = {}
+    """The finished cells of an experiment, the latest of each row, and when they were finished."""
+    cells: dict[tuple[str, ...], tuple[int, Path]] = {}
     abouts = {path.parent: read_about(path.parent) for path in folder.glob("*/run.json")}
     for run, about in sorted(abouts.items(), key=lambda item: (item[1].get("finished", 0), item[0])):
-        cells[about["dataset"], about["anonymizer"]] = about.get("finished", 0), run
+        cells[tuple(row_of(about).values())] = about.get("finished", 0), run
     return {run: when for when, run in cells.values()}
 
 
 def collect(runs: Sequence[Path], experiment: str) -> pd.DataFrame:
-    """The statistics of run folders, one cell (dataset, anonymizer) each, with the columns STATISTICS.
+    """The statistics of run folders, one row (ROW) each, with the columns STATISTICS.
 
     Raises:
         MissingData: a folder is no finished run.
         BadData: two folders hold the same cell.
     """
-    frames, seen = [], dict[tuple[str, str], Path]()
+    frames, seen = [], dict[tuple[str, ...], Path]()
     abouts = {run: read_about(run) for run in runs}
     mixed = notes_of_mixed(list(abouts.values()))
     for run, about in abouts.items():
-        cell = (about["dataset"], about["anonymizer"])
+        cell = tuple(row_of(about).values())
         if cell in seen:
             raise BadData(f"{experiment}: {seen[cell]} and {run} are both {' '.join(cell)}; name one of them")
         seen[cell] = run
-        keys = {"experiment": experiment, "dataset": cell[0], "anonymizer": cell[1]}
+        keys = {"experiment": experiment, **row_of(about)}
         frames.append(read_parquet(run, "statistics").assign(**keys, notes="\n".join([*about["title_notes"], *mixed])))
     return pd.concat(frames, ignore_index=True)[STATISTICS]
 
@@ -251,17 +260,17 @@ def collect_scores(runs: Sequence[Path]) -> pd.DataFrame:
     frames = []
     for run in runs:
         about = read_about(run)
-        frames.append(read_parquet(run, "scores").assign(dataset=about["dataset"], anonymizer=about["anonymizer"]))
+        frames.append(read_parquet(run, "scores").assign(**row_of(about)))
     return pd.concat(frames, ignore_index=True)[SCORES]
 
 
 def collect_pairs(runs: Sequence[Path]) -> pd.DataFrame:
-    """The scores of pairs of run folders, behind the columns dataset and anonymizer; no row for runs that have none."""
-    frames = [pd.DataFrame(columns=["dataset", "anonymizer", *PAIRS])]
+    """The scores of pairs of run folders, behind the columns ROW; no row for runs that have none."""
+    frames = [pd.DataFrame(columns=[*ROW, *PAIRS])]
     for run in runs:
         about = read_about(run)
         if (run / "pairs.parquet").is_file():
-            rows = read_parquet(run, "pairs").assign(dataset=about["dataset"], anonymizer=about["anonymizer"])
+            rows = read_parquet(run, "pairs").assign(**row_of(about))
             frames.append(rows[frames[0].columns])
     return pd.concat(frames[1:] or frames, ignore_index=True)
 
@@ -316,7 +325,9 @@ def read_about(run: Path) -> dict[str, Any]:
         del about["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise Damaged(path) from None
-    if signed(about) != data or not all(fits(hint, about.get(name)) for name, hint in ABOUT.items()):
+    intact = signed(about) == data
+    about.setdefault("protocol", OURS)  # of runs from before protocols had names
+    if not intact or not all(fits(hint, about.get(name)) for name, hint in ABOUT.items()):
         raise Damaged(path)
     return about
 

@@ -22,6 +22,7 @@ from experiments.harness import preflight, provenance, results
 from experiments.harness.made import made
 from experiments.harness.meaning import Meanings
 from experiments.harness.names import file_name
+from experiments.harness.protocol import protocol_label
 from experiments.harness.shards import FailedShard, Incomplete, Shards, numbers, one_line, sharded, until_unchanged
 from experiments.harness.statistics import write_parquets
 from experiments.harness.tracking import Tracker, shown_outside
@@ -87,6 +88,11 @@ class Session:
     set_scorers: Mapping[str, SetScorer]
     tracker: Tracker
     ids: Sequence[str]
+
+    @cached_property
+    def protocol(self) -> str:
+        """What numbers are made by, as tables name it."""
+        return protocol_label(self.cfg.protocol, self.choices["protocol"])
 
     @cached_property
     def mine(self) -> list[str]:
@@ -225,6 +231,7 @@ class Session:
         asked = {
             "dataset": plain(self.cfg.dataset),
             "parser": plain(self.cfg.parser),
+            "protocol": plain(self.cfg.protocol),
             "originals": self._originals.name,
             **provenance.made_of(settings, method),
         }
@@ -305,6 +312,7 @@ def begin(
     """
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
+    made(cfg, "protocol")  # checked, whatever takes its choices
     parser: FaceParser = made(cfg, "parser")
     recognizers: dict[str, Recognizer] = made(cfg, "recognizers")
     all_scorers: dict[str, Scorer | SetScorer] = made(cfg, "scorers")
@@ -448,6 +456,7 @@ def publish(
     record = {
         "experiment": cfg.name,
         "dataset": session.choices["dataset"],
+        "protocol": session.protocol,
         "anonymizer": cell.row,
         "title_notes": list(dict.fromkeys([*cell.notes, *pictures_notes(cfg, len(there), lacking)])),
         "question": cell.question,
@@ -520,7 +529,8 @@ def rows_replaced(session: Session, cell: Cell) -> list[str]:
     taken = []
     for folder in results.latest_cells(cell.folder.parent):
         about = results.read_about(folder)
-        if folder != cell.folder and (about["dataset"], about["anonymizer"]) == (session.choices["dataset"], cell.row):
+        row = {"dataset": session.choices["dataset"], "protocol": session.protocol, "anonymizer": cell.row}
+        if folder != cell.folder and results.row_of(about) == row:
             now, then = flat(cell.question), flat(about["question"])
             names = [name for name in {**now, **then} if now.get(name) != then.get(name)]
             told = ", ".join(f"{name} {then.get(name)} -> {now.get(name)}" for name in names[:SHOWN_DIFFERENCES])

@@ -23,7 +23,7 @@ from keyanon.types import SetScorer
 
 People = Callable[[Iterable[str]], Sequence[str]]  # who is on each picture
 
-NAMES = {"id", "experiment", "dataset", "anonymizer", "view", "scorer", "statistic"}
+NAMES = {"id", "experiment", "dataset", "protocol", "anonymizer", "view", "scorer", "statistic"}
 NUMBERS = {"n", "undefined", "value", "low", "high", "pictures", "seconds", "evaluations"}
 COLUMNS = ["view", "scorer", "statistic", "n", "undefined", "value", "low", "high"]
 
