@@ -287,7 +287,7 @@ def test_missing_weights_are_named():
     for name in (
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "ip-adapter-faceid_sd15.bin",
-        "arcface_r50",
+        "arcface_r50_webface600k",
         "buffalo_l",
     ):
         assert name in text

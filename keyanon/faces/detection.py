@@ -19,6 +19,7 @@ from keyanon.weights import Card, named, resolve
 
 Points = NDArray[np.float64]  # (n, 2): x, y in pixels
 RgbArray = NDArray[np.uint8]  # (h, w, 3) RGB
+LOWERINGS = 10  # at most; the authors know no end
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +59,10 @@ class FindsAll(Detector, Protocol):
 class MtcnnDetector:
     """facenet-pytorch's MTCNN with its own weights and thresholds (0.6, 0.7, 0.7; faces of 20 px or more).
 
+    `enrolment` is what happens where no face is found: with "fixed" there is none, with "lowered" all thresholds fall until one
+    is found, as the authors have it, and the likeliest of those found then is the only one. After ten times, at 0.8 ** 55 of the
+    thresholds, there is none either; blank pictures had one by the ninth.
+
     `select` is which of several faces comes first: the authors' "center_weighted_size" (area minus twice the squared distance from
     the centre) or "largest". `padding` repeats the picture's edge around it before looking, as a fraction of its
     shorter side. 0 is the authors' protocol. Tight crops need 0.25: at 0 as many faces are found, but with points so
@@ -71,6 +76,7 @@ class MtcnnDetector:
 
     select: Literal["center_weighted_size", "largest"] = "center_weighted_size"
     padding: Annotated[float, number(0, 4)] = 0.25
+    enrolment: Literal["fixed", "lowered"] = "fixed"
 
     def detect(self, images: Image) -> list[Detection | None]:
         return [first(faces) for faces in self.faces(images)]
@@ -87,17 +93,34 @@ class MtcnnDetector:
         if min(padded.shape[:2]) < model.min_face_size:
             return ()
         model.device = device
+        model.to(device)
         picture = PIL.Image.fromarray(padded)
-        boxes, scores, points = model.to(device).detect(picture, landmarks=True)
+        boxes, scores, points, lowered = self._found(picture)
         if boxes is None:
             return ()
         # The library puts the boxes in its own order and then takes one: it says which, by its box.
-        (chosen,), _, _ = model.select_boxes(boxes, scores, points, picture, method=self.select)
+        select = "probability" if lowered else self.select
+        (chosen,), _, _ = model.select_boxes(boxes, scores, points, picture, method=select)
         order = sorted(range(len(boxes)), key=lambda i: not np.array_equal(boxes[i], chosen))
         return tuple(
             Detection(boxes[i].astype(float) - margin, points[i].astype(float) - margin, float(scores[i]))
-            for i in order
+            for i in (order[:1] if lowered else order)
         )
+
+    def _found(self, picture: PIL.Image.Image) -> tuple[Any, Any, Any, bool]:
+        """Boxes (None where no face is found), scores, points, and whether thresholds had to fall."""
+        thresholds = [0.6, 0.7, 0.7]
+        found = self._looked(picture, thresholds)
+        attempt = 0
+        while found[0] is None and self.enrolment == "lowered" and attempt < LOWERINGS:
+            attempt += 1  # each time the authors multiply by one more factor of 0.8 than before
+            thresholds = [threshold * 0.8**attempt for threshold in thresholds]
+            found = self._looked(picture, thresholds)
+        return *found, attempt > 0
+
+    def _looked(self, picture: PIL.Image.Image, thresholds: list[float]) -> Any:
+        self._model.thresholds = thresholds
+        return self._model.detect(picture, landmarks=True)
 
     @cached_property
     def _model(self) -> Any:

@@ -1,8 +1,8 @@
 """Face detection, alignment and recognition: pictures in, unit rows out, and rows of NaN where no face was found.
 
-A detector's thresholds are never lowered until something turns up: no face found is a result, counted in every table.
-(The authors' code does lower them, so that every picture gets a box.) Pictures are clipped and rounded to 8 bits
-first, as a published file is. Coordinates are in pixels of the picture given, x to the right and y down.
+No face found is a result, counted in every table, unless a detector's `enrolment` says "lowered": so every picture gets a box, as
+in the authors' code. Pictures are clipped and rounded to 8 bits first, as a published file is. Coordinates are in pixels of the
+picture given, x to the right and y down.
 
 Models run on the device of the pictures given to them, and are loaded at first use: making an object needs no weights.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import PIL.Image
@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from keyanon.errors import BadData
+from keyanon.faces.backbones import FaceTransformer, IResNet, load_face_transformer, load_iresnet
 from keyanon.faces.detection import (
     AtPlaces,
+    Detection,
     Detector,
     DlibDetector,
     FindsAll,
@@ -38,6 +40,8 @@ from keyanon.finite import finite, within
 from keyanon.settings import checked
 from keyanon.types import Embeddings, Image, Recognizer
 from keyanon.weights import Card, named, resolve
+
+Alignment = Literal["least_squares", "ransac"]
 
 
 @checked
@@ -61,15 +65,8 @@ class FaceNet:
         return (named(self.card), *self.detector.cards())
 
     def embed(self, images: Image) -> Embeddings:
-        faces = self.detector.detect(images)
-        found = zip(to_pixels(images), faces, strict=True)
-        crops = [None if face is None else facenet_crop(pixels, face.box) for pixels, face in found]
-        return _rows(crops, lambda batch: self._encode(batch.to(images.device)), 512, images.device)
-
-    def _encode(self, crops: Tensor) -> Tensor:
-        with torch.inference_mode():
-            rows: Tensor = self._model.to(crops.device)(crops)
-        return rows
+        crops = crops_of(images, self.detector, lambda pixels, face: box_crop(pixels, face.box, 160))
+        return _rows(crops, lambda batch: run_network(self._model, batch, images.device), 512, images.device)
 
     @cached_property
     def _model(self) -> Any:
@@ -83,16 +80,77 @@ class FaceNet:
 
 @checked
 @dataclass(frozen=True)
-class ArcFaceOnnx:
-    """Any ArcFace-family network in ONNX: five points onto the 112 px template, (x / 255 - 0.5) / 0.5, RGB.
+class AdaFaceViT:
+    """AdaFace's vision transformer of CVLface, 512 numbers, preprocessed as the paper has it: the face's box, not aligned.
 
-    Aligned by InsightFace's own norm_crop (a least-squares similarity, black outside the picture); the authors fit
-    the same transform with OpenCV's robust estimator. `weights` is a path to the card's file.
+    Margin 14, 112 px, (x - 127.5) / 128. Its own authors align the face (Kim et al., arXiv 2204.00964). `weights` is a path to the
+    card's file.
+    """
+
+    card: str | Card = "adaface_vit"
+    detector: Detector = field(default_factory=lambda: MtcnnDetector(padding=0.0))
+    weights: str | None = None
+
+    @property
+    def name(self) -> str:
+        return named(self.card).name
+
+    def cards(self) -> tuple[Card, ...]:
+        return (named(self.card), *self.detector.cards())
+
+    def embed(self, images: Image) -> Embeddings:
+        net = self._network
+        crops = crops_of(images, self.detector, lambda pixels, face: box_crop(pixels, face.box, 112))
+        return _rows(crops, lambda batch: run_network(net, batch, images.device), net.dimension, images.device)
+
+    @cached_property
+    def _network(self) -> FaceTransformer:
+        return load_face_transformer(resolve(named(self.card), self.weights))
+
+
+@checked
+@dataclass(frozen=True)
+class ArcFace:
+    """ArcFace's residual network as InsightFace publishes it for PyTorch, in single precision; fed as ArcFaceOnnx is.
+
+    `weights` is a path to the card's file, a backbone.pth.
     """
 
     card: str | Card
     detector: Detector = field(default_factory=MtcnnDetector)
     weights: str | None = None
+    alignment: Alignment = "least_squares"
+
+    @property
+    def name(self) -> str:
+        return named(self.card).name
+
+    def cards(self) -> tuple[Card, ...]:
+        return (named(self.card), *self.detector.cards())
+
+    def embed(self, images: Image) -> Embeddings:
+        net = self._network
+        crops = crops_of(images, self.detector, lambda pixels, face: arcface_crop(pixels, face.points, self.alignment))
+        return _rows(crops, lambda batch: run_network(net, batch, images.device), net.dimension, images.device)
+
+    @cached_property
+    def _network(self) -> IResNet:
+        return load_iresnet(resolve(named(self.card), self.weights))
+
+
+@checked
+@dataclass(frozen=True)
+class ArcFaceOnnx:
+    """Any ArcFace-family network in ONNX: five points onto the 112 px template, (x / 255 - 0.5) / 0.5, RGB.
+
+    `alignment` is how a similarity is fitted to the points: by "least_squares" to all five, as InsightFace does, or by "ransac",
+    as the authors do. `weights` is a path to the card's file.
+    """
+
+    card: str | Card
+    detector: Detector = field(default_factory=MtcnnDetector)
+    weights: str | None = None
+    alignment: Alignment = "least_squares"
 
     @property
     def name(self) -> str:
@@ -104,9 +162,7 @@ class ArcFaceOnnx:
     def embed(self, images: Image) -> Embeddings:
         session = open_onnx(self._path, images.device)
         dimension = arcface_dimension(self._path, session)
-        faces = self.detector.detect(images)
-        found = zip(to_pixels(images), faces, strict=True)
-        crops = [None if face is None else arcface_crop(pixels, face.points) for pixels, face in found]
+        crops = crops_of(images, self.detector, lambda pixels, face: arcface_crop(pixels, face.points, self.alignment))
         return _rows(crops, lambda batch: run_arcface(session, batch), dimension, images.device)
 
     @cached_property
@@ -185,28 +241,56 @@ def describing(recognizer: Recognizer, finder: Finder, originals: Image) -> Reco
     """`recognizer`, describing on every view of these pictures the face that it describes on the originals.
 
     On an original of several faces that is the largest; on its views it is the face at that place, and none is no face. Originals
-    of one face leave the recognizer its own choice.
+    of one face leave the recognizer its own choice. So do all with the authors' enrolment: some face is found on every view.
     """
     if not isinstance(recognizer, Detects):
+        return recognizer
+    if isinstance(recognizer.detector, MtcnnDetector) and recognizer.detector.enrolment == "lowered":
         return recognizer
     return at_places(recognizer, [faces[0].box if len(faces) > 1 else None for faces in finder.found(originals)])
 
 
-def facenet_crop(pixels: RgbArray, box: Points) -> Tensor:
-    """A face box with facenet-pytorch's margin of 14, (3, 160, 160), (x - 127.5) / 128."""
+def crops_of(
+    images: Image, detector: Detector, cut: Callable[[RgbArray, Detection], Tensor | None]
+) -> list[Tensor | None]:
+    """What `cut` makes of each picture and the face that a detector finds there; None where it finds none."""
+    found = zip(to_pixels(images), detector.detect(images), strict=True)
+    return [None if face is None else cut(pixels, face) for pixels, face in found]
+
+
+def box_crop(pixels: RgbArray, box: Points, size: int) -> Tensor:
+    """A face box with facenet-pytorch's margin of 14, (3, size, size), (x - 127.5) / 128."""
     from facenet_pytorch import extract_face, fixed_image_standardization
 
-    face: Tensor = extract_face(PIL.Image.fromarray(pixels), box, image_size=160, margin=14)
+    face: Tensor = extract_face(PIL.Image.fromarray(pixels), box, image_size=size, margin=14)
     standard: Tensor = fixed_image_standardization(face)
     return standard
 
 
-def arcface_crop(pixels: RgbArray, points: Points) -> Tensor:
-    """A face on the ArcFace template, (3, 112, 112) in [-1, 1]."""
-    from insightface.utils.face_align import norm_crop
+def arcface_crop(pixels: RgbArray, points: Points, alignment: Alignment = "least_squares") -> Tensor | None:
+    """A face on the ArcFace template, (3, 112, 112) in [-1, 1], black outside the picture; None if no similarity fits the points.
 
-    face = norm_crop(pixels, points.astype(np.float32), image_size=112)
+    With "ransac" OpenCV's robust estimator may leave out points as outliers. It draws the same samples at every call.
+    """
+    import cv2
+    from insightface.utils.face_align import arcface_dst, norm_crop
+
+    points = points.astype(np.float32)
+    if alignment == "least_squares":
+        face = norm_crop(pixels, points, image_size=112)
+    else:
+        similarity, _ = cv2.estimateAffinePartial2D(points, arcface_dst)
+        if similarity is None:
+            return None
+        face = cv2.warpAffine(pixels, similarity, (112, 112), borderValue=0)
     return torch.from_numpy(face).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def run_network(network: torch.nn.Module, crops: Tensor, device: torch.device) -> Tensor:
+    """Rows of a batch of crops by a network in PyTorch, on a device."""
+    with torch.inference_mode():
+        rows: Tensor = network.to(device)(crops.to(device))
+    return rows
 
 
 def arcface_dimension(path: Path, session: Any) -> int:
