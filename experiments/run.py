@@ -44,7 +44,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     from experiments.harness.provenance import made_of, signature
     from experiments.harness.session import Result, begin, fill, plain, show
     from experiments.harness.shards import Incomplete, sharded
-    from experiments.harness.statistics import averages, between_sets, scores_of_enrolled, verification
+    from experiments.harness.statistics import averages, between_sets, scores_of_enrolled, told_apart, verification
     from keyanon import runner
     from keyanon.attacks.views import by_view
     from keyanon.channel.keys import experiment_key
@@ -53,6 +53,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     from keyanon.run_folder import ANONYMIZED, MASK, ORIGINAL, RECOVERED
 
     key, method, second = (made(cfg, group) for group in ("key", "anonymizer", "second_detector"))
+    separability = made(cfg, "separability")
     attacks = by_view(made(cfg, "attacks"))
     # by what it is: a file may hold it, too
     known = KNOWN_KEY if key == experiment_key(cfg.key.get("seed", 0)) and method.about.kind == "keyed" else None
@@ -112,11 +113,12 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
             *averages(scores, session.people),
             *verification(files, enrolled, session.dataset.gallery, ids, session.people, cfg.far),
             *between_sets(session.set_scorers, clean, seen, ids),
+            *(told_apart(separability, files, enrolled, ids) if separability else ()),
         ]
         search = runner.MEASURES[runner.IN_CLEAR]
         searched = replace(search, label=f"{search.label} (second_detector: {second!r})")
         said = meanings({**session.scorers, **session.set_scorers}, session.recognizers, attacks, method, cfg.far)
-        said |= Meanings(scorers={runner.IN_CLEAR: searched})
+        said |= Meanings(scorers={runner.IN_CLEAR: searched}, statistics=separability.summaries if separability else {})
         return Result(statistics, scores, said, draw_sheets(session.originals, files, ids))
 
     if fill(session, cell, work, conclude, [ANONYMIZED, RECOVERED, *attacks]):

@@ -18,7 +18,8 @@ from keyanon.channel.whole import write_whole
 from keyanon.errors import BadData
 from keyanon.measures import biometrics
 from keyanon.measures.biometrics import WHOLE_SET, Floats, Statistic
-from keyanon.run_folder import ORIGINAL, RunFiles
+from keyanon.measures.separability import Separability
+from keyanon.run_folder import ANONYMIZED, ORIGINAL, RunFiles
 from keyanon.types import SetScorer
 
 People = Callable[[Iterable[str]], Sequence[str]]  # who is on each picture
@@ -160,6 +161,19 @@ def between_sets(
         for view in pc.unique(views[name].embeddings()["view"]).to_pylist():
             value, used = scorer.compare(in_order(ids, views[name].embeddings(view=view)), clean)
             yield view, name, Statistic(WHOLE_SET, used, len(ids) - used, value, math.nan, math.nan)
+
+
+def told_apart(
+    separability: Separability, files: RunFiles, enrolled: Mapping[str, RunFiles], ids: Sequence[str]
+) -> Iterator[tuple[str, str, Statistic]]:
+    """How each recognizer's embeddings tell anonymized pictures from clean ones, and what they take the other views for."""
+    for recognizer, place in sorted(enrolled.items()):
+        kept = files.embeddings(recognizer)
+        seen = {view: kept.filter(pc.equal(kept["view"], view)) for view in pc.unique(kept["view"]).to_pylist()}
+        views = {view: in_order(ids, rows) for view, rows in seen.items()}
+        anonymized = views.pop(ANONYMIZED)
+        for view, statistic in separability.statistics(in_order(ids, place.embeddings()), anonymized, views):
+            yield view or ANONYMIZED, recognizer, statistic
 
 
 def in_order(ids: Sequence[str], rows: pa.Table) -> Floats:
