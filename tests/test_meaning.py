@@ -115,9 +115,10 @@ def test_a_file_that_says_what_no_table_knows_is_refused(tmp_path, row, message)
 
 def made(group: str) -> dict:
     files = sorted((ROOT / "conf" / group).glob("*.yaml"))
-    protocol = OmegaConf.create({"protocol": OmegaConf.load(ROOT / "conf" / "protocol" / "ours.yaml")})
-    nodes = OmegaConf.merge(protocol, *map(OmegaConf.load, files))
-    return {name: instantiate(nodes[name], _convert_="all") for name in nodes if name != "protocol"}
+    given = {"protocol": "ours", "parser": "ellipse"}
+    parts = OmegaConf.create({name: OmegaConf.load(ROOT / "conf" / name / f"{of}.yaml") for name, of in given.items()})
+    nodes = OmegaConf.merge(parts, *map(OmegaConf.load, files))
+    return {name: instantiate(nodes[name], _convert_="all") for name in nodes if name not in given}
 
 
 @pytest.mark.parametrize("name", sorted(made("scorers")))

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -19,10 +20,10 @@ from torch import Tensor
 
 from keyanon.channel.pixels import to_bytes
 from keyanon.errors import MissingPackage
-from keyanon.faces.detection import Detector
+from keyanon.faces.detection import Detector, Points
 from keyanon.finite import finite
 from keyanon.settings import Count, Name, checked
-from keyanon.types import Features, Image, Mask, Measure, Scorer, Scores, declared, declares
+from keyanon.types import FaceParser, Features, Image, Mask, Measure, Scorer, Scores, declared, declares
 from keyanon.weights import Card, missing, named, resolve
 
 PSNR_CEILING = 10 * math.log10(12 * 255**2)  # 58.9 dB
@@ -136,6 +137,82 @@ class Detected:
 
     def __call__(self, view: Image, original: Image, face: Mask) -> Scores:
         return torch.tensor([float(found is not None) for found in self.detector.detect(view)])
+
+
+@checked
+@dataclass(frozen=True)
+class BoxDistance:
+    """How far apart the centres of the faces' boxes are that `detector` finds on view and original, in pixels.
+
+    Where one shows no face: `undefined` gives NaN; `corner` takes its centre for (0, 0), as the authors do.
+    """
+
+    detector: Detector
+    lost: Literal["undefined", "corner"] = "undefined"
+    meaning: ClassVar = Measure("detection", "px", "lower", "how far the face's box is from the original's")
+
+    def __call__(self, view: Image, original: Image, face: Mask) -> Scores:
+        seen, clean = (
+            places([None if each is None else each.box for each in self.detector.detect(images)], (4,), self.lost)
+            for images in (view, original)
+        )
+        centres = [(boxes[:, :2] + boxes[:, 2:]) / 2 for boxes in (seen, clean)]
+        return (centres[0] - centres[1]).norm(dim=1)
+
+
+@checked
+@dataclass(frozen=True)
+class LandmarkDistance:
+    """How far apart the five points are that `detector` finds on view and original, in pixels.
+
+    Args:
+        detector: finds the points.
+        norm: `euclidean`: the mean distance of a point. `summed`: the authors', who add up the five points' distances along
+            each axis, and average these two sums: about three times as much.
+        lost: as BoxDistance's.
+    """
+
+    detector: Detector
+    norm: Literal["euclidean", "summed"] = "euclidean"
+    lost: Literal["undefined", "corner"] = "undefined"
+    meaning: ClassVar = Measure("detection", "px", "lower", "how far the face's five points are from the original's")
+
+    def __call__(self, view: Image, original: Image, face: Mask) -> Scores:
+        seen, clean = (
+            places([None if each is None else each.points for each in self.detector.detect(images)], (5, 2), self.lost)
+            for images in (view, original)
+        )
+        apart = seen - clean
+        return apart.norm(dim=2).mean(1) if self.norm == "euclidean" else apart.abs().sum(1).mean(1)
+
+
+@checked
+@dataclass(frozen=True)
+class MaskOverlap:
+    """How much the faces overlap that `parser` marks on view and original, from 0 to 1 (equal); NaN where it marks none.
+
+    `iou` is the intersection over the union, `dice` twice the intersection over the sum of both.
+    """
+
+    parser: FaceParser
+    measure: Literal["iou", "dice"] = "iou"
+
+    @property
+    def meaning(self) -> Measure:
+        name = {"iou": "intersection over union", "dice": "Dice coefficient"}[self.measure]
+        return Measure("detection", "", "higher", f"{name} of the face masks of view and original")
+
+    def __call__(self, view: Image, original: Image, face: Mask) -> Scores:
+        size = (view.shape[-2], view.shape[-1])
+        seen, clean = (self.parser.mask(images, size).flatten(1) for images in (view, original))
+        shared, marked = (seen & clean).sum(1), seen.sum(1) + clean.sum(1)
+        return shared / (marked - shared) if self.measure == "iou" else 2 * shared / marked
+
+
+def places(found: Sequence[Points | None], shape: tuple[int, ...], lost: Literal["undefined", "corner"]) -> Tensor:
+    """Points or boxes of each picture (b *shape)."""
+    nowhere = np.full(shape, math.nan if lost == "undefined" else 0.0)
+    return torch.from_numpy(np.stack([nowhere if each is None else each for each in found])).float()
 
 
 @checked
