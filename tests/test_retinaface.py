@@ -27,7 +27,7 @@ POINTS = tuple(float(number) for number in range(10))
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A file in the public layout, whose heads see nothing: they say BOX and POINTS of each anchor, and one scale is sure of faces."""
+    """A file in the public layout, whose heads see nothing: they say BOX and POINTS of each anchor; one scale is sure."""
     torch.manual_seed(0)
     network = RetinaFace()
     for heads, said in ((network.ClassHead, (0.0, -9.0)), (network.BboxHead, BOX), (network.LandmarkHead, POINTS)):
