@@ -10,6 +10,7 @@ from scipy.linalg import sqrtm
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.errors import MissingPackage
 from keyanon.faces.detection import Detection
 from keyanon.measures.scorers import (
     FID,
@@ -218,6 +219,15 @@ def test_fid_looks_through_torchmetrics_network(tmp_path, monkeypatch):
     torch.testing.assert_close(ours, theirs(pictures))
     with pytest.raises(WrongWeights, match="fid_inception"):
         FID(weights=str(path)).embed(to_floats(pictures))
+
+
+def test_fid_says_what_it_lacks(monkeypatch):
+    assert FID().missing() is None
+    assert [card.name for card in FID().cards()] == ["fid_inception"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert "keyanon[fid]" in FID().missing()
+    with pytest.raises(MissingPackage, match="torch-fidelity"):
+        FID(weights="elsewhere").embed(torch.zeros(1, 3, 8, 8))
 
 
 @pytest.fixture

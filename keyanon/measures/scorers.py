@@ -157,7 +157,8 @@ class BoxDistance:
             for images in (view, original)
         )
         centres = [(boxes[:, :2] + boxes[:, 2:]) / 2 for boxes in (seen, clean)]
-        return (centres[0] - centres[1]).norm(dim=1)
+        distances: Scores = torch.linalg.vector_norm(centres[0] - centres[1], dim=1)
+        return distances
 
 
 @checked

@@ -6,7 +6,7 @@ was found.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,7 @@ class Separability:
         found = {view: rows[~np.isnan(rows).any(axis=1)] for view, rows in others.items()}
         generator, count = np.random.default_rng(SEED), pairs.shape[1]
 
-        def accuracy(classifiers: list[Classifier], tested: list[Floats], name: str) -> Statistic:
+        def accuracy(classifiers: Sequence[Classifier], tested: Sequence[Floats], name: str) -> Statistic:
             shares = [correct(tell, test) for tell, test in zip(classifiers, tested, strict=True)]
             n = 2 * tested[0].shape[1] if tested else 0
             return Statistic(name, n, lost, float(np.mean(shares)) if shares else math.nan, math.nan, math.nan)
