@@ -106,7 +106,7 @@ def main(cfg: DictConfig) -> int:
 
 def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), command: Sequence[str] = ()) -> Path:
     """Measure every method, write the scores and the table; the folder of the rows."""
-    methods: dict[str, Anonymizer] = made(cfg, "methods")
+    methods: dict[str, Anonymizer] = {name: part for name, part in made(cfg, "methods").items() if part is not None}
     session = begin(cfg, choices, command, methods)
     cells = [row(session, name, method, swept) for name, method in methods.items()]
     written = [fill_row(session, cell, method) for cell, method in zip(cells, methods.values(), strict=True)]

@@ -42,9 +42,17 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     from experiments.harness.meaning import Meanings, meanings
     from experiments.harness.names import row_label
     from experiments.harness.provenance import made_of, signature
-    from experiments.harness.session import Result, begin, fill, plain, show
+    from experiments.harness.session import Result, begin, fill, plain, probes_of, show
     from experiments.harness.shards import Incomplete, sharded
-    from experiments.harness.statistics import averages, between_sets, scores_of_enrolled, told_apart, verification
+    from experiments.harness.statistics import (
+        Threshold,
+        as_listed,
+        averages,
+        between_sets,
+        scores_of_enrolled,
+        told_apart,
+        verification,
+    )
     from keyanon import runner
     from keyanon.attacks.views import by_view
     from keyanon.channel.keys import experiment_key
@@ -55,9 +63,12 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     key, method, second = (made(cfg, group) for group in ("key", "anonymizer", "second_detector"))
     separability = made(cfg, "separability")
     attacks = by_view(made(cfg, "attacks"))
+    threshold: Threshold = made(cfg, "threshold")
     # by what it is: a file may hold it, too
     known = KNOWN_KEY if key == experiment_key(cfg.key.get("seed", 0)) and method.about.kind == "keyed" else None
     session = begin(cfg, choices, command, method, second, known_key=known)
+    gallery, probes = session.dataset.gallery, probes_of(session.dataset)
+    compared = [*gallery, *probes] if gallery and threshold.calibration == "all" else gallery
     settings = {"anonymizer": plain(cfg.anonymizer), "key": key.fingerprint}
     measures = {group: plain(cfg[group]) for group in MEASURES}
     row = row_label(choices["anonymizer"], swept)
@@ -73,7 +84,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
         in_clear.update(
             runner.check_faces(files, session.originals, ids, session.finder, second, cfg.batch_size, cfg.device)
         )
-        enrolled = session.enrol(ids, sharded(session.dataset.gallery, cfg.shard))
+        enrolled = session.enrol(ids, sharded(list(dict.fromkeys(compared)), cfg.shard))
         session.score_originals(ids)
         views = files.views()
         pictures = {ORIGINAL: session.originals, MASK: session.originals} | dict.fromkeys(views, files)
@@ -103,16 +114,17 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
             raise Incomplete(lacking)
         for view in views:
             files.check(view, ids, session.digests)
-        enrolled = session.enrol(ids, session.dataset.gallery)
+        enrolled = session.enrol(ids, compared)
         session.score_originals(ids)
         clean, seen = session.look_at_originals(ids), session.look_at_views(cell, ids)
         own, made = (at.scores(ids).to_pandas() for at in (session.originals, files))
         scores = pd.concat([own, scores_of_enrolled(enrolled, ids), made], ignore_index=True)
         scores = scores.sort_values(["view", "scorer", "id"], ignore_index=True)
+        listed = session.listed(ids)
         statistics = [
-            *averages(scores, session.people),
-            *verification(files, enrolled, session.dataset.gallery, ids, session.people, cfg.far),
-            *between_sets(session.set_scorers, clean, seen, ids),
+            *averages(as_listed(scores, listed), session.people),
+            *verification(files, enrolled, gallery, listed, probes, session.people, threshold),
+            *between_sets(session.set_scorers, clean, seen, listed),
             *(told_apart(separability, files, enrolled, ids) if separability else ()),
         ]
         search = runner.MEASURES[runner.IN_CLEAR]

@@ -26,7 +26,6 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from keyanon.attacks.views import FloatChannel
 from keyanon.batching import begun_ahead, filled, padded
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.faces.detection import FindsAll
@@ -63,6 +62,7 @@ from keyanon.types import (
     Picture,
     PictureBytes,
     Place,
+    ReadsFloats,
     Recognizer,
     Reconstructs,
     Reversible,
@@ -247,7 +247,7 @@ def generate(
             published = None
             if ANONYMIZED in todo:
                 todo = views  # all are made from the file that is about to be made
-            elif any(isinstance(attacks.get(view), FloatChannel) for view in todo):
+            elif any(isinstance(attack := attacks.get(view), ReadsFloats) and attack.reads_floats for view in todo):
                 with within(f"{type(method).__name__}, anonymize", names):
                     published = method.anonymize(images, keys, names)  # for its floats, which no file holds
             if ANONYMIZED in todo:

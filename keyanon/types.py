@@ -135,8 +135,8 @@ class Source:
 class Dataset(Protocol):
     """Pictures by id, in a committed order.
 
-    `ids` are the pictures to anonymize; `gallery` the clean enrolment pictures they are verified against (empty where the
-    protocol has none); `identity` tells who is on a picture, None where the dataset does not say.
+    `ids` are the pictures to anonymize, each once; `gallery` the clean enrolment pictures they are verified against (empty where
+    the protocol has none), each as often as it counts; `identity` tells who is on a picture, None where the dataset does not say.
     """
 
     @property
@@ -170,6 +170,24 @@ class Benchmark(Protocol):
 
     @property
     def is_benchmark(self) -> bool: ...
+
+
+@runtime_checkable
+class Repeats(Protocol):
+    """A dataset whose pictures may count several times: each is anonymized once, but compared and averaged as often as listed."""
+
+    @property
+    def probes(self) -> Sequence[str]:
+        """`ids`, each as often as it counts, in the order of the list."""
+        ...
+
+
+@runtime_checkable
+class Noted(Protocol):
+    """A dataset that knows what a reader of its numbers must be told: which edition it is, how its pictures count."""
+
+    @property
+    def notes(self) -> Sequence[str]: ...
 
 
 @runtime_checkable
@@ -210,10 +228,13 @@ class Reversible(Anonymizer, Protocol):
 
 @runtime_checkable
 class RecoversFloats(Protocol):
-    """A reversible method that can also read what was never in a file: the sender's unrounded floats, as the authors do."""
+    """A reversible method that can also read what was never in a file, such as the sender's unrounded floats, as the authors do."""
 
-    def recover_floats(self, published: Published, keys: Sequence[Key]) -> Image:
-        """As `recover`, from `published.floats` in the place of the bytes; the tag is that of the bytes all the same."""
+    def recover_floats(self, published: Published, keys: Sequence[Key], images: Image, seen: Image) -> Image:
+        """As `recover`, from `images` in the place of the file's pixels, whose tag is looked at all the same.
+
+        A method that looks for the face anew looks for it on `seen`: the same pictures, by another way.
+        """
         ...
 
 
@@ -394,6 +415,14 @@ class Attack(Protocol):
     def __call__(self, published: Published, keys: Sequence[Key], method: Reversible) -> Image:
         """What an attacker, or a receiver over a bad channel, makes of published pictures: one more view."""
         ...
+
+
+@runtime_checkable
+class ReadsFloats(Protocol):
+    """An attack that may read the sender's floats, which no file carries, and says whether it does."""
+
+    @property
+    def reads_floats(self) -> bool: ...
 
 
 # What the names in a table mean. Whoever makes a view, a measure or a statistic says so; a table guesses nothing from a name.

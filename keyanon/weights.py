@@ -64,7 +64,10 @@ class Release:
 
 @dataclass(frozen=True)
 class Hub:
-    """Files of a Hugging Face repository at a pinned revision: one file stands for itself, several for their folder."""
+    """Files of a Hugging Face repository at a pinned revision: one file stands for itself, several for their folder.
+
+    A name that begins with * ends the one path that the repository has so; the file is kept by the rest of the name.
+    """
 
     repo: str
     revision: str
@@ -73,11 +76,15 @@ class Hub:
     def __str__(self) -> str:
         return f"hub {self.repo}@{self.revision[:12]}: {', '.join(self.files)}"
 
+    @property
+    def names(self) -> list[str]:
+        return [file.removeprefix("*") for file in self.files]
+
     def cached(self) -> Path | None:
         """The place of the files in huggingface_hub's own cache."""
         from huggingface_hub import try_to_load_from_cache
 
-        found = [try_to_load_from_cache(self.repo, file, revision=self.revision) for file in self.files]
+        found = [try_to_load_from_cache(self.repo, file, revision=self.revision) for file in self.names]
         if not all(isinstance(path, str) for path in found):
             return None
         first = Path(str(found[0]))
@@ -86,8 +93,20 @@ class Hub:
     def fetch(self, folder: Path) -> None:
         from huggingface_hub import hf_hub_download
 
-        for file in self.files:
-            hf_hub_download(self.repo, file, revision=self.revision, local_dir=folder)
+        for file, name in zip(self.files, self.names, strict=True):
+            path = file if file == name else self.place(name)
+            fetched = Path(hf_hub_download(self.repo, path, revision=self.revision, local_dir=folder))
+            fetched.replace(folder / name)
+
+    def place(self, name: str) -> str:
+        """The path of the one file of the repository that is called so; asks the hub."""
+        from huggingface_hub import HfApi
+
+        there = HfApi().list_repo_files(self.repo, revision=self.revision)
+        paths = [path for path in there if Path(path).name == name]
+        if len(paths) != 1:
+            raise FileNotFoundError(f"{len(paths)} files of {self.repo} are called {name}, not one")
+        return paths[0]
 
 
 @dataclass(frozen=True)
@@ -242,7 +261,7 @@ def _fetch(card: Card, origin: Release | Hub | Npm) -> Path:
             raise MissingWeights(_explain(card, None, error)) from error
         check(card, folder / card.filename)
         place = cache() / card.name
-        for name in origin.files if isinstance(origin, Hub) else (card.filename,):
+        for name in origin.names if isinstance(origin, Hub) else (card.filename,):
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).replace(place / name)
     return place if _is_folder(origin) else place / card.filename

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.harness.paper import read_paper
 from experiments.harness.preflight import missing_parts
-from keyanon.attacks.views import Jpeg, PartialKey, WrongKey, by_view
+from experiments.harness.provenance import signature
+from experiments.run import settings_of
+from keyanon.attacks.views import FloatChannel, Jpeg, NearKey, PartialKey, WrongKey, by_view
 from keyanon.channel.keys import write_new_key
 from tests.conftest import ROOT
 
@@ -34,10 +37,15 @@ def test_leaf_composes_and_instantiates(leaf: str, tmp_path: Path, monkeypatch):
     if leaf == "key/file":
         write_new_key(tmp_path / "key")
         overrides.append(f"key.path={tmp_path / 'key'}")
-    cfg = composed(*overrides)
+    cfg = composed(*overrides, config=command_of(name) if group == "experiment" else "config")
     OmegaConf.resolve(cfg)
     if group != "experiment":
         instantiated(cfg.get(group, cfg))
+
+
+def command_of(experiment: str) -> str:
+    """The configuration of the command that an experiment is for: of its own name where there is one."""
+    return experiment if experiment in LEAVES else "config"
 
 
 @pytest.mark.parametrize("group", sorted(MERGED))
@@ -72,7 +80,8 @@ def test_one_file_of_an_attack_makes_all_its_views():
 @pytest.mark.parametrize(
     ("experiment", "views"),
     [
-        ("jpeg", ["jpeg100", "jpeg90", "jpeg75", "jpeg50"]),
+        ("jpeg", ["recovered_float", "jpeg100", "jpeg90", "jpeg75", "jpeg50"]),
+        ("wrong_keys", ["recovered_float", "wrong_key", "near_key"]),
         ("lossy", ["jpeg100", "jpeg95", "jpeg90", "jpeg75", "jpeg50"]),
         ("bundled_celebahq", ["recovered_float", "wrong_key", "jpeg90", "wrong_signs_0p1"]),
         ("table2", ["recovered_float", "wrong_key", "near_key", "jpeg100", "jpeg90", "jpeg75", "jpeg50"]),
@@ -81,6 +90,55 @@ def test_one_file_of_an_attack_makes_all_its_views():
 def test_views_of_experiments_are_those_of_their_tables(experiment: str, views: list[str]):
     attacks = composed(f"experiment={experiment}").attacks
     assert list(by_view(instantiate(attacks, _convert_="all"))) == views
+
+
+@pytest.mark.parametrize(("protocol", "asked"), [("ours", False), ("authors", True)])
+def test_a_protocol_says_what_its_views_are_made_of(protocol: str, asked: bool):
+    attacks = "attacks=[recovered_float,wrong_key,near_key,jpeg]"
+    cfg = composed(f"protocol={protocol}", attacks, "parser=bisenet")
+    views = by_view(instantiate(cfg.attacks, _convert_="all"))
+    channel = "floats" if asked else "file"
+    assert views["recovered_float"] == FloatChannel(channel)
+    assert views["wrong_key"] == WrongKey(channel=channel, mask=channel)
+    assert views["near_key"] == NearKey(channel=channel, mask=channel)
+    assert views["jpeg50"] == Jpeg(50, "floats" if asked else "compressed")
+    assert cfg.parser.looks_at == ("picture" if asked else "faces")
+
+
+def test_a_view_by_another_protocol_is_another_view():
+    """What a run would take from an earlier one goes by a view's signature."""
+    signatures = []
+    for choice in ("channel=file", "channel=floats", "float_mask=floats", "jpeg_mask=floats"):
+        cfg = composed("attacks=[recovered_float,wrong_key,near_key,jpeg]", f"protocol.{choice}")
+        views = by_view(instantiate(cfg.attacks, _convert_="all"))
+        signatures.append({view: signature(settings_of(attack)) for view, attack in views.items()})
+    ours, *others = signatures
+    changed = [{view.rstrip("0123456789") for view in ours if ours[view] != other[view]} for other in others]
+    assert changed == [{"wrong_key", "near_key"}, {"recovered_float", "wrong_key", "near_key"}, {"jpeg"}]
+
+
+@pytest.mark.parametrize("choice", ["channel=tape", "float_mask=compressed", "jpeg_mask=file"])
+def test_a_choice_that_a_protocol_does_not_have_is_refused(choice: str):
+    cfg = composed("attacks=[recovered_float,wrong_key,jpeg]", f"protocol.{choice}")
+    with pytest.raises(InstantiationException, match=f"='{choice.partition('=')[2]}': expected one of"):
+        instantiate(cfg.attacks, _convert_="all")
+
+
+def test_the_paper_s_experiments_are_by_its_protocol_and_with_its_recognizers():
+    published = {path.stem for path in (ROOT / "results" / "paper").glob("*.yaml")}
+    names = sorted(name for name in published if f"experiment/{name}" in LEAVES)
+    assert names == ["diversity", "jpeg", "recovery", "table1", "table2", "wrong_keys"]
+    for name in names:
+        cfg = composed(f"experiment={name}", config=command_of(name))
+        assert (cfg.name, cfg.protocol.name) == (name, "authors")
+        assert set(cfg.recognizers) == {"facenet_vggface2", "facenet_casia", "arcface_r50", "adaface_vit"}
+        rows = (
+            set(cfg.methods)
+            if "methods" in cfg
+            else {"signflip_controlnet" if "control" in cfg.anonymizer else "signflip"}
+        )
+        own = {each.anonymizer for each in read_paper(ROOT / "results" / "paper" / f"{name}.yaml")}
+        assert {row for row in own if row.startswith("signflip")} <= rows
 
 
 @pytest.mark.parametrize("old", ["jpeg90", "wrong_signs_0p1"])

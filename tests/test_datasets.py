@@ -1,6 +1,7 @@
 """Datasets on small folders made here in the published layouts; the committed lists; the real folders, if there."""
 
 import os
+import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,7 @@ import PIL.Image
 import pytest
 import torch
 
-from keyanon.channel.pixels import from_pil
+from keyanon.channel.pixels import from_pil, to_bytes
 from keyanon.errors import BadData
 from keyanon.faces import datasets
 from keyanon.faces.alignment import FACES128_TEMPLATE
@@ -31,7 +32,7 @@ from keyanon.faces.datasets import (
     read_pairs,
 )
 from keyanon.faces.detection import MtcnnDetector
-from keyanon.types import BadPicture, Dataset, ListsFolder, Source
+from keyanon.types import BadPicture, Dataset, ListsFolder, Noted, Repeats, Source
 from keyanon.weights import Package
 
 DATA = Path(os.environ.get("KEYANON_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -121,6 +122,26 @@ def test_crop_of_a_list_from_a_config():
 def test_crop_outside_the_picture_is_refused(crop):
     with pytest.raises(ValueError, match="fractions"):
         Folder("x", 32, crop=crop)
+
+
+@pytest.mark.parametrize("side", [1024, 304, 128])
+@pytest.mark.parametrize("crop", [None, (0.125, 0.25, 0.75, 0.875)])
+def test_bilinear_resize_is_torchvisions_to_the_byte(tmp_path, side, crop):
+    from torchvision.transforms import Resize  # cannot be imported before keyanon
+
+    draw(tmp_path / "CelebA-HQ-img" / "0.jpg", side, seed=1)
+    draw(tmp_path / "00000.png", side, seed=1)
+    for kind, id in ((CelebAHQ, "0"), (FFHQ, "00000")):
+        faces = kind(str(tmp_path), size=256, crop=crop, resize="bilinear")
+        with PIL.Image.open(faces.source(id).path) as picture:
+            cut = picture.convert("RGB")
+        if crop is not None:
+            cut = cut.crop(tuple(round(share * side) for share in crop))
+        expected = np.asarray(Resize((256, 256))(cut))
+        assert np.array_equal(to_bytes(faces.load(id)).permute(1, 2, 0).numpy(), expected)
+        assert not torch.equal(kind(str(tmp_path), size=256, crop=crop).load(id), faces.load(id))
+    with pytest.raises(ValueError, match=r"resize='nearest': expected one of lanczos, bilinear"):
+        CelebAHQ("x", resize="nearest")
 
 
 def test_tiny_picture_is_bad():
@@ -221,8 +242,9 @@ def test_lfw_takes_the_matched_pairs(lfw):
     assert faces.identity("Cid_de_la_Mar_0001") == "Cid_de_la_Mar"
 
 
-def test_lfw_view_2_keeps_mismatches_and_order(lfw):
-    faces = LFW(str(lfw), pairs=("pairs.txt",), mismatches=True)
+@pytest.mark.parametrize("pairs", ["view2", ["pairs.txt"]])
+def test_lfw_view_2_keeps_mismatches_and_order(lfw, pairs):
+    faces = LFW(str(lfw), pairs=pairs, mismatches=True)
     same = [faces.identity(a) == faces.identity(b) for a, b in faces.comparisons]
     assert same == [True, False, True, False]
     assert faces.comparisons[3] == ("Cid_de_la_Mar_0001", "Bob_0002")
@@ -232,6 +254,157 @@ def test_lfw_view_2_keeps_mismatches_and_order(lfw):
 def test_lfw_pairs_as_csv(lfw):
     note(lfw / "matchpairs.csv", "name,i,j", "Ann_Lee,1,2", "Bob,1,2")
     assert LFW(str(lfw), pairs=["matchpairs.csv"]).ids == ("Ann_Lee_0002", "Bob_0002")
+
+
+def test_lfw_counts_pictures_once_or_as_often_as_they_are_listed(lfw):
+    once, often = LFW(str(lfw)), LFW(str(lfw), counted="repeated")
+    assert isinstance(often, Repeats)
+    assert once.probes == once.ids == often.ids  # a picture is anonymized once
+    assert often.probes == ("Ann_Lee_0002", "Ann_Lee_0002", "Bob_0002")
+    assert often.gallery == ("Ann_Lee_0001", "Ann_Lee_0003", "Bob_0001")
+    note(lfw / "pairsDevTest.txt", "1", "Bob\t1\t2", "Ann_Lee\t1\t3")
+    assert LFW(str(lfw), counted="repeated").gallery[::3] == ("Ann_Lee_0001", "Ann_Lee_0001")
+    assert LFW(str(lfw)).gallery == ("Ann_Lee_0001", "Ann_Lee_0003", "Bob_0001")
+    assert once.notes == ["LFW, edition not told by its folder (dataset.edition)"]
+    assert often.notes[1:] == ["3 pairs as often as they are listed"]
+    with pytest.raises(ValueError, match=r"counted='thrice': expected one of distinct, repeated"):
+        LFW("x", counted="thrice")
+
+
+KAGGLE = {
+    "matchpairsDevTrain.csv": ("name,imagenum1,imagenum2", "Ann_Lee,1,2", "Ann_Lee,3,2"),
+    "matchpairsDevTest.csv": ("name,imagenum1,imagenum2", "Bob,1,2"),
+    "mismatchpairsDevTrain.csv": ("name,imagenum1,name,imagenum2", "Ann_Lee,1,Bob,1", "Bob,2,Cid_de_la_Mar,1"),
+    "mismatchpairsDevTest.csv": ("name,imagenum1,name,imagenum2", "Cid_de_la_Mar,1,Ann_Lee,3"),
+    "pairs.csv": ("name,imagenum1,imagenum2,", "Bob,1,2,", "Bob,1,Ann_Lee,2", "Ann_Lee,1,3,", "Cid_de_la_Mar,1,Bob,2"),
+}
+PEOPLE = ("Ann_Lee", "Bob", "Cid_de_la_Mar")
+
+
+def moved(lfw, folder):
+    """The miniature's pictures in a folder below it, which is what tells editions apart."""
+    (lfw / "aside").mkdir()
+    for name in PEOPLE:
+        (lfw / name).rename(lfw / "aside" / name)
+    (lfw / folder).parent.mkdir(parents=True, exist_ok=True)
+    (lfw / "aside").rename(lfw / folder)
+    return lfw
+
+
+def without_official_pairs(lfw):
+    for path in lfw.glob("pairs*.txt"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("mismatches", [False, True])
+def test_lfw_as_kaggle_packs_it(lfw, mismatches):
+    official = LFW(str(lfw), mismatches=mismatches).comparisons
+    view2 = LFW(str(lfw), pairs="view2", mismatches=mismatches).comparisons
+    without_official_pairs(moved(lfw, "lfw-deepfunneled/lfw-deepfunneled"))
+    for name, lines in KAGGLE.items():
+        (lfw / name).write_bytes("\r\n".join([*lines, ""]).encode())
+    faces = LFW(str(lfw), mismatches=mismatches)
+    assert faces.comparisons == official
+    assert LFW(str(lfw), pairs="view2", mismatches=mismatches).comparisons == view2
+    assert faces.notes == ["LFW, deep-funneled"]
+    assert faces.load("Bob_0002").shape == (3, 256, 256)
+
+
+def test_lfw_as_the_authors_have_it(lfw):
+    official = LFW(str(lfw)).comparisons
+    without_official_pairs(moved(lfw, "imgs"))
+    note(lfw / "matchpairs.csv", "name,i,j", "Ann_Lee,1,2", "Ann_Lee,3,2", "Bob,1,2")
+    faces = LFW(str(lfw), counted="repeated")
+    assert faces.comparisons == official
+    assert "edition not told" in faces.notes[0]
+    assert LFW(str(lfw), edition="deep-funneled").notes == ["LFW, deep-funneled"]  # whoever has them may know
+    assert faces.load("Bob_0002").shape == (3, 256, 256)
+    with pytest.raises(FileNotFoundError, match=r"holds no pairs.*mismatchpairsDevTrain\.csv"):
+        _ = LFW(str(lfw), mismatches=True).ids
+
+
+@pytest.mark.parametrize(
+    ("folder", "edition"),
+    [("lfw", "plain"), ("lfw_funneled", "funneled"), ("lfw-deepfunneled", "deep-funneled")],
+)
+def test_lfw_editions_by_their_folders(lfw, folder, edition):
+    faces = LFW(str(moved(lfw, folder)))
+    assert faces.ids == ("Ann_Lee_0002", "Bob_0002")
+    assert faces.notes == [f"LFW, {edition}"]
+    assert faces.source("Bob_0002").path == lfw / folder / "Bob" / "Bob_0002.jpg"
+    other = "plain" if edition == "funneled" else "funneled"
+    with pytest.raises(FileNotFoundError, match=rf"no pictures of the edition {other}, but {folder} \({edition}\)"):
+        _ = LFW(str(lfw), edition=other).ids
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("lfw_funneled", "funneled"), ("lfw", "edition not told"), ("x", "edition")]
+)
+def test_a_root_may_tell_the_edition_by_its_name(lfw, name, told):
+    assert told in LFW(str(lfw.rename(lfw.with_name(name)))).notes[0]
+
+
+def test_two_editions_in_one_place_are_refused_until_one_is_chosen(lfw):
+    moved(lfw, "lfw")
+    shutil.copytree(lfw / "lfw", lfw / "lfw_funneled")
+    draw(lfw / "lfw_funneled" / "Bob" / "Bob_0002.jpg", 250, seed=9)
+    with pytest.raises(
+        BadData, match=r"several folders: lfw \(plain\), lfw_funneled \(funneled\)\. Set dataset\.edition"
+    ):
+        _ = LFW(str(lfw)).ids
+    plain, funneled = (LFW(str(lfw), edition=edition) for edition in ("plain", "funneled"))
+    assert plain.ids == funneled.ids
+    assert not torch.equal(plain.load("Bob_0002"), funneled.load("Bob_0002"))
+    shutil.copytree(lfw / "lfw", lfw / "imgs")
+    assert LFW(str(lfw), edition="plain").notes == ["LFW, plain"]
+    shutil.rmtree(lfw / "lfw_funneled")
+    (lfw / "lfw").rename(lfw / "lfw-deepfunneled")
+    shutil.copytree(lfw / "lfw-deepfunneled", lfw / "lfw-deepfunneled" / "lfw-deepfunneled")
+    with pytest.raises(BadData, match="Move all but one elsewhere"):
+        _ = LFW(str(lfw), edition="deep-funneled").ids
+    with pytest.raises(ValueError, match="edition='aligned': expected one of plain, funneled, deep-funneled or null"):
+        LFW("x", edition="aligned")
+
+
+def test_lfw_pairs_that_should_be_the_same_and_are_not(lfw):
+    note(lfw / "matchpairs.csv", "name,i,j", "Ann_Lee,1,2", "Bob,1,2")
+    with pytest.raises(
+        BadData, match=r"pairsDevTrain\.txt and pairsDevTest\.txt and matchpairs\.csv should hold the same"
+    ):
+        _ = LFW(str(lfw)).ids
+    note(lfw / "matchpairs.csv", "name,i,j", "Ann_Lee,1,2", "Ann_Lee,3,2", "Bob,1,2")
+    assert LFW(str(lfw)).ids == ("Ann_Lee_0002", "Bob_0002")
+
+
+def test_lfw_that_is_not_here_says_where_to_get_it_and_what_was_looked_for(lfw):
+    moved(lfw, "elsewhere")
+    with pytest.raises(
+        FileNotFoundError, match=r"looked for .*lfw-deepfunneled/lfw-deepfunneled/.*KEYANON_LFW.*research only"
+    ):
+        _ = LFW(str(lfw)).ids
+    without_official_pairs(lfw)
+    with pytest.raises(FileNotFoundError, match=r"pairsDevTest\.txt, or for matchpairsDevTrain\.csv and .*kaggle\.com"):
+        _ = LFW(str(lfw)).ids
+
+
+@pytest.mark.data
+def test_the_real_lfw_has_the_authors_counts():
+    """1,600 probes and as many in the gallery: 2,864 genuine comparisons, as every rate that they print says."""
+    if not os.environ.get("KEYANON_LFW"):
+        pytest.skip("no LFW; set KEYANON_LFW")
+    often, once = (LFW(os.environ["KEYANON_LFW"], counted=counted) for counted in ("repeated", "distinct"))
+    assert comparisons(often) == (1600, 1600, 2864, 2_557_136)
+    assert comparisons(once) == (1477, 1484, 2243, 2_189_625)
+    assert len(set(often.probes[:1000])) == 922
+    assert often.probes[0] == "Aaron_Peirsol_0002"
+    assert often.identity(often.probes[-1]) == "Zoran_Djindjic"
+
+
+def comparisons(faces):
+    """How many probes and gallery pictures there are, and how many genuine and impostor comparisons of all with all."""
+    ours, theirs = (Counter(map(faces.identity, ids)) for ids in (faces.probes, faces.gallery))
+    genuine = sum(count * theirs[name] for name, count in ours.items())
+    return len(faces.probes), len(faces.gallery), genuine, len(faces.probes) * len(faces.gallery) - genuine
 
 
 def test_lfw_pairs_that_are_none(lfw):
@@ -606,3 +779,12 @@ def test_probes_are_overexposed_and_the_gallery_is_not(tmp_path):
     assert dataset.source("A_B_0002") == plain.source("A_B_0002")
     with pytest.raises(ValueError, match=r"dataset\.white is the share .*not 1"):
         made_overexposed(PairsFolder, white=1, **settings)
+
+
+def test_overexposed_pictures_count_as_often_as_the_dataset_says(lfw):
+    plain, dataset = LFW(str(lfw), counted="repeated"), made_overexposed(LFW, 0.5, root=str(lfw), counted="repeated")
+    assert isinstance(dataset, Repeats)
+    assert isinstance(dataset, Noted)
+    assert (dataset.probes, dataset.notes) == (plain.probes, plain.notes)
+    single = made_overexposed(CelebAHQ, 0.5, root=draw(lfw / "0.jpg").parent.as_posix())
+    assert (single.probes, single.notes) == (single.ids, [])

@@ -8,7 +8,9 @@ from hydra.utils import instantiate
 
 from experiments.diversity import between_keys, embeddings_under_keys, statistics_of, strangers
 from experiments.harness import settings
+from experiments.harness.made import made
 from keyanon.channel.keys import experiment_key
+from keyanon.diffusion.controlnet import MaskControl
 from keyanon.diffusion.solvers import DDIM
 from keyanon.errors import UserError
 from keyanon.methods.exact import Exact
@@ -68,3 +70,14 @@ def test_default_compares_the_papers_method_with_the_exact_one():
         assert methods["exact"].solver.tolerance is not None
         with pytest.raises(UserError, match="keys_per_picture=1"):
             settings.check(compose("diversity", overrides=["keys_per_picture=1"]))
+
+
+def test_the_paper_s_experiment_has_its_variant_and_a_method_can_be_left_out():
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("diversity", overrides=["experiment=diversity"])
+        settings.check(cfg)
+        assert (cfg.keys_per_picture, cfg.limit, cfg.dataset.size) == (10, 1000, 256)
+        methods = made(cfg, "methods")
+        assert [name for name, method in methods.items() if method is not None] == ["signflip_controlnet"]
+        assert methods["signflip_controlnet"].control == MaskControl(inversion=True)
+        assert made(compose("diversity", overrides=["methods.exact=null"]), "methods")["exact"] is None

@@ -12,7 +12,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import keyanon  # noqa: F401  (before transformers: it makes torchvision importable)
-from keyanon.channel.pixels import from_pil
+from keyanon.channel.pixels import from_pil, to_bytes, to_floats
+from keyanon.faces.finding import Finder
 from keyanon.faces.parsing import (
     CLASSES,
     PAPER_CLASSES,
@@ -28,6 +29,7 @@ from keyanon.faces.parsing import (
 )
 from keyanon.types import FaceParser
 from keyanon.weights import Card, Release, missing, named
+from tests.test_finding import Sees, seen
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,6 +104,34 @@ def test_bisenet_takes_the_classes_of_its_region(tmp_path, region, expected):
     assert parser.cards()[0] == card
 
 
+def test_networks_see_pictures_as_they_are_given(tmp_path):
+    """Neither rounded nor clipped: red that is brighter than white outweighs yellow, in 8 bits it does not."""
+    card = colour_parser(tmp_path / "colours.onnx")
+    parser = BiSeNetParser("glasses", card=card, weights=str(tmp_path / "colours.onnx"))
+    image = stripes()[..., :16].clone()
+    image[:, 1] = 1  # yellow
+    bright = image.clone()
+    bright[:, 0] = 3
+    assert parser.mask(image, (64, 16)).all()
+    assert not parser.mask(bright, (64, 16)).any()
+    assert parser.mask(to_floats(to_bytes(bright)), (64, 16)).all()
+
+
+def test_the_whole_picture_is_seen_where_it_is_asked_for(tmp_path):
+    """Of two faces, each in its own square: what is red beside them counts only where the picture is seen as a whole."""
+    two = tuple(seen(np.array(box)) for box in ([4.0, 4, 12, 12], [50.0, 50, 58, 58]))
+    finder = Finder("all", Sees(two), Sees(()), Sees(()))
+    card = colour_parser(tmp_path / "colours.onnx")
+    whole, each = (
+        BiSeNetParser(looks_at=looks_at, card=card, weights=str(tmp_path / "colours.onnx"), finder=finder)
+        for looks_at in ("picture", "faces")
+    )
+    red = torch.full((1, 3, 64, 64), -1.0)
+    red[:, 0] = 1
+    assert whole.mask(red, (64, 64)).all()
+    assert 0.02 < each.mask(red, (64, 64)).float().mean() < 0.3
+
+
 def test_glasses_are_found_apart_from_the_face(tmp_path):
     card = colour_parser(tmp_path / "colours.onnx")
     image = stripes()
@@ -155,17 +185,16 @@ def test_segformer_finds_classes_by_name_in_its_own_order(tmp_path):
     }
 
     model = SegformerForSemanticSegmentation.from_pretrained(tmp_path).eval()
-    unit = ((image + 1) * 127.5).round() / 255
-    large = torch.nn.functional.interpolate(unit, (512, 512), mode="bilinear")
+    large = torch.nn.functional.interpolate(image / 2 + 0.5, (512, 512), mode="bilinear")
     mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.no_grad():
         logits = model((large - mean[:, None, None]) / deviation[:, None, None]).logits
     labels = torch.nn.functional.interpolate(logits, (512, 512), mode="bilinear").argmax(1)
-    seen = {order[index] for index in labels.unique().tolist()}
+    there = {order[index] for index in labels.unique().tolist()}
     for region, classes in REGIONS.items():
         expected = torch.tensor([name in classes for name in order])[labels]
         assert (masks[region][:, 0] == expected).float().mean() > 0.999
-    assert len(seen) > 1  # otherwise nothing was tested
+    assert len(there) > 1  # otherwise nothing was tested
 
 
 def test_a_segformer_without_the_classes_says_which(tmp_path):
@@ -278,6 +307,8 @@ def test_every_parser_config_is_made_without_weights(path, monkeypatch, tmp_path
 
     monkeypatch.setenv("KEYANON_CACHE", str(tmp_path))
     finder = {"_target_": "keyanon.faces.finding.Finder"}
-    parser = instantiate(OmegaConf.merge({"finder": finder, "parser": OmegaConf.load(path)}).parser)
-    assert isinstance(parser, FaceParser)
+    for protocol in (ROOT / "conf" / "protocol").glob("*.yaml"):
+        others = {"finder": finder, "protocol": OmegaConf.load(protocol)}
+        parser = instantiate(OmegaConf.merge(others, {"parser": OmegaConf.load(path)}).parser)
+        assert isinstance(parser, FaceParser)
     assert all(isinstance(card, Card) for card in parser.cards())

@@ -6,10 +6,11 @@ import sys
 import tarfile
 import warnings
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import file_digest
 from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import PIL.Image
@@ -19,13 +20,27 @@ from onnx import TensorProto, helper
 
 import keyanon  # noqa: F401  (before facenet_pytorch: it makes torchvision importable)
 from keyanon.channel.pixels import from_pil, resize
+from keyanon.errors import BadSetting
 from keyanon.faces.alignment import FACES128_TEMPLATE, align
-from keyanon.faces.detection import Detection, DlibDetector, MtcnnDetector, import_dlib, to_pixels
+from keyanon.faces.backbones import load_face_transformer, load_iresnet
+from keyanon.faces.detection import AtPlaces, Detection, DlibDetector, MtcnnDetector, import_dlib, to_pixels
+from keyanon.faces.finding import Finder
 from keyanon.faces.onnx import open_onnx
-from keyanon.faces.recognition import ArcFaceOnnx, DlibResNet, FaceNet, arcface_crop, facenet_crop, with_places_of
+from keyanon.faces.recognition import (
+    AdaFaceViT,
+    ArcFace,
+    ArcFaceOnnx,
+    DlibResNet,
+    FaceNet,
+    arcface_crop,
+    box_crop,
+    describing,
+    with_places_of,
+)
 from keyanon.types import BadPicture, Recognizer
 from keyanon.weights import Card, MissingWeights, Release, locate, missing, named
 from tests.conftest import PixelRecognizer
+from tests.test_backbones import save_tiny_face_transformer, save_tiny_iresnet
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("KEYANON_DATA", ROOT.parent / "shared" / "data"))
@@ -163,6 +178,94 @@ def test_no_face_is_none(empty):
 
 def test_a_picture_smaller_than_any_face_is_none():
     assert MtcnnDetector().detect(torch.zeros(2, 3, 12, 12)) == [None, None]
+    assert MtcnnDetector(enrolment="lowered").detect(torch.zeros(2, 3, 12, 12)) == [None, None]
+
+
+def chosen_by_the_authors(picture: torch.Tensor) -> tuple[np.ndarray, np.ndarray, int]:
+    """The paper's authors' choice, by facenet-pytorch's own MTCNN: box, points, and how often thresholds had to fall.
+
+    Thresholds fall by 0.8, then by 0.8 ** 2 more, and so on. Of several faces found at once center_weighted_size chooses, of
+    several found later the likeliest is taken.
+    """
+    from facenet_pytorch import MTCNN
+
+    mtcnn = MTCNN(margin=14, select_largest=False, selection_method="center_weighted_size")
+    shown = PIL.Image.fromarray(to_pixels(picture)[0])
+    attempt = 0
+    boxes, scores, points = mtcnn.detect(shown, landmarks=True)
+    while boxes is None:
+        attempt += 1
+        mtcnn.thresholds = [threshold * 0.8**attempt for threshold in mtcnn.thresholds]
+        boxes, scores, points = mtcnn.detect(shown, landmarks=True)
+        if boxes is not None:
+            best = [int(np.argmax(scores))]
+            boxes, scores, points = boxes[best], scores[best], points[best]
+    box, _, five = mtcnn.select_boxes(boxes, scores, points, shown, method=mtcnn.selection_method)
+    return box[0].astype(float), five[0].astype(float), attempt
+
+
+def beside(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return torch.cat([left, right], dim=-1)
+
+
+@pytest.mark.parametrize("case", ["face", "two faces", "faint", "two faint", "noise", "smooth"])
+def test_with_lowered_thresholds_the_authors_choice_is_found(astronaut, case):
+    small = torch.nn.functional.interpolate(astronaut, (96, 96), mode="bilinear", antialias=True)
+    faint = 0.2 * torch.nn.functional.avg_pool2d(small, 7, 1, 3) + 0.7
+    images = {
+        "face": astronaut,
+        "two faces": beside(astronaut, 0.5 * astronaut.flip(-1)),
+        "faint": faint,
+        "two faint": beside(faint, faint.flip(-1)),
+        "noise": torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1,
+        "smooth": picture(64)[None],
+    }[case]
+    box, points, attempts = chosen_by_the_authors(images)
+    detector = MtcnnDetector(padding=0.0, enrolment="lowered")
+    (face,) = detector.detect(images)
+    np.testing.assert_allclose(face.box, box, rtol=1e-6)
+    np.testing.assert_allclose(face.points, points, rtol=1e-6)
+    (fixed,) = MtcnnDetector(padding=0.0).detect(images)
+    assert (fixed is None) == (attempts > 0) == (case not in {"face", "two faces"})
+    if attempts:
+        assert len(detector.faces(images)[0]) == 1
+    # The next picture is looked at with the thresholds of the first.
+    (again,) = detector.detect(astronaut)
+    np.testing.assert_array_equal(again.box, MtcnnDetector(padding=0.0).detect(astronaut)[0].box)
+
+
+def test_thresholds_fall_a_limited_number_of_times(monkeypatch):
+    blank = torch.zeros(1, 3, 32, 32)
+    assert MtcnnDetector(enrolment="lowered").detect(blank)[0] is not None
+    looks = []
+    looked = MtcnnDetector._looked
+
+    def counted(self, picture, thresholds):
+        looks.append(thresholds[0] / 0.6)
+        return looked(self, picture, thresholds)
+
+    monkeypatch.setattr(MtcnnDetector, "_looked", counted)
+    monkeypatch.setattr("keyanon.faces.detection.LOWERINGS", 3)
+    assert MtcnnDetector(enrolment="lowered").detect(blank) == [None]
+    np.testing.assert_allclose(looks, [1, 0.8, 0.8**3, 0.8**6])
+    assert MtcnnDetector().detect(blank) == [None]
+    assert len(looks) == 5
+
+
+def test_another_enrolment_or_alignment_is_refused():
+    with pytest.raises(BadSetting, match="enrolment='never': expected one of fixed, lowered"):
+        MtcnnDetector(enrolment="never")
+    for kind in (ArcFace, ArcFaceOnnx):
+        with pytest.raises(BadSetting, match="alignment='affine': expected one of least_squares, ransac"):
+            kind("mobilefacenet", alignment="affine")
+
+
+def test_with_lowered_thresholds_each_view_is_described_by_the_recognizers_own_choice(astronaut):
+    both = beside(astronaut, astronaut.flip(-1))
+    finder = Finder("all", MtcnnDetector(), MtcnnDetector(), MtcnnDetector())
+    fixed, lowered = (AdaFaceViT(detector=MtcnnDetector(padding=0.0, enrolment=how)) for how in ("fixed", "lowered"))
+    assert isinstance(describing(fixed, finder, both).detector, AtPlaces)
+    assert describing(lowered, finder, both) is lowered
 
 
 @pytest.mark.weights
@@ -275,6 +378,77 @@ def test_the_arcface_crop_is_the_face_on_the_112_template():
     torch.testing.assert_close(crop, torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1, atol=1.1 / 127.5, rtol=0)
 
 
+ARCFACE_TEMPLATE = np.array(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]], np.float32
+)
+
+
+def authors_crop(pixels: np.ndarray, points: np.ndarray) -> torch.Tensor:
+    """As the paper's authors align a face for ArcFace, in OpenCV's own calls."""
+    similarity, _ = cv2.estimateAffinePartial2D(points.astype(np.float32), ARCFACE_TEMPLATE)
+    face = cv2.warpAffine(pixels, similarity, (112, 112), borderValue=0)
+    return (torch.tensor(face).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
+
+
+def scattered(seed: int) -> np.ndarray:
+    """The template turned, resized, moved, and each point off by up to a few pixels."""
+    draw = np.random.default_rng(seed)
+    angle, scale, noise = draw.normal(0, 0.3), draw.uniform(0.5, 2), draw.uniform(0, 5)
+    turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    return ARCFACE_TEMPLATE @ turn.T + draw.uniform(-20, 60, 2) + draw.normal(0, noise, (5, 2))
+
+
+def test_ransac_is_opencvs_own_whatever_ran_before():
+    pixels = to_pixels(picture(160, seed=3)[None])[0]
+    sets = [scattered(seed) for seed in range(100)]
+    cv2.setRNGSeed(1)
+    first = [arcface_crop(pixels, points, "ransac") for points in sets]
+    cv2.setRNGSeed(2)
+    again = [arcface_crop(pixels, points, "ransac") for points in reversed(sets)][::-1]
+    for one, other, points in zip(first, again, sets, strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, authors_crop(pixels, points), atol=1e-6, rtol=0)
+    used = [cv2.estimateAffinePartial2D(p.astype(np.float32), ARCFACE_TEMPLATE)[1].sum() for p in sets]
+    assert 10 < used.count(5) < 60  # all five, and so least squares too
+    least = [arcface_crop(pixels, points) for points in sets]
+    apart = [float((one - other).abs().mean()) for one, other in zip(first, least, strict=True)]
+    assert max(apart) > 0.1
+
+
+def test_points_that_fit_are_aligned_alike_and_an_outlier_is_left_out_by_ransac_alone():
+    pixels = to_pixels(picture(160, seed=3)[None])[0]
+    points = ARCFACE_TEMPLATE.astype(float) * 1.1 + [3, 7]
+    least, robust = (arcface_crop(pixels, points, how) for how in ("least_squares", "ransac"))
+    torch.testing.assert_close(least, robust, atol=2.1 / 127.5, rtol=0)
+    moved = points + np.array([[0, 0], [0, 0], [25.0, 0], [0, 0], [0, 0]])
+    torch.testing.assert_close(arcface_crop(pixels, moved, "ransac"), robust, atol=2.1 / 127.5, rtol=0)
+    assert (arcface_crop(pixels, moved) - least).abs().mean() > 0.05
+
+
+def test_points_that_no_similarity_fits_give_no_row(tmp_path):
+    points = np.full((5, 2), 60.0)
+    assert arcface_crop(to_pixels(picture()[None])[0], points, "ransac") is None
+    nowhere = Given(Detection(np.array([20.0, 10.0, 110.0, 120.0]), points, 1.0))
+    card = tiny_arcface(tmp_path / "tiny.onnx")
+    recognizer = ArcFaceOnnx(card, nowhere, str(tmp_path / "tiny.onnx"), "ransac")
+    assert recognizer.embed(picture()[None]).isnan().all()
+
+
+@pytest.mark.data
+def test_68_pictures_are_aligned_as_the_authors_do():
+    detector, used = MtcnnDetector(padding=0.0), []
+    for image in (image for pair in zip(*lfw_pairs(34), strict=True) for image in pair):
+        (pixels,) = to_pixels(torch.nn.functional.interpolate(image, (112, 112), mode="area"))
+        (face,) = detector.detect(image)
+        points = face.points / 2
+        torch.testing.assert_close(
+            arcface_crop(pixels, points, "ransac"), authors_crop(pixels, points), atol=1e-6, rtol=0
+        )
+        used.append(int(cv2.estimateAffinePartial2D(points.astype(np.float32), ARCFACE_TEMPLATE)[1].sum()))
+    assert len(used) == 68
+    assert used.count(5) < 20
+
+
 def test_a_network_of_another_shape_is_refused(tmp_path, face):
     card = tiny_arcface(tmp_path / "wide.onnx", size=224)
     with pytest.raises(ValueError, match=r"wide\.onnx.*224"):
@@ -295,7 +469,7 @@ def facenet(tmp_path_factory, face) -> FaceNet:
 def test_facenet_rows_are_those_of_facenet_pytorch(facenet, face):
     check_rows(facenet, 512)
     image = picture(seed=1)[None]
-    crop = facenet_crop(to_pixels(image)[0], face.detection.box)
+    crop = box_crop(to_pixels(image)[0], face.detection.box, 160)
     assert crop.shape == (3, 160, 160)
     assert -127.5 / 128 <= crop.min() < crop.max() <= 127.5 / 128
     with torch.no_grad():
@@ -303,12 +477,48 @@ def test_facenet_rows_are_those_of_facenet_pytorch(facenet, face):
     torch.testing.assert_close(facenet.embed(image)[0], expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("alignment", ["least_squares", "ransac"])
+def test_arcface_rows_are_those_of_its_network(tmp_path, face, alignment):
+    path = save_tiny_iresnet(tmp_path / "backbone.pth")
+    recognizer = ArcFace(own_card(path), face, str(path), alignment)
+    check_rows(recognizer, 16)
+    image = picture(seed=1)[None]
+    crop = arcface_crop(to_pixels(image)[0], face.detection.points, alignment)
+    expected = torch.nn.functional.normalize(load_iresnet(path)(crop[None]))
+    torch.testing.assert_close(recognizer.embed(image), expected, atol=1e-6, rtol=0)
+    assert [card.name for card in recognizer.cards()] == ["backbone"]
+
+
+def test_adaface_rows_are_those_of_its_network_on_the_box(tmp_path, face):
+    path = save_tiny_face_transformer(tmp_path / "model.safetensors")
+    recognizer = AdaFaceViT(own_card(path), face, str(path))
+    check_rows(recognizer, 16)
+    image = picture(seed=1)[None]
+    crop = box_crop(to_pixels(image)[0], face.detection.box, 112)
+    assert crop.shape == (3, 112, 112)
+    assert -127.5 / 128 <= crop.min() < crop.max() <= 127.5 / 128
+    expected = torch.nn.functional.normalize(load_face_transformer(path)(crop[None]))
+    torch.testing.assert_close(recognizer.embed(image), expected, atol=1e-6, rtol=0)
+    moved = replace(face.detection, points=face.detection.points + 9)
+    torch.testing.assert_close(replace(recognizer, detector=Given(moved)).embed(image), expected, atol=1e-6, rtol=0)
+
+
+def test_the_box_crop_of_112_is_that_of_facenet_pytorchs_mtcnn(astronaut):
+    """Its own forward, box and crop in one, with the settings of the paper's authors."""
+    from facenet_pytorch import MTCNN
+
+    theirs = MTCNN(image_size=112, margin=14, select_largest=False, selection_method="center_weighted_size")
+    pixels = to_pixels(astronaut)[0]
+    (found,) = MtcnnDetector(padding=0.0).detect(astronaut)
+    torch.testing.assert_close(box_crop(pixels, found.box, 112), theirs(PIL.Image.fromarray(pixels)), atol=1e-6, rtol=0)
+
+
 def test_the_facenet_margin_is_14_of_160():
     pixels = np.zeros((200, 200, 3), np.uint8)
     pixels[20:180, 20:180] = 255  # the box grown by 7 of 146 pixels a side
-    crop = facenet_crop(pixels, np.array([27.0, 27.0, 173.0, 173.0]))
+    crop = box_crop(pixels, np.array([27.0, 27.0, 173.0, 173.0]), 160)
     assert (crop == 127.5 / 128).all()
-    assert (facenet_crop(pixels, np.array([25.0, 25.0, 173.0, 173.0]))[:, :, 0] < 0).any()
+    assert (box_crop(pixels, np.array([25.0, 25.0, 173.0, 173.0]), 160)[:, :, 0] < 0).any()
 
 
 def test_a_mirrored_picture_gives_a_mirrored_crop(astronaut):
@@ -370,19 +580,35 @@ def lfw_pairs(count: int) -> list[list[torch.Tensor]]:
 # Configs
 
 
+@pytest.mark.parametrize("protocol", ["ours", "authors"])
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "recognizers").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recognizer_config_is_made_without_weights(path, monkeypatch, tmp_path):
+def test_every_recognizer_config_is_made_without_weights(path, protocol, monkeypatch, tmp_path):
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
     monkeypatch.setenv("KEYANON_CACHE", str(tmp_path))
-    made = instantiate(OmegaConf.load(path), _convert_="all")
+    choices = OmegaConf.load(ROOT / "conf" / "protocol" / f"{protocol}.yaml")
+    config = OmegaConf.create({"protocol": choices, "recognizers": OmegaConf.load(path)})
+    made = instantiate(config, _convert_="all")["recognizers"]
     assert list(made) == [path.stem]
     recognizer = made[path.stem]
     assert isinstance(recognizer, Recognizer)
     assert recognizer.name == path.stem
     assert all(isinstance(card, Card) for card in recognizer.cards())
     assert recognizer.cards()
+    if isinstance(recognizer.detector, MtcnnDetector):
+        assert recognizer.detector.enrolment == choices.enrolment
+    if isinstance(recognizer, ArcFace | ArcFaceOnnx):
+        assert recognizer.alignment == choices.alignment
+
+
+def test_the_rate_of_faces_found_does_not_follow_the_protocol():
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    text = (ROOT / "conf" / "scorers" / "detected.yaml").read_text()
+    assert "protocol" not in text
+    assert instantiate(OmegaConf.create(text)).detected.detector.enrolment == "fixed"
 
 
 def test_a_recognizer_looks_where_the_face_was(tmp_path):

@@ -17,7 +17,7 @@ from keyanon.channel.nonces import PerIdentity
 from keyanon.errors import BadPicture, BadSetting
 from keyanon.faces.datasets import Folder
 from keyanon.faces.renaming import Renamed, opened
-from keyanon.types import Dataset, Synthetic
+from keyanon.types import Dataset, Noted, Repeats, Synthetic
 from tests.conftest import ROOT, smooth_picture
 
 NAMES = ["Anna Smith", "Bob", 'größe, "x"', "sub.name"]
@@ -104,6 +104,21 @@ def test_people_stay_who_they_are(tmp_path):
     nonces, picture = PerIdentity(dataset), torch.zeros(3, 2, 2)
     first, second, other = (nonces(experiment_key(), b"", id, picture) for id in dataset.ids)
     assert first == second != other
+
+
+class OfManyPictures(TwoPeople):
+    probes = ("a1", "a1", "a2", "b1", "a1")
+    notes = ("an edition",)
+
+
+def test_pictures_count_as_often_under_other_names(tmp_path):
+    dataset, plain = (opened(kind, "hash", str(tmp_path)) for kind in (OfManyPictures, TwoPeople))
+    assert isinstance(dataset, Repeats)
+    assert isinstance(dataset, Noted)
+    first, second, other = dataset.ids
+    assert dataset.probes == [first, first, second, other, first]
+    assert plain.probes == plain.ids
+    assert (dataset.notes, plain.notes) == (("an edition",), [])
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "dataset").glob("*.yaml")))

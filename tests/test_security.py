@@ -169,7 +169,8 @@ def test_a_changed_score_and_a_changed_cell_are_told(made, monkeypatch, capsys):
         path.write_bytes(before)
     assert code == 1
     assert any(
-        line.startswith("bundled, signflip, linkage of two files, layout of |z|, auc: 3 0 0 ") and "3 0 1 1 1" in line
+        line.startswith("bundled, ours, signflip, linkage of two files, layout of |z|, auc: 3 0 0 ")
+        and "3 0 1 1 1" in line
         for line in lines
     )
 

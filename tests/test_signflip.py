@@ -1,15 +1,16 @@
 """Sign flip and attacks on a tiny real model: what must hold whatever the weights are."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch.nn.functional import adaptive_max_pool2d
 
 from keyanon.attacks.views import FloatChannel, Jpeg, NearKey, NoKey, PartialKey, WrongKey, without_authentication
 from keyanon.channel.headers import BadHeader, Header, seal
 from keyanon.channel.keys import BadKey, Nobody, Recipe, experiment_key
 from keyanon.channel.nonces import OneForAll
-from keyanon.channel.pixels import from_pil, to_bytes, to_floats
+from keyanon.channel.pixels import from_pil, jpeg, to_bytes, to_floats
 from keyanon.context import Context
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import DDIM, Known
@@ -144,7 +145,7 @@ def test_attacks_are_what_they_say(method, published):
     recovered, insisting = method.recover(published, keys), without_authentication(method)
     torch.testing.assert_close(PartialKey(0.0)(published, keys, method), recovered)
     assert published.floats is not None
-    as_float = insisting.recover_floats(published, keys)
+    as_float = insisting.recover_floats(published, keys, published.floats, to_floats(published.images))
     torch.testing.assert_close(FloatChannel()(published, keys, method), as_float)
     assert not torch.equal(as_float, recovered)
     near = [key.with_bit_flipped() for key in keys]
@@ -154,9 +155,74 @@ def test_attacks_are_what_they_say(method, published):
     assert not torch.equal(WrongKey()(published, keys, method), WrongKey(1)(published, keys, method))
 
 
-def test_float_channel_needs_floats(method, published):
-    with pytest.raises(ValueError, match="publishes no floats"):
-        FloatChannel()(replace(published, floats=None), [experiment_key()] * 3, method)
+@dataclass(frozen=True)
+class Beyond:
+    """Finds "the face" where a picture is brighter than white: on unclipped floats alone."""
+
+    def mask(self, images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        return adaptive_max_pool2d(images.amax(1, keepdim=True), size) > 1
+
+
+def test_the_face_is_looked_for_where_the_protocol_says(method, pictures):
+    """On which pictures a mask is found, of which only the floats show one: it decides what comes back, and nothing else does."""
+    keys, blind = [experiment_key()] * 3, without_authentication(replace(method, parser=Beyond()))
+    published = blind.anonymize(pictures, keys, IDS)
+    floats = to_floats(published.images)
+    floats[:, :, :32] += 2
+    sent = replace(published, floats=floats)
+    damaged = torch.stack([jpeg(picture, 75) for picture in sent.images])
+    face, no_face = Beyond().mask(floats, (16, 16)), torch.zeros(3, 1, 16, 16, dtype=torch.bool)
+    contexts = [Header.unpack(header).context for header in sent.headers]
+
+    def expected(images, mask, using=keys):
+        return blind.flip(images, mask, using, contexts)
+
+    near = [key.with_bit_flipped() for key in keys]
+    for attack, result in (
+        (FloatChannel(), expected(floats, no_face)),
+        (FloatChannel("floats"), expected(floats, face)),
+        (NearKey(channel="floats"), expected(floats, no_face, near)),
+        (NearKey(channel="floats", mask="floats"), expected(floats, face, near)),
+        (Jpeg(75), expected(to_floats(damaged), no_face)),
+        (Jpeg(75, "floats"), expected(to_floats(damaged), face)),
+    ):
+        torch.testing.assert_close(attack(sent, keys, blind), result)
+    on_file, on_floats, with_theirs = (
+        WrongKey(channel=channel, mask=mask)(sent, keys, blind)
+        for channel, mask in (("file", "floats"), ("floats", "file"), ("floats", "floats"))
+    )
+    torch.testing.assert_close(on_file, WrongKey()(sent, keys, blind))  # its face is the file's in any case
+    assert not torch.allclose(on_floats, on_file)
+    assert not torch.allclose(with_theirs, on_floats)
+
+
+@pytest.mark.parametrize(
+    ("attack", "reads"),
+    [
+        (WrongKey(), False),
+        (WrongKey(channel="floats"), True),
+        (NearKey(mask="floats"), False),
+        (NearKey(channel="floats"), True),
+        (Jpeg(50), False),
+        (Jpeg(50, "floats"), True),
+        (FloatChannel(), True),
+    ],
+)
+def test_who_reads_floats_says_so_and_misses_them(method, published, attack, reads):
+    assert attack.reads_floats == reads
+    as_file = replace(published, floats=None)
+    if reads:
+        with pytest.raises(ValueError, match=r"publishes no floats: .* protocol\.channel=file"):
+            attack(as_file, [experiment_key()] * 3, method)
+    else:
+        assert attack(as_file, [experiment_key()] * 3, method).shape == published.images.shape
+
+
+def test_a_channel_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="channel"):
+        WrongKey(channel="tape")
+    with pytest.raises(ValueError, match="mask"):
+        Jpeg(50, "published")
 
 
 def test_without_a_key_the_picture_is_inverted_and_denoised_as_it_is(method, published):

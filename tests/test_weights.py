@@ -232,6 +232,7 @@ def test_an_npm_file_comes_out_of_the_tarball(tmp_path, monkeypatch):
 def hub_download(repo, file, revision, local_dir):
     (Path(local_dir) / file).parent.mkdir(parents=True, exist_ok=True)
     (Path(local_dir) / file).write_bytes(DATA if file.endswith("tiny.bin") else b"{}")
+    return str(Path(local_dir) / file)
 
 
 def test_hub_files_are_fetched_at_their_revision(tmp_path, monkeypatch):
@@ -243,6 +244,18 @@ def test_hub_files_are_fetched_at_their_revision(tmp_path, monkeypatch):
     assert "someone/tiny@aaaaaaaaaaaa" in folder.source
     single = card(Hub("someone/tiny", "a" * 40, ("tiny.bin",)), name="single")
     assert resolve(single) == tmp_path / "cache" / "single" / "tiny.bin"
+
+
+def test_a_hub_file_is_found_in_whatever_folder_it_lies(tmp_path, monkeypatch):
+    listed = ["tiny.bin.md", "unet/not_tiny.bin", "masks/tiny.bin"]
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub_download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo, revision: listed)
+    somewhere = card(Hub("someone/tiny", "a" * 40, ("*tiny.bin",)))
+    assert locate(somewhere) is None
+    assert resolve(somewhere) == tmp_path / "cache" / "tiny" / "tiny.bin"
+    listed.append("landmarks/tiny.bin")
+    with pytest.raises(MissingWeights, match=r"2 files of someone/tiny are called tiny\.bin, not one"):
+        resolve(card(Hub("someone/tiny", "a" * 40, ("*tiny.bin",)), name="other"))
 
 
 def test_the_hub_s_own_cache_counts_even_offline(tmp_path, monkeypatch):

@@ -140,8 +140,8 @@ def side_by_side(cells: pd.DataFrame, kinds: Mapping[str, str], costs: pd.DataFr
     columns = {name: place for name, place in columns.items() if any(cell[2:] == place for cell in measured)}
     body: list[list[str]] = []
     heading = ""
-    methods = cells[["anonymizer", "protocol"]].drop_duplicates().itertuples(index=False)
-    for method, protocol in sorted(methods, key=lambda row: (KINDS.index(kinds.get(row.anonymizer, KINDS[0])), *row)):
+    methods = set(zip(cells.anonymizer, cells.protocol, strict=True))
+    for method, protocol in sorted(methods, key=lambda row: (KINDS.index(kinds.get(row[0], KINDS[0])), *row)):
         if kinds.get(method, "") != heading:
             heading = kinds[method]
             body.append([f"*{heading}*", *[""] * (len(columns) + 4)])

@@ -34,7 +34,7 @@ def kinds() -> dict[str, Any]:
 
     return {
         "anonymizer": Anonymizer, "attacks": dict[str, Attack | dict[str, Attack]], "backbone": LatentDiffusion, "dataset": Dataset,
-        "finder": Finder, "key": MasterKey, "methods": dict[str, Anonymizer], "parser": FaceParser,
+        "finder": Finder, "key": MasterKey, "methods": dict[str, Anonymizer | None], "parser": FaceParser,
         "recognizers": dict[str, Recognizer], "scorers": dict[str, Scorer | SetScorer], "second_detector": DlibCnnDetector,
         "security": dict[str, Any], "separability": Separability | None, "solver": Solver,
     }  # fmt: skip

@@ -1,7 +1,7 @@
 """Which protocol a run measures by: the choices of conf/protocol, by name."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,6 +19,7 @@ class Choices:
     resize: Literal["lanczos", "bilinear"]
     pairs: Literal["distinct", "repeated"]
     calibration: Literal["anonymized", "all"]
+    threshold: Literal["order", "quantile"]
     enrolment: Literal["fixed", "lowered"]
     alignment: Literal["least_squares", "ransac"]
     ssim: Literal["inside", "whole"]
@@ -26,11 +27,13 @@ class Choices:
     lost_face: Literal["undefined", "corner"]
     channel: Literal["file", "floats"]
     float_mask: Literal["file", "floats"]
-    jpeg_mask: Literal["compressed", "published"]
+    jpeg_mask: Literal["compressed", "floats"]
+    looks_at: Literal["faces", "picture"]
 
 
 def protocol_label(protocol: DictConfig, chosen: str) -> str:
     """The name of the `chosen` file of conf/protocol, and what was set otherwise: `ours`, or `ours,ssim=whole`."""
     path = CHECKOUT / "conf" / "protocol" / f"{chosen}.yaml"
-    named = OmegaConf.load(path) if path.is_file() else protocol
-    return ",".join([chosen, *(f"{name}={value}" for name, value in protocol.items() if named.get(name) != value)])
+    named: Any = OmegaConf.load(path) if path.is_file() else protocol
+    set_otherwise = [f"{name}={value}" for name, value in protocol.items() if named.get(str(name)) != value]
+    return ",".join([chosen, *set_otherwise])

@@ -46,9 +46,11 @@ from keyanon.types import (
     FaceParser,
     ListsFolder,
     Model,
+    Noted,
     Picture,
     ReadsFiles,
     Recognizer,
+    Repeats,
     Scorer,
     SetScorer,
 )
@@ -164,7 +166,10 @@ class Session:
         return skipped
 
     def enrol(self, ids: Sequence[str], gallery: Sequence[str] = ()) -> dict[str, RunFiles]:
-        """Embed prepared pictures and the gallery: where that is kept, by recognizer, shared by all runs."""
+        """Embed prepared pictures and the gallery: where that is kept, by recognizer, shared by all runs.
+
+        With them goes every other clean picture that is compared.
+        """
         lost = self.identify([id for id in gallery if id not in self.contents])
         gallery = [id for id in gallery if id not in lost]
 
@@ -179,7 +184,7 @@ class Session:
             runner.enrol(files, self.originals.load, ids, name, recognizer, size, device, self.finder)
             lost |= runner.enrol(files, load, gallery, name, recognizer, size, device, self.finder)
         for id, reason in list(lost.items())[:SHOWN_SKIPPED]:
-            log.warning("not in the gallery: %s: %s", id, reason, extra={"skipped": 1})
+            log.warning("not compared: %s: %s", id, reason, extra={"skipped": 1})
         return enrolled
 
     def look_at_originals(self, ids: Sequence[str]) -> dict[str, RunFiles]:
@@ -208,6 +213,11 @@ class Session:
         views = dict.fromkeys((ORIGINAL, MASK), self.originals)
         size, device = self.cfg.batch_size, self.cfg.device
         runner.score(self.originals, views, [ORIGINAL], ids, alone, {}, {}, size, device)
+
+    def listed(self, ids: Iterable[str]) -> list[str]:
+        """Pictures of the run, each as often as the dataset counts it."""
+        asked = set(ids)
+        return [id for id in probes_of(self.dataset)[: self.cfg.limit] if id in asked]
 
     def people(self, ids: Iterable[str]) -> list[str]:
         """Who is on each picture; a picture of nobody in particular stands for itself."""
@@ -329,10 +339,15 @@ def begin(
             known_key,
         )
     tell_passed_over(dataset)
-    ids = list(dataset.ids[: cfg.limit])
+    ids = list(dict.fromkeys(probes_of(dataset)[: cfg.limit]))
     of_sets = {name: scorer for name, scorer in all_scorers.items() if isinstance(scorer, SetScorer)}
     scorers = {name: scorer for name, scorer in all_scorers.items() if not isinstance(scorer, SetScorer)}
     return Session(cfg, choices, command, dataset, parser, recognizers, scorers, of_sets, tracker, ids)
+
+
+def probes_of(dataset: Dataset) -> Sequence[str]:
+    """A dataset's pictures, each as often as it counts."""
+    return dataset.probes if isinstance(dataset, Repeats) else dataset.ids
 
 
 def tell_passed_over(dataset: Dataset | None) -> None:
@@ -452,13 +467,14 @@ def publish(
     for line in [*pictures_replaced(cell, of_pictures), *moved_aside(session, cell, there, skipped)]:
         log.warning(line)
     statistics = write_parquets(folder, result.statistics, result.scores, result.pairs)
+    dataset_notes = session.dataset.notes if there and isinstance(session.dataset, Noted) else []
     lacking = [f"{shard} ({status['state']})" for shard, status in statuses.items() if shard not in done]
     record = {
         "experiment": cfg.name,
         "dataset": session.choices["dataset"],
         "protocol": session.protocol,
         "anonymizer": cell.row,
-        "title_notes": list(dict.fromkeys([*cell.notes, *pictures_notes(cfg, len(there), lacking)])),
+        "title_notes": list(dict.fromkeys([*cell.notes, *dataset_notes, *pictures_notes(cfg, len(there), lacking)])),
         "question": cell.question,
         **({"about": asdict(cell.about)} if cell.about is not None else {}),
         "seconds": sum(statuses[shard]["seconds"] for shard in done),

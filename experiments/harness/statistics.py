@@ -1,10 +1,11 @@
 """From one number per picture to the numbers of a table: means and rates with 95 % intervals over identities."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -17,9 +18,10 @@ from keyanon.attacks.case import Pairs
 from keyanon.channel.whole import write_whole
 from keyanon.errors import BadData
 from keyanon.measures import biometrics
-from keyanon.measures.biometrics import WHOLE_SET, Floats, Statistic
+from keyanon.measures.biometrics import WHOLE_SET, Floats, Rule, Statistic
 from keyanon.measures.separability import Separability
 from keyanon.run_folder import ANONYMIZED, ORIGINAL, RunFiles
+from keyanon.settings import Share, checked
 from keyanon.types import SetScorer
 
 People = Callable[[Iterable[str]], Sequence[str]]  # who is on each picture
@@ -27,6 +29,23 @@ People = Callable[[Iterable[str]], Sequence[str]]  # who is on each picture
 NAMES = {"id", "experiment", "dataset", "protocol", "anonymizer", "view", "scorer", "statistic"}
 NUMBERS = {"n", "undefined", "value", "low", "high", "pictures", "seconds", "evaluations"}
 COLUMNS = ["view", "scorer", "statistic", "n", "undefined", "value", "low", "high"]
+
+
+@checked
+@dataclass(frozen=True)
+class Threshold:
+    """How the threshold of verification is set.
+
+    Args:
+        far: the false accept rate, a share.
+        calibration: whose clean impostor scores set it: `anonymized`, those of the view's own pictures; `all`, those of every probe
+            of the dataset, also where fewer are anonymized.
+        rule: how they set the threshold (keyanon.measures.biometrics.threshold_at_far).
+    """
+
+    far: Share
+    calibration: Literal["anonymized", "all"]
+    rule: Rule
 
 
 PAIRS = ["view", "scorer", "comparison", "first", "person", "second", "score"]
@@ -95,6 +114,12 @@ def read_frame(path: Path, columns: Sequence[str], **reading: Any) -> pd.DataFra
     return frame[list(columns)]
 
 
+def as_listed(scores: pd.DataFrame, listed: Iterable[str]) -> pd.DataFrame:
+    """The rows of pictures' numbers (id, view, scorer, value), each as often as its picture is `listed`."""
+    counts = Counter(listed)
+    return scores.loc[scores.index.repeat(scores["id"].map(counts))]
+
+
 def averages(scores: pd.DataFrame, people: People) -> Iterator[tuple[str, str, Statistic]]:
     """Mean, spread, median and 10th percentile of each view and scorer; `people` says who is on pictures."""
     for (view, scorer), rows in scores.groupby(["view", "scorer"], sort=True):
@@ -122,29 +147,39 @@ def verification(
     files: RunFiles,
     enrolled: Mapping[str, RunFiles],
     gallery: Sequence[str],
-    ids: Sequence[str],
+    probes: Sequence[str],
+    every: Sequence[str],
     people: People,
-    far: float,
+    threshold: Threshold,
 ) -> Iterator[tuple[str, str, Statistic]]:
     """Rates of each view against the clean gallery, at the threshold that clean pictures give; nothing without a gallery.
 
+    A picture counts as often as it is among `gallery` and `probes`. `every` probe of the dataset is what calibration `all` takes.
     Memory holds one recognizer's embeddings at a time.
     """
     for recognizer, place in sorted(enrolled.items()):
         known = place.embeddings()
-        portraits, clean = rows_of(gallery, known), rows_of(ids, known)
+        portraits, clean = rows_as_listed(gallery, known), rows_as_listed(probes, known)
         if not (portraits.num_rows and clean.num_rows):
             continue
         gallery_vectors, gallery_people = vectors(portraits), people(portraits["id"].to_pylist())
-        clean_vectors = vectors(clean)
-        probes = rows_of(ids, files.embeddings(recognizer))
+        made = rows_of(probes, files.embeddings(recognizer))
         views = {ORIGINAL: clean} | {
-            view: probes.filter(pc.equal(probes["view"], view)) for view in pc.unique(probes["view"]).to_pylist()
+            view: rows_as_listed(probes, made.filter(pc.equal(made["view"], view)))
+            for view in pc.unique(made["view"]).to_pylist()
         }
         for view, seen in sorted(views.items()):
-            calibration = clean_vectors[pc.index_in(seen["id"], value_set=clean["id"]).to_numpy()]
+            ids = seen["id"].to_pylist()
+            calibration = rows_as_listed(every if threshold.calibration == "all" else ids, known)
             for statistic in biometrics.verification_statistics(
-                vectors(seen), gallery_vectors, people(seen["id"].to_pylist()), gallery_people, calibration, far
+                vectors(seen),
+                gallery_vectors,
+                people(ids),
+                gallery_people,
+                vectors(calibration),
+                threshold.far,
+                calibration_ids=people(calibration["id"].to_pylist()),
+                rule=threshold.rule,
             ):
                 yield view, recognizer, statistic
 
@@ -157,9 +192,10 @@ def between_sets(
 ) -> Iterator[tuple[str, str, Statistic]]:
     """Each view's features against the originals', in the order of `ids`. Memory holds one view's and the originals' at a time."""
     for name, scorer in scorers.items():
-        clean = in_order(ids, originals[name].embeddings())
+        clean = vectors(rows_as_listed(ids, originals[name].embeddings()))
         for view in pc.unique(views[name].embeddings()["view"]).to_pylist():
-            value, used = scorer.compare(in_order(ids, views[name].embeddings(view=view)), clean)
+            rows = vectors(rows_as_listed(ids, views[name].embeddings(view=view)))
+            value, used = scorer.compare(rows, clean)
             yield view, name, Statistic(WHOLE_SET, used, len(ids) - used, value, math.nan, math.nan)
 
 
@@ -170,19 +206,20 @@ def told_apart(
     for recognizer, place in sorted(enrolled.items()):
         kept = files.embeddings(recognizer)
         seen = {view: kept.filter(pc.equal(kept["view"], view)) for view in pc.unique(kept["view"]).to_pylist()}
-        views = {view: in_order(ids, rows) for view, rows in seen.items()}
+        views = {view: vectors(rows_as_listed(ids, rows)) for view, rows in seen.items()}
         anonymized = views.pop(ANONYMIZED)
-        for view, statistic in separability.statistics(in_order(ids, place.embeddings()), anonymized, views):
+        clean = vectors(rows_as_listed(ids, place.embeddings()))
+        for view, statistic in separability.statistics(clean, anonymized, views):
             yield view or ANONYMIZED, recognizer, statistic
-
-
-def in_order(ids: Sequence[str], rows: pa.Table) -> Floats:
-    """Embeddings (n d) of one view, one for each of `ids`."""
-    return vectors(rows.take(pc.index_in(pa.array(ids, pa.string()), value_set=rows["id"].combine_chunks())))
 
 
 def rows_of(ids: Sequence[str], rows: pa.Table) -> pa.Table:
     return rows.filter(pc.is_in(rows["id"], value_set=pa.array(ids, pa.string())))
+
+
+def rows_as_listed(ids: Sequence[str], rows: pa.Table) -> pa.Table:
+    """The rows of pictures that have one each: one for each time that a picture is listed, in that order."""
+    return rows.take(pc.index_in(pa.array(ids, pa.string()), value_set=rows["id"]).drop_null())
 
 
 def vectors(rows: pa.Table) -> Floats:

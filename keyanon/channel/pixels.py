@@ -10,7 +10,7 @@ import struct
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -28,6 +28,7 @@ from keyanon.channel.whole import write_whole
 from keyanon.finite import finite
 from keyanon.types import BadPicture, Picture, PictureBytes, Source
 
+Kernel = Literal["lanczos", "bilinear"]  # of a resize
 # Of what Pillow knows, these alone are opened: others start programs (EPS), or nobody here has tried them on hostile files.
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")  # MPO among JPEG
 READS, BYTES_A_READ = 2**17, 2**10  # a reader may ask so many times, and once more for so many bytes of the file
@@ -72,12 +73,15 @@ def to_floats(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return images.float() / 127.5 - 1
 
 
-def resize(picture: PIL.Image.Image, size: int) -> PIL.Image.Image:
-    """A square picture of `size` pixels a side: centre crop to a square, then Lanczos."""
+def resize(picture: PIL.Image.Image, size: int, kernel: Kernel = "lanczos") -> PIL.Image.Image:
+    """A square picture of `size` pixels a side: centre crop to a square, then Pillow's resize, which smooths before it shrinks.
+
+    `bilinear` is torchvision's Resize of a Pillow picture, byte for byte, where the picture is square.
+    """
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     box = (left, top, left + side, top + side)
-    return picture.resize((size, size), PIL.Image.Resampling.LANCZOS, box=box)
+    return picture.resize((size, size), PIL.Image.Resampling[kernel.upper()], box=box)
 
 
 def open_rgb(path: Path, data: bytes | None = None) -> PIL.Image.Image:

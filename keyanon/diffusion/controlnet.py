@@ -10,9 +10,9 @@ convolution on every skip: here f_0 and the downsamplers' reach the decoder bare
 before training.
 
 Written anew from a description and a reading of https://github.com/PLabarbarie/diffusion-signflip-anon (commit 824c55b). The
-weights are `controlnet/model.safetensors` in the backbone's folder, beside `unet/`, whose config tells the network's shape. The
-names in that file are ours; `convert` makes it from a checkpoint of the authors. None of theirs was at hand: how it is laid out was
-read off their code, and no conversion of a real one was tried.
+weights are a checkpoint of the authors, as torch.save writes a state dict: the frozen network, its whole copy, and what is added.
+The config of the backbone's `unet` tells the network's shape. None of their checkpoints was at hand: the names in it were read off
+their code, and no real one was tried.
 """
 
 import functools
@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from keyanon.batching import in_chunks
@@ -31,9 +30,8 @@ from keyanon.diffusion.model import BadModel, LatentDiffusion, arithmetic, confi
 from keyanon.errors import BadSetting
 from keyanon.settings import checked
 from keyanon.types import Denoiser, Latent, Mask
-from keyanon.weights import MissingWeights, WrongWeights
+from keyanon.weights import Card, WrongWeights, named, resolve
 
-FILE = Path("controlnet", "model.safetensors")
 HINT_WIDTH = 16  # channels of the hint's first layer, doubled at each halving of its size
 
 
@@ -45,21 +43,26 @@ class MaskControl:
     Args:
         inversion: the network sees the hint on the way up as well as on the way down; else, the authors' `ddim_inversion=True`,
             on the way down alone, and inversion is that of the frozen network.
+        weights: a path to the card's file.
     """
 
     inversion: bool = True
+    card: str | Card = "controlnet_masks"
+    weights: str | None = None
+
+    def cards(self) -> tuple[Card, ...]:
+        return (named(self.card),)
 
     def denoisers(self, backbone: LatentDiffusion, mask: Mask) -> tuple[Denoiser, Denoiser]:
-        """eps for inverting and for sampling pictures whose face is `mask` (b 1 h w), at pixel size; raises MissingWeights.
+        """eps for inverting and for sampling pictures whose face is `mask` (b 1 h w), at pixel size.
 
-        A call counts as one evaluation of the backbone, though it costs about half of one more.
+        A call counts as one evaluation of the backbone, though it costs about half of one more. Raises MissingWeights,
+        WrongWeights.
         """
         control = self.network(backbone)
         hint = in_chunks(control.features, mask.to(backbone.device).float().expand(-1, 3, -1, -1), chunk=backbone.chunk)
         if (size := tuple(hint.shape[-2:])) != backbone.latent_size(mask):
-            raise BadModel(
-                f"{backbone.folder / FILE}: brings masks to {size}, latents are {backbone.latent_size(mask)}"
-            )
+            raise BadModel(f"{named(self.card).name}: brings masks to {size}, latents are {backbone.latent_size(mask)}")
 
         def eps(z: Latent, t: int) -> Latent:
             if len(z) != len(hint):
@@ -80,20 +83,11 @@ class MaskControl:
         return (eps if self.inversion else backbone.eps), eps
 
     def network(self, backbone: LatentDiffusion) -> "ControlNetwork":
-        if message := self.lacking(backbone):
-            raise MissingWeights(message)
-        return _load(backbone.folder, backbone.device, backbone.unet.dtype)
+        return _load(self._path, backbone.folder, backbone.device, backbone.unet.dtype)
 
-    def lacking(self, backbone: LatentDiffusion) -> str | None:
-        """What a preflight says where the backbone is here and its control network is not."""
-        if backbone.missing() is not None or (backbone.folder / FILE).is_file():
-            return None
-        return (
-            f"control network: no file {backbone.folder / FILE}. Make it from the authors' checkpoint for segmentation masks "
-            "(controlnet_epoch_15.pth, of PolLabarbarie/diffusion-signflip-anon-face on the hub) in a copy of the backbone's "
-            "folder: python -c \"from keyanon.diffusion.controlnet import convert; convert('CHECKPOINT', 'FOLDER')\", then set "
-            "backbone.source=FOLDER backbone.subfolder=''"
-        )
+    @functools.cached_property
+    def _path(self) -> Path:
+        return resolve(named(self.card), self.weights)
 
 
 def controlled(unet: UNet2DModel, control: "ControlNetwork", z: Latent, hint: Tensor, t: int) -> Latent:
@@ -192,37 +186,27 @@ AUTHORS = {
 }  # the rest of their checkpoint is the frozen network, and parts of the copy that are never used
 
 
-def convert(checkpoint: str | Path, folder: str | Path) -> Path:
-    """A checkpoint of the authors as a file beside `folder`'s unet; raises WrongWeights. Theirs halve twice, from 256 to 64."""
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+def network_of(state: Mapping[str, Tensor], folder: Path, name: str) -> ControlNetwork:
+    """The control network of the model in `folder`, of a checkpoint of the authors; WrongWeights where it is another's."""
     renamed = {
-        ours + name.removeprefix(theirs): value.contiguous()
+        ours + key.removeprefix(theirs): value
         for theirs, ours in AUTHORS.items()
-        for name, value in state.items()
-        if name.startswith(theirs)
+        for key, value in state.items()
+        if key.startswith(theirs)
     }
-    path = Path(folder, FILE)
-    network_of(Path(folder), renamed, str(checkpoint))
-    path.parent.mkdir(exist_ok=True)
-    save_file(renamed, path)
-    return path
-
-
-def network_of(folder: Path, state: Mapping[str, Tensor], name: str) -> ControlNetwork:
-    """The control network of the model in `folder` with these weights; WrongWeights where they are another's."""
-    halvings = len({key.split(".")[1] for key in state if key.startswith("hint.")}) - 2
+    halvings = len({key.split(".")[1] for key in renamed if key.startswith("hint.")}) - 2
     with readable(folder / "unet"):
         network = ControlNetwork(config(folder / "unet" / "config.json"), max(halvings, 0))
     try:
-        network.load_state_dict(dict(state))
+        network.load_state_dict(renamed)
     except RuntimeError as error:
         raise WrongWeights(f"{name}: not the weights of a control network for {folder / 'unet'}: {error}") from None
     return network
 
 
 @functools.cache
-def _load(folder: Path, device: str, dtype: torch.dtype) -> ControlNetwork:
-    with readable(folder / FILE):
-        state = load_file(folder / FILE)
-    network = network_of(folder, state, str(folder / FILE))
-    return network.to(device, dtype).eval().requires_grad_(False)
+def _load(checkpoint: Path, folder: Path, device: str, dtype: torch.dtype) -> ControlNetwork:
+    with readable(checkpoint):
+        # Most of it is the frozen network and never read.
+        state = dict(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True))
+    return network_of(state, folder, str(checkpoint)).to(device, dtype).eval().requires_grad_(False)

@@ -8,7 +8,7 @@ there, and BadPicture for a single one that is missing or broken.
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -18,13 +18,29 @@ import numpy as np
 import PIL.Image
 import torch
 
-from keyanon.channel.pixels import from_pil, open_rgb, resize
+from keyanon.channel.pixels import Kernel, from_pil, open_rgb, resize
 from keyanon.errors import BadData, BadPicture, BadSetting, MissingData
 from keyanon.faces.alignment import align
 from keyanon.faces.detection import MtcnnDetector
-from keyanon.faces.layouts import CELEBAHQ, FFHQ_LAYOUTS, LFW_LAYOUT, SUFFIXES, Member, members, passed_over, person
+from keyanon.faces.layouts import (
+    CELEBAHQ,
+    DEV_MATCHES,
+    DEV_PAIRS,
+    FFHQ_LAYOUTS,
+    LFW_LAYOUT,
+    SUFFIXES,
+    VIEW2_PAIRS,
+    Edition,
+    Layout,
+    Member,
+    lfw_layout,
+    lfw_pair_files,
+    members,
+    passed_over,
+    person,
+)
 from keyanon.settings import Crop, Name, Names, Size, checked
-from keyanon.types import Benchmark, Dataset, ListsFolder, Picture, Source, Synthetic
+from keyanon.types import Benchmark, Dataset, ListsFolder, Noted, Picture, Repeats, Source, Synthetic
 from keyanon.weights import Package
 
 LISTS = Path(__file__).with_name("lists")
@@ -46,6 +62,7 @@ class CelebAHQ:
     size: Size = 256
     list: Name = "celebahq"
     crop: Crop | None = None
+    resize: Kernel = "lanczos"
 
     @cached_property
     def ids(self) -> Sequence[str]:
@@ -67,7 +84,7 @@ class CelebAHQ:
 
     def load(self, id: str) -> Picture:
         source = self.source(id)
-        return prepare(opened(source), source.path, self.size, self.crop)
+        return prepare(opened(source), source.path, self.size, self.crop, self.resize)
 
 
 @checked
@@ -83,6 +100,7 @@ class FFHQ:
     version: Literal["images1024x1024", "thumbnails128x128"] = "images1024x1024"
     list: Name = "ffhq"
     crop: Crop | None = None
+    resize: Kernel = "lanczos"
 
     @cached_property
     def ids(self) -> Sequence[str]:
@@ -104,7 +122,7 @@ class FFHQ:
 
     def load(self, id: str) -> Picture:
         source = self.source(id)
-        return prepare(opened(source), source.path, self.size, self.crop)
+        return prepare(opened(source), source.path, self.size, self.crop, self.resize)
 
 
 @checked
@@ -113,23 +131,28 @@ class LFW:
     """Labeled Faces in the Wild, 250 px, Person/Person_0001.jpg, in the pairs of its official files.
 
     Huang et al., 2007, https://vis-www.cs.umass.edu/lfw. The first picture of each pair is in the gallery, the second
-    is anonymized; each is listed once, where it first comes up. A picture may be both.
+    is anonymized. A picture may be both. Where the pictures may lie: `keyanon.faces.layouts.LFW_FOLDERS`.
 
     Args:
         root: the folder that holds the pictures and the files of pairs.
         size: of the pictures, pixels.
-        pairs: files of pairs in `root`, in LFW's own format or as CSV (name,i,j for a match, name,i,name,j for a
-            mismatch). The two by default hold 1,100 + 500 matches, the authors' 1,600 (their matchpairs.csv will do as
-            well). `pairs.txt` is the protocol View 2: 10 folds of 300 matches and then 300 mismatches.
+        pairs: `dev`, the 1,100 + 500 matches of DevTrain and DevTest, which are the authors' 1,600; `view2`, 10 folds of 300
+            matches and then 300 mismatches; or names of files in `root`. Files are in LFW's own format or CSV (name,i,j for a
+            match, name,i,name,j for a mismatch).
         mismatches: take the pairs of two persons too.
+        counted: `distinct`: each picture is listed once, where it first comes up (of `dev` 1,484 in the gallery, 1,477 anonymized);
+            `repeated`: it is in the gallery, and among the probes, as often as the pairs list it (1,600 and 1,600).
+        edition: of the pictures. None takes the one that is there, and refuses several.
         transform: `authors`: Resize 256, CenterCrop 200, Resize, bilinear; `lanczos`: `crop`, then one Lanczos resize.
         crop: only with `lanczos`.
     """
 
     root: str | None
     size: Size = 256
-    pairs: Names = ("pairsDevTrain.txt", "pairsDevTest.txt")
+    pairs: Literal["dev", "view2"] | Names = "dev"
     mismatches: bool = False
+    counted: Literal["distinct", "repeated"] = "distinct"
+    edition: Edition | None = None
     transform: Literal["authors", "lanczos"] = "authors"
     crop: Crop | None = None
 
@@ -139,21 +162,50 @@ class LFW:
 
     @cached_property
     def comparisons(self) -> Sequence[tuple[str, str]]:
-        """The listed pairs (gallery id, probe id), in the files' order."""
-        listed = [pair for name in self.pairs for pair in read_pairs(LFW_LAYOUT.file(self.root, name))]
+        """The listed pairs (gallery id, probe id), in the files' order, with repetitions."""
+        sets = {"dev": DEV_PAIRS if self.mismatches else DEV_MATCHES, "view2": VIEW2_PAIRS}
+        given = [self.pairs] if not isinstance(self.pairs, str) else lfw_pair_files(self.root, sets[self.pairs])
+        (names, pairs), *others = [(each, self._read(each)) for each in given]
+        for more, found in others:
+            if found != pairs:
+                one, two = " and ".join(names), " and ".join(more)
+                raise BadData(
+                    f"{self.root}: {one} and {two} should hold the same pairs, and do not. Set dataset.pairs=[FILE, ...]"
+                )
+        return pairs
+
+    def _read(self, names: Sequence[str]) -> Sequence[tuple[str, str]]:
+        listed = [pair for name in names for pair in read_pairs(LFW_LAYOUT.file(self.root, name))]
         wanted = [(a, b) for a, b in listed if self.mismatches or person(a) == person(b)]
         if not wanted:
-            raise BadData(f"{self.root}: no pairs in {', '.join(self.pairs)}")
-        LFW_LAYOUT.present(self.root, [id for pair in wanted for id in pair])
+            raise BadData(f"{self.root}: no pairs in {', '.join(names)}")
         return wanted
 
     @cached_property
+    def _place(self) -> tuple[Layout, Edition | None]:
+        return lfw_layout(self.root, [id for pair in self.comparisons for id in pair], self.edition)
+
+    @cached_property
     def ids(self) -> Sequence[str]:
-        return tuple(dict.fromkeys(second for _, second in self.comparisons))
+        _ = self._place  # no use in ids without pictures
+        return distinct(second for _, second in self.comparisons)
+
+    @cached_property
+    def probes(self) -> Sequence[str]:
+        return self.ids if self.counted == "distinct" else tuple(second for _, second in self.comparisons)
 
     @cached_property
     def gallery(self) -> Sequence[str]:
-        return tuple(dict.fromkeys(first for first, _ in self.comparisons))
+        firsts = tuple(first for first, _ in self.comparisons)
+        return distinct(firsts) if self.counted == "distinct" else firsts
+
+    @property
+    def notes(self) -> Sequence[str]:
+        edition = self._place[1]
+        note = f"LFW, {edition}" if edition else "LFW, edition not told by its folder (dataset.edition)"
+        return (
+            [note] if self.counted == "distinct" else [note, f"{len(self.probes):,} pairs as often as they are listed"]
+        )
 
     @property
     def is_benchmark(self) -> bool:
@@ -163,7 +215,7 @@ class LFW:
         return person(id)
 
     def source(self, id: str) -> Source:
-        return Source(LFW_LAYOUT.find(self.root, id))
+        return Source(self._place[0].find(self.root, id))
 
     def load(self, id: str) -> Picture:
         source = self.source(id)
@@ -296,6 +348,10 @@ class Overexposed:
         return self.dataset.ids
 
     @property
+    def probes(self) -> Sequence[str]:
+        return self.dataset.probes if isinstance(self.dataset, Repeats) else self.ids
+
+    @property
     def gallery(self) -> Sequence[str]:
         return self.dataset.gallery
 
@@ -308,6 +364,10 @@ class Overexposed:
     def load(self, id: str) -> Picture:
         picture = self.dataset.load(id)
         return picture if id in self._gallery else overexposed(picture, self.white)
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return self.dataset.notes if isinstance(self.dataset, Noted) else []
 
     @property
     def passed_over(self) -> Mapping[str, int]:
@@ -400,6 +460,11 @@ class InstalledPhotographs:
         return MtcnnDetector()
 
 
+def distinct(ids: Iterable[str]) -> Sequence[str]:
+    """Each once, where it first comes up."""
+    return tuple(dict.fromkeys(ids))
+
+
 def is_committed(name: str | None) -> bool:
     """Whether a list is one of those in LISTS: of a benchmark's pictures, not of somebody's own."""
     return name is not None and (LISTS / f"{name}.txt").is_file()
@@ -465,13 +530,13 @@ def lfw_id(name: str, number: str) -> str:
     return f"{name}_{int(number):04}"
 
 
-def prepare(picture: PIL.Image.Image, path: Path, size: int, crop: Crop | None) -> Picture:
+def prepare(picture: PIL.Image.Image, path: Path, size: int, crop: Crop | None, kernel: Kernel = "lanczos") -> Picture:
     """Crop to fractions (to the nearest pixel), then a square of `size` pixels."""
     if crop is not None:
         picture = picture.crop(pixels(crop, *picture.size))
     if min(picture.size) < SMALLEST:
         raise BadPicture(f"{path}: {picture.width} x {picture.height} pixels, less than {SMALLEST}")
-    return from_pil(resize(picture, size))
+    return from_pil(resize(picture, size, kernel))
 
 
 def pixels(crop: Crop, width: int, height: int) -> tuple[int, int, int, int]:

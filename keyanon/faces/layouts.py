@@ -3,9 +3,10 @@
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Literal
 
 import PIL.Image
 
@@ -72,7 +73,9 @@ class Layout:
 
     @property
     def remedy(self) -> str:
-        return f"Set dataset.root=/path or {self.variable}. To be had: {self.source}"
+        return (
+            f"Set dataset.root=/path or {self.variable}, to the folder where it is unpacked. To be had: {self.source}"
+        )
 
 
 CELEBAHQ = Layout(
@@ -90,13 +93,83 @@ FFHQ_LAYOUTS = {
     )
     for version in ("images1024x1024", "thumbnails128x128")
 }
+Edition = Literal["plain", "funneled", "deep-funneled"]
+# Where LFW's folders of people lie below a root, and which edition that is, for their pixels differ. None: the place does not tell.
+LFW_FOLDERS: Mapping[str, Edition | None] = {
+    "": None,
+    "imgs": None,  # the authors' own
+    "lfw": "plain",  # lfw.tgz
+    "lfw_funneled": "funneled",  # lfw-funneled.tgz, and scikit-learn
+    "lfw-deepfunneled/lfw-deepfunneled": "deep-funneled",  # as Kaggle packs it
+    "lfw-deepfunneled": "deep-funneled",  # lfw-deepfunneled.tgz
+}
+LFW_PLACES = {folder: str(PurePosixPath(folder, "{person}", "{id}.jpg")) for folder in LFW_FOLDERS}
 LFW_LAYOUT = Layout(
     name="LFW",
-    places=("{person}/{id}.jpg", "lfw/{person}/{id}.jpg", "lfw_funneled/{person}/{id}.jpg"),
+    places=tuple(LFW_PLACES.values()),
     variable="KEYANON_LFW",
-    source="lfw.tgz, pairs.txt, pairsDevTrain.txt and pairsDevTest.txt from https://vis-www.cs.umass.edu/lfw, in one "
-    "folder; or the folder lfw_home that scikit-learn's fetch_lfw_pairs(funneled=False) leaves.",
+    source="deep-funneled, as the authors have it, from https://www.kaggle.com/datasets/jessicali9530/lfw-dataset; or lfw.tgz, "
+    "lfw-funneled.tgz or lfw-deepfunneled.tgz with pairsDevTrain.txt, pairsDevTest.txt and pairs.txt beside, from "
+    "https://vis-www.cs.umass.edu/lfw; or the folder lfw_home that scikit-learn's fetch_lfw_pairs leaves (research only).",
 )
+# Files of the same pairs: the matched ones of DevTrain and then of DevTest, all of both, or View 2's ten folds.
+DEV_MATCHES = (
+    ("pairsDevTrain.txt", "pairsDevTest.txt"),
+    ("matchpairsDevTrain.csv", "matchpairsDevTest.csv"),  # Kaggle's
+    ("matchpairs.csv",),  # the authors'
+)
+DEV_PAIRS = (
+    ("pairsDevTrain.txt", "pairsDevTest.txt"),
+    ("matchpairsDevTrain.csv", "mismatchpairsDevTrain.csv", "matchpairsDevTest.csv", "mismatchpairsDevTest.csv"),
+)
+VIEW2_PAIRS = (("pairs.txt",), ("pairs.csv",))
+
+
+def lfw_edition(root: str | None, folder: str) -> Edition | None:
+    """The edition in a folder of LFW_FOLDERS; None where its name does not tell, as a root that somebody called `lfw`."""
+    if folder:
+        return LFW_FOLDERS[folder]
+    name = LFW_LAYOUT.folder(root).absolute().name
+    return LFW_FOLDERS.get(name) if name != "lfw" else None
+
+
+def lfw_layout(root: str | None, ids: Iterable[str], edition: Edition | None) -> tuple[Layout, Edition | None]:
+    """LFW's layout narrowed to the one folder that holds pictures of `ids`, and its edition, None where nothing tells.
+
+    Raises:
+        MissingData: no folder, or none of this edition, holds any of them.
+        BadData: several do, and a picture of one name is not the same in them.
+    """
+    ids, place = tuple(ids), LFW_LAYOUT.folder(root)
+    told: dict[str, Edition | None] = {}
+    for folder, pattern in LFW_PLACES.items():
+        paths = (place / pattern.format(id=id, person=person(id)) for id in ids)
+        if (place / folder).is_dir() and any(path.is_file() for path in paths):
+            told[folder] = lfw_edition(root, folder)
+    if not told:
+        LFW_LAYOUT.present(root, ids)
+    # Of a folder whose place does not tell, whoever runs this may know more.
+    fitting = [folder for folder in told if edition in (None, told[folder])] or [
+        folder for folder in told if not told[folder]
+    ]
+    if not fitting:
+        there = ", ".join(f"{folder or '.'} ({known})" for folder, known in told.items())
+        raise MissingData(f"LFW: {place} holds no pictures of the edition {edition}, but {there}. {LFW_LAYOUT.remedy}")
+    if len(fitting) > 1:
+        there = ", ".join(f"{folder or '.'} ({told[folder] or 'edition not told'})" for folder in fitting)
+        several = len({told[folder] for folder in fitting}) > 1
+        remedy = "Set dataset.edition to the one that is meant" if several else "Move all but one elsewhere"
+        raise BadData(f"LFW: {place} holds pictures in several folders: {there}. {remedy}.")
+    return replace(LFW_LAYOUT, places=(LFW_PLACES[fitting[0]],)), told[fitting[0]] or edition
+
+
+def lfw_pair_files(root: str | None, sets: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """Which sets of files of pairs are there, whole; MissingData tells what was looked for."""
+    folder = LFW_LAYOUT.folder(root)
+    if whole := [names for names in sets if all((folder / name).is_file() for name in names)]:
+        return whole
+    looked = ", or for ".join(" and ".join(names) for names in sets)
+    raise MissingData(f"LFW: {folder} holds no pairs; looked for {looked}. {LFW_LAYOUT.remedy}")
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,11 @@
 
 Parsers look at pictures one by one, so that a mask does not depend on its batch, and on the device of the pictures. They look at
 equal pictures once: a mask is asked for at pixel size, at latent size, and again by every method.
+
+Networks see what they are given: whoever wants the mask of a file's 8 bits hands these. Detectors, and landmarks, are of 8 bits.
 """
 
+import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection
@@ -20,10 +23,9 @@ from skimage.draw import polygon2mask
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from keyanon.channel.pixels import to_bytes
 from keyanon.errors import BadData
 from keyanon.faces.detection import Points
-from keyanon.faces.finding import Finder, digest
+from keyanon.faces.finding import Finder
 from keyanon.faces.onnx import open_onnx
 from keyanon.finite import finite, within
 from keyanon.settings import Factor, Positive, checked, number
@@ -57,13 +59,15 @@ IMAGENET_DEVIATION = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 class BiSeNetParser:
     """The authors' parser: BiSeNet (ResNet-34) at 512 px in ONNX, the classes of `region`, brought to size by `reduce`.
 
-    It sees the whole picture, as the authors' does, unless the finder finds several faces: then the square around each that counts.
+    `looks_at`: "picture" shows it the whole picture, as the authors do; it was trained on one large face, and may pass over others.
+    "faces" does so only where the finder finds no more than one, and else shows it the square around each that counts.
 
     `weights` is a path to the card's file.
     """
 
     region: Region = "paper"
     reduce: Reduction = "bilinear>0"
+    looks_at: Literal["faces", "picture"] = "faces"
     card: str | Card = "bisenet"
     weights: str | None = None
     finder: Finder = field(default_factory=Finder)
@@ -75,6 +79,8 @@ class BiSeNetParser:
         return each_parsed(self, images, size)
 
     def _parse(self, image: Image) -> Mask:
+        if self.looks_at == "picture":
+            return self._labels(image)
         return parse_faces(self.finder, image, self._labels)
 
     def _labels(self, image: Image) -> Mask:
@@ -286,8 +292,13 @@ def class_indices(names: dict[int, str], wanted: Collection[str]) -> list[int]:
     return [int(index) for index, name in names.items() if name in wanted]
 
 
+def digest(image: Image) -> bytes:
+    """Of a picture's size and values, to the bit."""
+    values = finite(image, "pixels").float().cpu().numpy()
+    return hashlib.sha256(str(tuple(image.shape)).encode() + values.tobytes()).digest()
+
+
 def imagenet512(images: Image) -> Tensor:
-    """Published bytes at 512 px (bilinear), with ImageNet's mean and standard deviation."""
-    unit = to_bytes(images).float() / 255
-    large = interpolate(unit, (512, 512), mode="bilinear", align_corners=False, antialias=True)
+    """Pictures as they are, unclipped, at 512 px (bilinear), with ImageNet's mean and standard deviation."""
+    large = interpolate(images / 2 + 0.5, (512, 512), mode="bilinear", align_corners=False, antialias=True)
     return (large - IMAGENET_MEAN.to(large)) / IMAGENET_DEVIATION.to(large)

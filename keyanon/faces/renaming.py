@@ -20,7 +20,7 @@ from keyanon.context import Context
 from keyanon.errors import BadPicture
 from keyanon.settings import Name, Setting, checked
 from keyanon.sheets import csv_text
-from keyanon.types import Benchmark, Dataset, ListsFolder, Picture, Source, Synthetic
+from keyanon.types import Benchmark, Dataset, ListsFolder, Noted, Picture, Repeats, Source, Synthetic
 
 Kind = Annotated[
     Callable[..., Dataset], Setting("a class of datasets", lambda given: isinstance(given, partial | type))
@@ -47,6 +47,12 @@ class Renamed:
         return [self._ids[name] for name in self.dataset.ids]
 
     @cached_property
+    def probes(self) -> Sequence[str]:
+        return [
+            self._ids[name] for name in (self.dataset.probes if isinstance(self.dataset, Repeats) else self.dataset.ids)
+        ]
+
+    @cached_property
     def gallery(self) -> Sequence[str]:
         return [self._ids[name] for name in self.dataset.gallery]
 
@@ -71,6 +77,10 @@ class Renamed:
         except BadPicture as error:
             reason = without_file(str(error), self._names[id])
             raise BadPicture(f"{id}: {reason}; {self.table} says which file it is") from None
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return self.dataset.notes if isinstance(self.dataset, Noted) else []
 
     @property
     def passed_over(self) -> Mapping[str, int]:

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +21,7 @@ from keyanon.types import Summary
 Floats = NDArray[np.floating[Any]]
 Codes = NDArray[np.intp]
 Bools = NDArray[np.bool_]
+Rule = Literal["order", "quantile"]  # how impostor scores set a threshold
 RESAMPLES = 1000
 AVERAGES = {"mean": Summary(), "std": Summary("standard deviation", "none"), "median": Summary(), "p10": Summary()}
 WHOLE_SET = "set"  # the statistic of a measure that compares sets of pictures
@@ -48,12 +49,17 @@ def cosine(probe: ArrayLike, gallery: ArrayLike) -> Floats:
     return np.asarray(probe, np.float64) @ np.asarray(gallery, np.float64).T
 
 
-def threshold_at_far(impostor: ArrayLike, far: float) -> float:
-    """The lowest impostor score above which lies at most the share `far` of the impostor scores.
+def threshold_at_far(impostor: ArrayLike, far: float, rule: Rule = "order") -> float:
+    """The score above which impostors are accepted at the rate `far`.
 
-    The (k+1)-th highest of n scores, k = floor(far n): the false accept rate is never above `far`, and below it only
-    where far n is not whole or scores are tied. The authors' quantile(impostor, 1 - far) lies between this score and
-    the next higher one. NaN where far n < 1: so few comparisons cannot tell such a rate. NaN scores do not count.
+    `order`: the lowest impostor score above which lies at most the share `far` of them, the (k+1)-th highest of n scores, k =
+    floor(far n). The false accept rate is never above `far`, and below it only where far n is not whole or scores are tied.
+
+    `quantile`: the authors' quantile(impostor, 1 - far), on the line between two neighbouring scores; there a score at the
+    threshold is accepted. It lies at most one gap between scores below that of `order`: of n = 2,557,136 scores 0.135 of it. Where
+    far n is whole it lies the share `far` of a gap above. With few comparisons gaps are wide, and printed digits may move.
+
+    NaN where far n < 1: so few comparisons cannot tell such a rate. NaN scores do not count.
     """
     if not 0 < far < 1:
         raise BadSetting(f"a false accept rate lies between 0 and 1, not at {far}")
@@ -61,6 +67,8 @@ def threshold_at_far(impostor: ArrayLike, far: float) -> float:
     allowed = math.floor(far * scores.size + 1e-9)
     if allowed < 1:
         return math.nan
+    if rule == "quantile":
+        return float(np.quantile(scores, 1 - far))
     place = scores.size - 1 - allowed
     return float(np.partition(scores, place)[place])
 
@@ -205,6 +213,17 @@ class Verification:
     def same(self) -> Bools:
         return np.equal.outer(self.rows, self.columns)
 
+    @staticmethod
+    def of(
+        probe: ArrayLike, gallery: ArrayLike, probe_ids: Sequence[str], gallery_ids: Sequence[str]
+    ) -> "Verification":
+        """Of embeddings (n d) and (m d), and who is on them."""
+        labels, codes = np.unique([*probe_ids, *gallery_ids], return_inverse=True)
+        scores, named = cosine(probe, gallery), (len(probe_ids), len(gallery_ids))
+        if scores.shape != named:
+            raise ValueError(f"{scores.shape} comparisons, but identities for {named}")
+        return Verification(scores, codes[: named[0]], codes[named[0] :], len(labels))
+
 
 def verification_statistics(
     probe: ArrayLike,
@@ -215,19 +234,25 @@ def verification_statistics(
     far: float = 1e-3,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    calibration_ids: Sequence[str] | None = None,
+    rule: Rule = "order",
 ) -> list[Statistic]:
     """All probes against the whole gallery.
+
+    A row that is given several times counts as often; as draws are of identities, its intervals get no narrower for that.
 
     Args:
         probe: embeddings (n d) of the pictures under test, such as the anonymized ones.
         gallery: embeddings (m d) of the clean enrolment pictures.
         probe_ids: the identity on each probe.
         gallery_ids: the identity on each gallery picture.
-        calibration: the probes' clean embeddings (n d), whose impostor scores against the gallery set the threshold; or
-            a number, the threshold itself. Clean probes are their own calibration.
+        calibration: clean embeddings (k d), whose impostor scores against the gallery set the threshold; or a number, the
+            threshold itself. Clean probes are their own calibration.
         far: the false accept rate of the threshold, a share.
         resamples: how often identities are drawn again.
         seed: of these draws.
+        calibration_ids: the identity on each picture of the calibration; None where it is of the probes, in their order.
+        rule: how impostor scores set the threshold (`threshold_at_far`); `quantile` accepts a score at it.
 
     Returns:
         `tar@far=…`, the same `(unfound accepted)`, `threshold@far=…`, `eer`, `rank1`, `genuine mean`, `impostor mean`.
@@ -237,27 +262,23 @@ def verification_statistics(
     The intervals of the TAR hold the threshold fixed (its own is given), that of `rank1` the gallery. A picture that
     stands both among the probes and in the gallery is compared with itself, as in the authors' LFW protocol.
     """
-    labels, codes = np.unique([*probe_ids, *gallery_ids], return_inverse=True)
-    rows, columns = codes[: len(probe_ids)], codes[len(probe_ids) :]
-    scores, given = cosine(probe, gallery), np.asarray(calibration, np.float64)
-    clean = cosine(given, gallery) if given.ndim else None
-    for table in (scores, clean):
-        if table is not None and table.shape != (len(rows), len(columns)):
-            raise ValueError(f"{table.shape} comparisons, but identities for {(len(rows), len(columns))}")
-    trial = Verification(scores, rows, columns, len(labels))
+    trial, given = Verification.of(probe, gallery, probe_ids, gallery_ids), np.asarray(calibration, np.float64)
     weights = _weights(trial.persons, resamples, seed)
 
     threshold = Statistic(f"threshold@far={far:g}", 0, 0, float("nan" if given.ndim else given), math.nan, math.nan)
-    if clean is not None:
-        threshold = _threshold_statistic(Verification(clean, rows, columns, len(labels)), weights, far)
-    genuine = scores[trial.same]
-    persons = labels[rows[np.nonzero(trial.same)[0]]].tolist()
+    if given.ndim:
+        clean = Verification.of(given, gallery, probe_ids if calibration_ids is None else calibration_ids, gallery_ids)
+        threshold = _threshold_statistic(clean, _weights(clean.persons, resamples, seed), far, rule)
+    scores, same = trial.scores, trial.same
+    genuine = scores[same]
+    persons = np.asarray(probe_ids)[np.nonzero(same)[0]].tolist()
     # Without a threshold nothing is accepted or rejected: no comparison counts, and the rate of none is NaN.
     ruled = slice(0, 0) if math.isnan(threshold.value) else slice(None)
-    accepted, unfound = (genuine > threshold.value)[ruled], np.isnan(genuine)[ruled]
+    passed = genuine >= threshold.value if rule == "quantile" else genuine > threshold.value
+    accepted, unfound = passed[ruled], np.isnan(genuine)[ruled]
     named = rank_k(scores, probe_ids, gallery_ids)
     held = ~np.isnan(named)
-    holders, faceless = labels[rows[held]].tolist(), np.asarray(np.isnan(scores).all(axis=1))[held]
+    holders, faceless = np.asarray(probe_ids)[held].tolist(), np.asarray(np.isnan(scores).all(axis=1))[held]
 
     def rate(hits: Bools | Floats, groups: Sequence[str], undefined: Bools, name: str) -> Statistic:
         return rate_statistic(hits, groups, int(np.count_nonzero(undefined)), name, resamples, seed)
@@ -288,10 +309,10 @@ def verification_summaries(far: float) -> dict[str, Summary]:
 
 # An impostor comparison has two identities. Of persons drawn v and w times it should weigh v w; here it weighs
 # v + w - 1, the same to first order: what a draw changes is a sum over persons, and all draws are one matrix product.
-def _threshold_statistic(trial: Verification, weights: Floats, far: float) -> Statistic:
+def _threshold_statistic(trial: Verification, weights: Floats, far: float, rule: Rule) -> Statistic:
     impostor = trial.scores[~trial.same]
     scores, name = _defined(impostor), f"threshold@far={far:g}"
-    undefined, value = impostor.size - scores.size, threshold_at_far(impostor, far)
+    undefined, value = impostor.size - scores.size, threshold_at_far(impostor, far, rule)
     if math.isnan(value):
         return Statistic(name, scores.size, undefined, value, math.nan, math.nan)
     grid = _grid(scores, 1 - far * np.append(0, np.geomspace(0.1, min(10, 1 / far), GRID)))

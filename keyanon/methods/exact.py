@@ -175,10 +175,9 @@ class Exact:
         """Original faces from published files and their keys; raises BadHeader."""
         return self.open(to_floats(published.images), published, keys)
 
-    def recover_floats(self, published: Published, keys: Sequence[Key]) -> Image:
-        """The same from the decoder's unrounded output, which no refinement has touched."""
-        assert published.floats is not None
-        return self.open(published.floats, published, keys)
+    def recover_floats(self, published: Published, keys: Sequence[Key], images: Image, seen: Image) -> Image:
+        """The same from other pixels, such as the decoder's output, which no refinement has touched; the mask is the header's."""
+        return self.open(images, published, keys)
 
     def open(self, images: Image, published: Published, keys: Sequence[Key]) -> Image:
         headers = self.opened(published, keys, self.authenticate)

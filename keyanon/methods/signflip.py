@@ -69,10 +69,6 @@ class SignFlip:
     def about(self) -> About:
         return About("keyed", "8-bit file + header", 256, 256, "no licence given", self.backbone.licence, self.source)
 
-    def missing(self) -> str | None:
-        """What a preflight says if the control network is not here."""
-        return self.control.lacking(self.backbone) if self.control is not None else None
-
     def wrong_size(self, size: int) -> str | None:
         """What a preflight says of a size, or of steps, that the model cannot take."""
         return self.backbone.wrong_size(size) or self.backbone.wrong_steps(self.solver)
@@ -92,16 +88,19 @@ class SignFlip:
         """Original faces from published files and their keys; raises BadHeader."""
         return self.receive(to_floats(published.images), opened(published, keys, self, self.authenticate), keys)
 
-    def recover_floats(self, published: Published, keys: Sequence[Key]) -> Image:
-        """The same from the decoder's unrounded output, as the authors measure recovery."""
-        assert published.floats is not None
-        return self.receive(published.floats, opened(published, keys, self, self.authenticate), keys)
+    def recover_floats(self, published: Published, keys: Sequence[Key], images: Image, seen: Image) -> Image:
+        """The same from other pixels, such as the decoder's unrounded output; a mask that is parsed anew is that of `seen`."""
+        return self.receive(images, opened(published, keys, self, self.authenticate), keys, seen)
 
-    def receive(self, images: Image, headers: Sequence[Header], keys: Sequence[Key]) -> Image:
+    def receive(
+        self, images: Image, headers: Sequence[Header], keys: Sequence[Key], seen: Image | None = None
+    ) -> Image:
+        """`seen`: what the face is looked for on, `images` if None. A hint is that of `images`, as theirs is."""
         if self.mask_at_recovery == "header":
             mask = face_masks(headers, self.backbone.latent_size(images))
         else:
-            mask = self.parser.mask(images.to(self.backbone.device), self.backbone.latent_size(images))
+            seen = images if seen is None else seen
+            mask = self.parser.mask(seen.to(self.backbone.device), self.backbone.latent_size(seen))
         return self.flip(images, mask, keys, [header.context for header in headers]).cpu()
 
     def without_key(self, published: Published) -> Image:

@@ -113,10 +113,9 @@ class ProFaceS:
         """Original pictures from published files and their keys; raises BadHeader."""
         return self.receive(to_floats(published.images), published, keys)
 
-    def recover_floats(self, published: Published, keys: Sequence[Key]) -> Image:
-        """The same from the network's unrounded output, as the authors measure recovery."""
-        assert published.floats is not None
-        return self.receive(published.floats, published, keys)
+    def recover_floats(self, published: Published, keys: Sequence[Key], images: Image, seen: Image) -> Image:
+        """The same from other pixels, such as the network's unrounded output, of which the authors measure recovery."""
+        return self.receive(images, published, keys)
 
     def receive(self, images: Image, published: Published, keys: Sequence[Key]) -> Image:
         _check_even(images)
