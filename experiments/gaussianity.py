@@ -105,7 +105,9 @@ def row(session: Session, name: str, solver: Solver | None, backbone: LatentDiff
         *model_notes(cfg.backbone, choices["backbone"], choices["parser"]),
     ]
     settings = {"backbone": plain(cfg.backbone), "solver": repr(solver)}
-    return session.cell(name, settings, [*notes, f"mmd2 of {PATCH} x {PATCH} patches"], (backbone, solver, measure))
+    return session.cell(
+        name, settings, [*notes, f"mmd2 and kl_knn of {PATCH} x {PATCH} patches"], (backbone, solver, measure)
+    )
 
 
 def fill_row(session: Session, cell: Cell, solver: Solver | None, backbone: LatentDiffusion) -> bool:

@@ -42,7 +42,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     from experiments.harness.meaning import Meanings, meanings
     from experiments.harness.names import row_label
     from experiments.harness.provenance import made_of, signature
-    from experiments.harness.session import Result, begin, fill, plain, probes_of, show
+    from experiments.harness.session import Result, begin, fill, plain, show
     from experiments.harness.shards import Incomplete, sharded
     from experiments.harness.statistics import (
         Threshold,
@@ -59,6 +59,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     from keyanon.measures import clear
     from keyanon.measures.scorers import Against
     from keyanon.run_folder import ANONYMIZED, MASK, ORIGINAL, RECOVERED
+    from keyanon.types import probes_of
 
     key, method, second = (made(cfg, group) for group in ("key", "anonymizer", "second_detector"))
     separability = made(cfg, "separability")

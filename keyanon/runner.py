@@ -247,7 +247,7 @@ def generate(
             published = None
             if ANONYMIZED in todo:
                 todo = views  # all are made from the file that is about to be made
-            elif any(isinstance(attack := attacks.get(view), ReadsFloats) and attack.reads_floats for view in todo):
+            elif any(reads_floats(attacks.get(view)) for view in todo):
                 with within(f"{type(method).__name__}, anonymize", names):
                     published = method.anonymize(images, keys, names)  # for its floats, which no file holds
             if ANONYMIZED in todo:
@@ -280,6 +280,10 @@ def generate(
                     with within(f"{type(method).__name__}, attack {view}", names):
                         out = to_bytes(attack(on_file, keys, method))
                     writes.under_way += files.write_all(pool, view, batch, out)
+
+
+def reads_floats(attack: object) -> bool:
+    return isinstance(attack, ReadsFloats) and attack.reads_floats
 
 
 def check_faces(

@@ -198,6 +198,31 @@ class ListsFolder(Protocol):
     def passed_over(self) -> Mapping[str, int]: ...
 
 
+def is_synthetic(dataset: Dataset) -> bool:
+    """Whether a dataset says that nobody on its pictures is real."""
+    return isinstance(dataset, Synthetic) and dataset.synthetic
+
+
+def is_benchmark(dataset: Dataset) -> bool:
+    """Whether a dataset says that its pictures are a benchmark's."""
+    return isinstance(dataset, Benchmark) and dataset.is_benchmark
+
+
+def probes_of(dataset: Dataset) -> Sequence[str]:
+    """A dataset's pictures, each as often as it counts."""
+    return dataset.probes if isinstance(dataset, Repeats) else dataset.ids
+
+
+def notes_of(dataset: Dataset) -> Sequence[str]:
+    """What a dataset says that a reader must be told."""
+    return dataset.notes if isinstance(dataset, Noted) else ()
+
+
+def passed_over(dataset: Dataset) -> Mapping[str, int]:
+    """What a dataset tells that it passes over; nothing where it tells nothing."""
+    return dataset.passed_over if isinstance(dataset, ListsFolder) else {}
+
+
 @runtime_checkable
 class FaceParser(Protocol):
     def mask(self, images: Image, size: tuple[int, int]) -> Mask:

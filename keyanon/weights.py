@@ -103,7 +103,7 @@ class Hub:
         from huggingface_hub import HfApi
 
         there = HfApi().list_repo_files(self.repo, revision=self.revision)
-        paths = [path for path in there if Path(path).name == name]
+        paths: list[str] = [path for path in there if Path(path).name == name]
         if len(paths) != 1:
             raise FileNotFoundError(f"{len(paths)} files of {self.repo} are called {name}, not one")
         return paths[0]

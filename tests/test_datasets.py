@@ -25,14 +25,12 @@ from keyanon.faces.datasets import (
     InstalledPhotographs,
     PairsFolder,
     Photograph,
-    made_overexposed,
-    overexposed,
     prepare,
     read_list,
     read_pairs,
 )
 from keyanon.faces.detection import MtcnnDetector
-from keyanon.types import BadPicture, Dataset, ListsFolder, Noted, Repeats, Source
+from keyanon.types import BadPicture, Dataset, ListsFolder, Repeats, Source
 from keyanon.weights import Package
 
 DATA = Path(os.environ.get("KEYANON_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -742,49 +740,3 @@ def test_shipped_folders(dataset, count, gallery):
         picture = dataset.load(id)
         assert picture.shape == (3, 128, 128)
         assert -1 <= picture.min() < picture.max() <= 1
-
-
-# Overexposed
-
-
-def test_half_of_the_middle_turns_white_and_nothing_gets_darker():
-    picture = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)) * 1.2 - 1
-    brighter = overexposed(picture, 0.5)
-    middle = brighter[:, 8:24, 8:24].amin(0)
-    assert (middle == 1).float().mean() == pytest.approx(0.5, abs=0.01)
-    assert brighter.max() == 1
-    assert (brighter >= picture - 1e-6).all()
-    dark = brighter[brighter < 1]  # below white it is one gain for all
-    torch.testing.assert_close(dark + 1, (picture[brighter < 1] + 1) * 2 / light_of_white(picture))
-
-
-def light_of_white(picture: torch.Tensor) -> torch.Tensor:
-    return torch.quantile((picture + 1)[:, 8:24, 8:24].amin(0).flatten(), 0.5)
-
-
-def test_a_black_picture_stays_black_and_a_white_one_white():
-    for level in (-1.0, 1.0):
-        assert torch.equal(overexposed(torch.full((3, 16, 16), level), 0.5), torch.full((3, 16, 16), level))
-
-
-def test_probes_are_overexposed_and_the_gallery_is_not(tmp_path):
-    for name, seed in (("A_B_0001", 1), ("A_B_0002", 2)):
-        draw(tmp_path / f"{name}.png", seed=seed)
-    settings = {"root": str(tmp_path), "size": 32}
-    plain, dataset = PairsFolder(**settings), made_overexposed(PairsFolder, white=0.5, **settings)
-    assert isinstance(dataset, Dataset)
-    assert (dataset.ids, dataset.gallery, dataset.identity("A_B_0002")) == (plain.ids, plain.gallery, "A_B")
-    assert torch.equal(dataset.load("A_B_0001"), plain.load("A_B_0001"))
-    assert torch.equal(dataset.load("A_B_0002"), overexposed(plain.load("A_B_0002"), 0.5))
-    assert dataset.source("A_B_0002") == plain.source("A_B_0002")
-    with pytest.raises(ValueError, match=r"dataset\.white is the share .*not 1"):
-        made_overexposed(PairsFolder, white=1, **settings)
-
-
-def test_overexposed_pictures_count_as_often_as_the_dataset_says(lfw):
-    plain, dataset = LFW(str(lfw), counted="repeated"), made_overexposed(LFW, 0.5, root=str(lfw), counted="repeated")
-    assert isinstance(dataset, Repeats)
-    assert isinstance(dataset, Noted)
-    assert (dataset.probes, dataset.notes) == (plain.probes, plain.notes)
-    single = made_overexposed(CelebAHQ, 0.5, root=draw(lfw / "0.jpg").parent.as_posix())
-    assert (single.probes, single.notes) == (single.ids, [])

@@ -17,7 +17,16 @@ from experiments.harness import results
 from keyanon.diffusion.solvers import DDIM, NoiseSchedule
 from keyanon.errors import UserError
 from keyanon.faces.parsing import EllipseParser
-from keyanon.measures.gaussianity import MEASURES, generator_of, measure, mmd2, neighbour_correlation, patches
+from keyanon.measures.gaussianity import (
+    MEASURES,
+    generator_of,
+    kl_gaussian_fit,
+    kl_knn,
+    measure,
+    mmd2,
+    neighbour_correlation,
+    patches,
+)
 from keyanon.types import Source
 from tests.conftest import ROOT, smooth_picture
 from tests.test_solvers import SCHEDULE, gaussian_eps
@@ -54,6 +63,8 @@ def test_normal_noise_looks_normal():
         assert found[name] == pytest.approx(truth, abs=4 * (spread / N) ** 0.5), name
     assert abs(found["neighbour_correlation"]) < 4 / (2 * N) ** 0.5
     assert abs(found["mmd2"]) < 4e-4
+    assert found["kl_gaussian_fit"] < 8 / N  # 2 N times it is chi-squared with two degrees of freedom
+    assert abs(found["kl_knn"]) < 0.1
 
 
 @pytest.mark.parametrize(
@@ -74,6 +85,7 @@ def test_other_noise_does_not(draw, truths, largest_gap):
         assert found[name] == pytest.approx(truth, abs=near), name
     assert found["ks_passed"] == 0
     assert found["mmd2"] > 6e-4
+    assert found["kl_knn"] > 0.05
     if largest_gap is not None:  # Phi(x) - Phi(x / 2) at its maximum; 2 Phi(1/4) - 1
         assert found["ks_d"] == pytest.approx(largest_gap, abs=2 / N**0.5)
 
@@ -169,6 +181,52 @@ def test_mmd2_grows_with_a_shift_and_with_correlation():
     assert all(far - near > 0.003 for near, far in pairwise(shifted))
     mixed = [mmd2(np.sqrt(1 - r) * x + np.sqrt(r) * x[:, :1], y) for r in (0, 0.3, 0.9)]
     assert all(more - less > 0.001 for less, more in pairwise(mixed))
+
+
+# Kullback-Leibler divergence
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(0, 1), (0.5, 1), (0, 2), (-1, 0.5), (0, 5)])
+@pytest.mark.parametrize("d", [1, 4])
+def test_kl_of_a_normal_law_is_known(mean, deviation, d):
+    truth = (deviation**2 + mean**2 - 1) / 2 - np.log(deviation)
+    x = mean + deviation * rng(10).standard_normal((20_000, d))
+    near = 0.02 + 0.04 * truth
+    assert kl_gaussian_fit(x.ravel()) == pytest.approx(truth, abs=near)
+    assert kl_knn(x) == pytest.approx(d * truth, abs=d * near + 0.05 * (d > 1))
+
+
+def test_kl_by_neighbours_sees_what_a_gaussian_fit_does_not():
+    """A uniform law of variance 1 differs from N(0, 1) by log(2 pi e / 12) / 2, and so do correlated entries from free ones."""
+    uniform = rng(13).uniform(-(3**0.5), 3**0.5, (20_000, 1))
+    assert kl_gaussian_fit(uniform.ravel()) < 1e-3
+    assert kl_knn(uniform) == pytest.approx(np.log(2 * np.pi * np.e / 12) / 2, abs=0.03)
+    x = rng(15).standard_normal((20_000, 2))
+    mixed = np.stack([x[:, 0], 0.8 * x[:, 0] + 0.6 * x[:, 1]], axis=1)
+    assert kl_gaussian_fit(mixed.ravel()) < 1e-3
+    assert kl_knn(mixed) == pytest.approx(-np.log(1 - 0.8**2) / 2, abs=0.03)
+
+
+def test_kl_by_neighbours_has_the_entropy_of_scipy():
+    x = rng(16).laplace(size=5000)
+    entropy = 0.5 * np.log(2 * np.pi) + np.square(x).mean() / 2 - kl_knn(x[:, None])
+    assert entropy == pytest.approx(stats.differential_entropy(x), abs=0.05)
+    assert entropy == pytest.approx(1 + np.log(2), abs=0.05)
+
+
+def test_kl_by_neighbours_equals_the_double_loop():
+    x, k = rng(17).standard_normal((9, 2)), 2
+    distances = [sorted(np.linalg.norm(a - b) for j, b in enumerate(x) if j != i)[k - 1] for i, a in enumerate(x)]
+    psi = sum(1 / i for i in range(k, 9))  # psi(9) - psi(2); the unit disc is pi
+    entropy = psi + np.log(np.pi) + 2 * np.mean(np.log(distances))
+    assert kl_knn(x, k) == pytest.approx(np.log(2 * np.pi) + np.square(x).sum(1).mean() / 2 - entropy, abs=1e-12)
+
+
+def test_kl_by_neighbours_is_near_zero_under_the_same_law():
+    values = [kl_knn(x) for x in rng(18).standard_normal((100, 1000, 4))]
+    assert np.mean(values) == pytest.approx(0, abs=0.08)
+    assert min(values) < np.mean(values) < max(values) < 0.25
+    assert np.isfinite(kl_knn(np.zeros((9, 4))))  # equal points
 
 
 # Inversion
@@ -290,7 +348,7 @@ def test_from_pictures_to_a_table(in_folder, tiny_ldm):
 
     markdown = (in_folder / "results" / "runs" / "tiny" / "tables" / "tiny.md").read_text()
     assert "Not declared" not in markdown
-    assert "## folder: random weights; backbone ldm_ffhq; mask from ellipse; mmd2 of 2 x 2" in markdown
+    assert "## folder: random weights; backbone ldm_ffhq; mask from ellipse; mmd2 and kl_knn of 2 x 2" in markdown
     assert "### Inverted noise: measures of the noise, mean" in markdown
     assert "bundled model" not in markdown
     (in_folder / "results" / "runs" / "tiny" / "tables" / "tiny.md").unlink()

@@ -4,7 +4,7 @@ import PIL.Image
 import pytest
 import torch
 
-from experiments.harness.plots import contact_sheet, share_curve
+from experiments.harness.plots import contact_sheet, share_curve, wrong_key_curves
 
 
 def flat(value: int, size: int = 32) -> torch.Tensor:
@@ -76,3 +76,26 @@ def test_curve_shows_the_shares_and_nothing_else(tmp_path):
     assert share_curve(pd.DataFrame(swept), "right signs ", paths[1])
     assert share_curve(pd.DataFrame(swept[:-2]), "right signs ", paths[2])
     assert paths[0].read_bytes() == paths[1].read_bytes() != paths[2].read_bytes()
+
+
+def test_wrong_keys_are_drawn_beside_those_who_are_somebody_else(tmp_path):
+    def rows(view: str, scores: list[float]) -> pd.DataFrame:
+        about = {"dataset": "people", "anonymizer": "exact", "view": view, "scorer": "pixel"}
+        return pd.DataFrame({**about, "score": scores})
+
+    wrong, strangers = rows("wrong key", [0.1, 0.2, float("nan")]), rows("strangers", [0.0, 0.3])
+    other = rows("linkage of two files", [0.9])
+    assert not wrong_key_curves(pd.concat([strangers, other]), tmp_path / "none.svg")
+    assert not wrong_key_curves(other.head(0), tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
+    paths = [tmp_path / "new" / f"{i}.svg" for i in range(4)]
+    assert wrong_key_curves(pd.concat([wrong, strangers, other]), paths[0])
+    assert wrong_key_curves(pd.concat([strangers, wrong]), paths[1])
+    assert wrong_key_curves(pd.concat([wrong, rows("strangers", [0.0, 0.4])]), paths[2])
+    assert wrong_key_curves(pd.concat([wrong, wrong.assign(anonymizer="signflip"), strangers]), paths[3])
+    assert paths[0].read_bytes() == paths[1].read_bytes() != paths[2].read_bytes()
+    drawn = [path.read_text() for path in paths]
+    assert "wrong keys, four kinds (2)" in drawn[0]
+    assert "strangers, clean (2)" in drawn[0]
+    assert "fresh faces" not in drawn[0]
+    assert ("signflip, people" in drawn[0], "signflip, people" in drawn[3]) == (False, True)

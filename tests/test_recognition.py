@@ -589,7 +589,7 @@ def test_every_recognizer_config_is_made_without_weights(path, protocol, monkeyp
     monkeypatch.setenv("KEYANON_CACHE", str(tmp_path))
     choices = OmegaConf.load(ROOT / "conf" / "protocol" / f"{protocol}.yaml")
     config = OmegaConf.create({"protocol": choices, "recognizers": OmegaConf.load(path)})
-    made = instantiate(config, _convert_="all")["recognizers"]
+    made = instantiate(config.recognizers, _convert_="all")
     assert list(made) == [path.stem]
     recognizer = made[path.stem]
     assert isinstance(recognizer, Recognizer)

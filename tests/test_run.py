@@ -112,6 +112,7 @@ def test_preflight_lists_everything_missing_at_once(command_in_process):
         "vggface2",
         "casia",
         "arcface_r50",
+        "adaface_vit",
         "celebahq",
     ):
         assert name in result.stderr, name

@@ -30,7 +30,10 @@ from keyanon.sources import Digests
 from keyanon.types import About, Embeddings, Image, Picture, Source
 from tests.conftest import LDM_NOISE, CentreFace, PixelRecognizer, smooth_picture
 
-ATTACKS = {"recovered_float": FloatChannel(), "wrong_key": WrongKey()}
+ATTACKS = {
+    "recovered_float": FloatChannel(),
+    "wrong_key": WrongKey(channel="floats"),
+}  # which no file carries: made again
 MADE = ["anonymized", "recovered", "reconstructed", *ATTACKS]
 VIEWS = ["original", "mask", *MADE]
 BLACK, BROKEN = "p3", "p5"

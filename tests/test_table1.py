@@ -14,8 +14,8 @@ from hydra import compose, initialize_config_dir
 from experiments.run import run
 from keyanon import weights
 from tests.conftest import ROOT, save_tiny_ldm
+from tests.test_backbones import save_tiny_face_transformer, save_tiny_iresnet
 from tests.test_parsing import colour_parser
-from tests.test_recognition import tiny_arcface
 
 CHOICES = {
     "dataset": "celebahq", "protocol": "ours",
@@ -37,7 +37,7 @@ def install(monkeypatch: pytest.MonkeyPatch, name: str, file: Path) -> None:
 
 @pytest.fixture
 def everything(tmp_path, monkeypatch) -> Path:
-    """LDM-FFHQ's repository, CelebAMask-HQ, buffalo_l's recognizer, FaceNet's state dicts and the BiSeNet parser."""
+    """LDM-FFHQ's repository, CelebAMask-HQ, the weights of the paper's four recognizers and the BiSeNet parser."""
     from facenet_pytorch import InceptionResnetV1
     from skimage.data import astronaut
 
@@ -54,9 +54,13 @@ def everything(tmp_path, monkeypatch) -> Path:
         state = InceptionResnetV1(pretrained=None).state_dict() | {"logits.weight": torch.zeros(5, 512)}
         torch.save(state, tmp_path / "facenet.pt")
         install(monkeypatch, name, tmp_path / "facenet.pt")
-    for name, make in (("arcface_r50", tiny_arcface), ("bisenet", colour_parser)):
-        make(tmp_path / "tiny.onnx")
-        install(monkeypatch, name, tmp_path / "tiny.onnx")
+    for name, make in (
+        ("arcface_r50", save_tiny_iresnet),
+        ("adaface_vit", save_tiny_face_transformer),
+        ("bisenet", colour_parser),
+    ):
+        make(tmp_path / "tiny")
+        install(monkeypatch, name, tmp_path / "tiny")
     return tmp_path
 
 
@@ -72,10 +76,13 @@ def test_table1_runs_through_to_its_table(everything):
     table = pd.read_csv("results/runs/table1/tables/table1.csv")
     views = {"original", "reconstructed", "anonymized", "recovered", "recovered_float", "wrong_key", "near_key"}
     assert set(table["view"]) == views
-    assert {"facenet_vggface2", "facenet_casia", "arcface_r50", "psnr", "detected"} <= set(table["scorer"])
+    assert {"facenet_vggface2", "facenet_casia", "arcface_r50", "adaface_vit", "psnr", "detected"} <= set(
+        table["scorer"]
+    )
     clean = table[(table["view"] == "original") & (table["statistic"] == "mean")].set_index("scorer")["ours"]
     assert clean["facenet_vggface2"] == pytest.approx(1)
     assert clean["arcface_r50"] == pytest.approx(1)
+    assert clean["adaface_vit"] == pytest.approx(1)
     run_here = table[table["verdict"] != "not-run"]  # the paper's other cells stand beside
     assert (run_here["n"] + run_here["undefined"])[run_here["statistic"] == "mean"].eq(3).all()
     assert "tiny components with random weights" in Path("results/runs/table1/tables/table1.md").read_text()

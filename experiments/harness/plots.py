@@ -1,4 +1,4 @@
-"""Figures: the contact sheet that shows at a glance what a run did, and the curve of the sweep of right signs."""
+"""Figures: the contact sheet that shows at a glance what a run did, the sweep of right signs, and wrong keys beside strangers."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,18 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from keyanon.attacks.pairs import FRESH, IMPOSTORS, STRANGERS, WRONG_KEYS
 from keyanon.channel.whole import write_whole
 
 GAP = 4
 FONT_SIZE = 14
+# Lines of the figure of wrong keys: what each is called, the views whose cosines it is of, and how it is drawn.
+BESIDE_WRONG_KEYS = {
+    "wrong keys, four kinds": (WRONG_KEYS, "-"),
+    "fresh faces, same background": ((FRESH,), "--"),
+    "strangers, clean": ((STRANGERS,), ":"),
+    "impostors, clean": ((IMPOSTORS,), "-."),
+}
 
 
 def contact_sheet(columns: Mapping[str, Sequence[Tensor]], path: Path, *, public: bool = False) -> None:
@@ -87,6 +95,37 @@ def share_curve(statistics: pd.DataFrame, prefix: str, path: Path) -> bool:
         )
         axes.grid(alpha=0.3)
         axes.legend()
+    write_svg(figure, path)
+    return True
+
+
+def wrong_key_curves(pairs: pd.DataFrame, path: Path) -> bool:
+    """Write distribution functions of cosines to the right person as SVG: under wrong keys, and of those who are somebody else.
+
+    Args:
+        pairs: rows with dataset, anonymizer, view, scorer and score, as scores/NAME.pairs.parquet has them; counted are the
+            views of BESIDE_WRONG_KEYS. A panel for each method and recognizer.
+        path: the SVG; nothing is written, and False returned, if no cosine is under a wrong key.
+    """
+    rows = pairs.dropna(subset="score")
+    if not rows["view"].isin(WRONG_KEYS).any():
+        return False
+    methods = rows[["dataset", "anonymizer"]].drop_duplicates().itertuples(index=False)
+    places, scorers = sorted(map(tuple, methods)), sorted(rows["scorer"].unique())
+    figure = Figure(figsize=(4.5 * len(scorers), 3.2 * len(places)), dpi=100, layout="constrained")
+    panels = figure.subplots(len(places), len(scorers), squeeze=False, sharex="col")
+    for (dataset, anonymizer), line in zip(places, panels, strict=True):
+        for scorer, axes in zip(scorers, line, strict=True):
+            own = rows[(rows[["dataset", "anonymizer", "scorer"]] == (dataset, anonymizer, scorer)).all(axis=1)]
+            for name, (views, style) in BESIDE_WRONG_KEYS.items():
+                cosines = own.loc[own["view"].isin(views), "score"]
+                if len(cosines):
+                    axes.ecdf(cosines, linestyle=style, label=f"{name} ({len(cosines)})")
+            axes.set(
+                title=f"{anonymizer}, {dataset}", xlabel=f"{scorer}: cosine to the right person", ylabel="share up to"
+            )
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small", loc="lower right")
     write_svg(figure, path)
     return True
 

@@ -3,6 +3,7 @@
     run folders --collect--> scores/<experiment>.parquet
     scores + results/paper/<experiment>.yaml --table--> tables/<experiment>.{md,tex,csv}
     run folders --> scores/<experiment>.pairs.parquet                (scores of pairs, of which experiments.pairs makes cells again)
+    pairs --> plots/<experiment>.wrong_keys.svg                      (cosines under wrong keys beside those of others)
     run folders --> scores/<experiment>.meanings.csv                 (what its names mean, as declared)
     run folders --> scores/<experiment>.costs.csv --> tables/<experiment>.costs.md    (of one machine)
 
@@ -31,6 +32,7 @@ from experiments.harness.frames import csv_of
 from experiments.harness.layout import BITS, METHODS, celled, latex, markdown, sections, titles
 from experiments.harness.meaning import Meanings, read_meanings
 from experiments.harness.paper import CELL, Reference, read_paper
+from experiments.harness.plots import BESIDE_WRONG_KEYS, wrong_key_curves
 from experiments.harness.protocol import OURS
 from experiments.harness.provenance import PRESENTATION
 from experiments.harness.statistics import PAIRS, read_frame
@@ -91,6 +93,10 @@ def build(
         write_whole(
             path, compared.to_parquet(index=False, compression="zstd", row_group_size=PAIRS_AT_ONCE), public=True
         )
+    if path.is_file():
+        views = [view for views, _ in BESIDE_WRONG_KEYS.values() for view in views]
+        compared = read_frame(path, ["dataset", "anonymizer", *PAIRS], filters=[("view", "in", views)])
+        wrong_key_curves(compared, results / "plots" / f"{experiment}.wrong_keys.svg")
     path = results / "scores" / f"{experiment}.costs.csv"
     if runs and not (spent := collect_costs(runs)).empty:
         write_whole(path, csv_of(spent, float_format="%.4g"), public=True)

@@ -41,18 +41,18 @@ from keyanon.sources import Digests, combined
 from keyanon.types import (
     About,
     Anonymizer,
-    Benchmark,
     Dataset,
     FaceParser,
-    ListsFolder,
     Model,
-    Noted,
     Picture,
     ReadsFiles,
     Recognizer,
-    Repeats,
     Scorer,
     SetScorer,
+    is_benchmark,
+    notes_of,
+    passed_over,
+    probes_of,
 )
 
 log = logging.getLogger(__name__)
@@ -333,7 +333,7 @@ def begin(
     dataset = preflight.open_dataset(cfg, choices["dataset"], problems)
     preflight.stop_if(problems)
     assert dataset is not None
-    if known_key is not None and not (isinstance(dataset, Benchmark) and dataset.is_benchmark):
+    if known_key is not None and not is_benchmark(dataset):
         log.warning(
             "anyone can compute the key of this run (key=experiment), and its pictures are no benchmark's: it protects nobody; %s",
             known_key,
@@ -345,15 +345,9 @@ def begin(
     return Session(cfg, choices, command, dataset, parser, recognizers, scorers, of_sets, tracker, ids)
 
 
-def probes_of(dataset: Dataset) -> Sequence[str]:
-    """A dataset's pictures, each as often as it counts."""
-    return dataset.probes if isinstance(dataset, Repeats) else dataset.ids
-
-
-def tell_passed_over(dataset: Dataset | None) -> None:
+def tell_passed_over(dataset: Dataset) -> None:
     """Say what a dataset's folder holds besides its pictures; pictures that nobody left out on purpose count as skipped."""
-    counts: Mapping[str, int] = dataset.passed_over if isinstance(dataset, ListsFolder) else {}
-    for kind, count in counts.items():
+    for kind, count in passed_over(dataset).items():
         log.warning(
             "not read: %d %s",
             count,
@@ -467,7 +461,7 @@ def publish(
     for line in [*pictures_replaced(cell, of_pictures), *moved_aside(session, cell, there, skipped)]:
         log.warning(line)
     statistics = write_parquets(folder, result.statistics, result.scores, result.pairs)
-    dataset_notes = session.dataset.notes if there and isinstance(session.dataset, Noted) else []
+    dataset_notes = notes_of(session.dataset) if there else []
     lacking = [f"{shard} ({status['state']})" for shard, status in statuses.items() if shard not in done]
     record = {
         "experiment": cfg.name,

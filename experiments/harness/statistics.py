@@ -98,7 +98,7 @@ def pairs_of(table: pd.DataFrame) -> list[Pairs]:
 def read_frame(path: Path, columns: Sequence[str], **reading: Any) -> pd.DataFrame:
     """These columns of a Parquet or CSV file; BadData where it is none, or holds something else in them."""
     try:
-        frame = pd.read_parquet(path) if path.suffix == ".parquet" else read_csv(path, **reading)
+        frame = pd.read_parquet(path, **reading) if path.suffix == ".parquet" else read_csv(path, **reading)
     except (pa.ArrowException, OSError, ValueError) as error:  # pandas' own are ValueErrors
         raise BadData(f"{path}: cannot be read as a table ({' '.join(str(error).split())[:300]})") from error
     if lacking := [name for name in columns if name not in frame.columns]:

@@ -19,7 +19,7 @@ import pandas as pd
 
 from keyanon.errors import MissingPackage
 from keyanon.settings import Name, checked
-from keyanon.types import Dataset, Synthetic
+from keyanon.types import Dataset, is_synthetic
 
 SECRET = re.compile(r"key|pass|secret|token|credential|auth|seed|salt|nonce", re.IGNORECASE)
 PLACE = re.compile(r"(^|_)(path|root|dir|folder|file|home|cache)s?($|_)", re.IGNORECASE)
@@ -130,7 +130,7 @@ def shown_outside(pictures: Pictures | None, dataset: Dataset) -> Pictures:
     """Which pictures leave the machine: those that were asked for; else all of a dataset of nobody real, none of others."""
     if pictures is not None:
         return pictures
-    return "all" if isinstance(dataset, Synthetic) and dataset.synthetic else "none"
+    return "all" if is_synthetic(dataset) else "none"
 
 
 def public_config(config: Mapping[str, Any]) -> dict[str, Any]:

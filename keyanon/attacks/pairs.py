@@ -18,7 +18,8 @@ WRONG_KEYS = ("wrong key", "key off by one bit", "password off by one bit", "non
 ALL_FOUR = "wrong keys, all four"
 COMPARED = ("anonymized", *WRONG_KEYS, "face blanked, its place known")
 IMPOSTORS = "impostors"
-CONTROLS = (IMPOSTORS, "strangers", "fresh face")
+STRANGERS, FRESH = "strangers", "fresh face"
+CONTROLS = (IMPOSTORS, STRANGERS, FRESH)
 QUANTILES = 100  # that stand for a person's impostors
 FINENESS = 25  # steps of a rounded score to a deviation of all, about
 

@@ -8,15 +8,14 @@ there, and BadPicture for a single one that is missing or broken.
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import PIL.Image
-import torch
 
 from keyanon.channel.pixels import Kernel, from_pil, open_rgb, resize
 from keyanon.errors import BadData, BadPicture, BadSetting, MissingData
@@ -40,12 +39,11 @@ from keyanon.faces.layouts import (
     person,
 )
 from keyanon.settings import Crop, Name, Names, Size, checked
-from keyanon.types import Benchmark, Dataset, ListsFolder, Noted, Picture, Repeats, Source, Synthetic
+from keyanon.types import Picture, Source
 from keyanon.weights import Package
 
 LISTS = Path(__file__).with_name("lists")
 MOST = 10**7  # ids in a span of a list
-DARKEST = 2 / 255  # light that a gain can still turn white; a black picture stays black
 SMALLEST = 16  # pixels: a picture with a shorter side shows no face
 
 
@@ -323,80 +321,6 @@ class Folder:
     @cached_property
     def _members(self) -> dict[str, "Member"]:
         return members(self.root)
-
-
-@checked
-@dataclass(frozen=True)
-class Overexposed:
-    """The pictures of a dataset as a camera gives them that exposes for the shadows: clip(g (x + 1) - 1), with a gain g for each.
-
-    g turns the share `white` of the picture's middle half white (the smallest of its three colours is 1). The noise of such
-    pictures has uneven norms. Pictures of the gallery stay as they are.
-    """
-
-    dataset: Dataset
-    white: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.white < 1:
-            raise BadSetting(
-                f"dataset.white is the share of the middle that turns white, between 0 and 1, not {self.white}"
-            )
-
-    @property
-    def ids(self) -> Sequence[str]:
-        return self.dataset.ids
-
-    @property
-    def probes(self) -> Sequence[str]:
-        return self.dataset.probes if isinstance(self.dataset, Repeats) else self.ids
-
-    @property
-    def gallery(self) -> Sequence[str]:
-        return self.dataset.gallery
-
-    def identity(self, id: str) -> str | None:
-        return self.dataset.identity(id)
-
-    def source(self, id: str) -> Source:
-        return self.dataset.source(id)
-
-    def load(self, id: str) -> Picture:
-        picture = self.dataset.load(id)
-        return picture if id in self._gallery else overexposed(picture, self.white)
-
-    @property
-    def notes(self) -> Sequence[str]:
-        return self.dataset.notes if isinstance(self.dataset, Noted) else []
-
-    @property
-    def passed_over(self) -> Mapping[str, int]:
-        return self.dataset.passed_over if isinstance(self.dataset, ListsFolder) else {}
-
-    @property
-    def synthetic(self) -> bool:
-        return isinstance(self.dataset, Synthetic) and self.dataset.synthetic
-
-    @property
-    def is_benchmark(self) -> bool:
-        return isinstance(self.dataset, Benchmark) and self.dataset.is_benchmark
-
-    @cached_property
-    def _gallery(self) -> frozenset[str]:
-        return frozenset(self.dataset.gallery)
-
-
-def overexposed(picture: Picture, white: float) -> Picture:
-    """A picture with the gain that turns the share `white` of its middle half white."""
-    rows, columns = (slice(side // 4, side - side // 4) for side in picture.shape[1:])
-    light = picture + 1
-    least = torch.quantile(light[:, rows, columns].amin(0).flatten(), 1 - white).clamp(min=DARKEST)
-    return (2 / least * light - 1).clamp(-1, 1)
-
-
-def made_overexposed(dataset: Callable[..., Dataset], white: float, **settings: Any) -> Overexposed:
-    """A dataset made with `settings`, overexposed."""
-    return Overexposed(dataset(**settings), white)
 
 
 @checked

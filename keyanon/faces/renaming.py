@@ -20,7 +20,7 @@ from keyanon.context import Context
 from keyanon.errors import BadPicture
 from keyanon.settings import Name, Setting, checked
 from keyanon.sheets import csv_text
-from keyanon.types import Benchmark, Dataset, ListsFolder, Noted, Picture, Repeats, Source, Synthetic
+from keyanon.types import Dataset, Picture, Source, is_benchmark, is_synthetic, notes_of, passed_over, probes_of
 
 Kind = Annotated[
     Callable[..., Dataset], Setting("a class of datasets", lambda given: isinstance(given, partial | type))
@@ -48,9 +48,7 @@ class Renamed:
 
     @cached_property
     def probes(self) -> Sequence[str]:
-        return [
-            self._ids[name] for name in (self.dataset.probes if isinstance(self.dataset, Repeats) else self.dataset.ids)
-        ]
+        return [self._ids[name] for name in probes_of(self.dataset)]
 
     @cached_property
     def gallery(self) -> Sequence[str]:
@@ -80,19 +78,19 @@ class Renamed:
 
     @property
     def notes(self) -> Sequence[str]:
-        return self.dataset.notes if isinstance(self.dataset, Noted) else []
+        return notes_of(self.dataset)
 
     @property
     def passed_over(self) -> Mapping[str, int]:
-        return self.dataset.passed_over if isinstance(self.dataset, ListsFolder) else {}
+        return passed_over(self.dataset)
 
     @property
     def synthetic(self) -> bool:
-        return isinstance(self.dataset, Synthetic) and self.dataset.synthetic
+        return is_synthetic(self.dataset)
 
     @property
     def is_benchmark(self) -> bool:
-        return isinstance(self.dataset, Benchmark) and self.dataset.is_benchmark
+        return is_benchmark(self.dataset)
 
     @cached_property
     def table(self) -> Path:
