@@ -44,7 +44,15 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     from experiments.harness.provenance import made_of, signature
     from experiments.harness.session import Result, begin, fill, plain, show
     from experiments.harness.shards import Incomplete, sharded
-    from experiments.harness.statistics import Threshold, as_listed, averages, scores_of_enrolled, verification
+    from experiments.harness.statistics import (
+        Threshold,
+        as_listed,
+        averages,
+        between_sets,
+        scores_of_enrolled,
+        told_apart,
+        verification,
+    )
     from keyanon import runner
     from keyanon.attacks.views import by_view
     from keyanon.channel.keys import experiment_key
@@ -54,6 +62,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     from keyanon.types import probes_of
 
     key, method, second = (made(cfg, group) for group in ("key", "anonymizer", "second_detector"))
+    separability = made(cfg, "separability")
     attacks = by_view(made(cfg, "attacks"))
     threshold: Threshold = made(cfg, "threshold")
     # by what it is: a file may hold it, too
@@ -94,6 +103,8 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
         )
         loops = {name: scorer for name, scorer in session.scorers.items() if isinstance(scorer, Against)}
         runner.score(files, pictures, [ORIGINAL], ids, loops, {}, {}, cfg.batch_size, cfg.device)
+        session.look_at_originals(ids)
+        session.look_at_views(cell, ids)
 
     def conclude(ids: Sequence[str]) -> Result:
         files = cell.files
@@ -106,6 +117,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
             files.check(view, ids, session.digests)
         enrolled = session.enrol(ids, compared)
         session.score_originals(ids)
+        clean, seen = session.look_at_originals(ids), session.look_at_views(cell, ids)
         own, made = (at.scores(ids).to_pandas() for at in (session.originals, files))
         scores = pd.concat([own, scores_of_enrolled(enrolled, ids), made], ignore_index=True)
         scores = scores.sort_values(["view", "scorer", "id"], ignore_index=True)
@@ -113,11 +125,13 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
         statistics = [
             *averages(as_listed(scores, listed), session.people),
             *verification(files, enrolled, gallery, listed, probes, session.people, threshold),
+            *between_sets(session.set_scorers, clean, seen, listed),
+            *(told_apart(separability, files, enrolled, ids) if separability else ()),
         ]
         search = runner.MEASURES[runner.IN_CLEAR]
         searched = replace(search, label=f"{search.label} (second_detector: {second!r})")
-        said = meanings(session.scorers, session.recognizers, attacks, method, cfg.far)
-        said |= Meanings(scorers={runner.IN_CLEAR: searched})
+        said = meanings({**session.scorers, **session.set_scorers}, session.recognizers, attacks, method, cfg.far)
+        said |= Meanings(scorers={runner.IN_CLEAR: searched}, statistics=separability.summaries if separability else {})
         return Result(statistics, scores, said, draw_sheets(session.originals, files, ids))
 
     views = [ANONYMIZED, RECOVERED, *attacks]

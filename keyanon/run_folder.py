@@ -161,9 +161,9 @@ class RunFiles:
         """Start reading pictures as a receiver does, with their headers."""
         return [pool.submit(self._read, view, id) for id in ids]
 
-    def load(self, id: str) -> Picture:
-        """A prepared original."""
-        return to_floats(self._read(ORIGINAL, id)[0])
+    def load(self, id: str, view: str = ORIGINAL) -> Picture:
+        """A prepared original, or another view of it."""
+        return to_floats(self._read(view, id)[0])
 
     def read(self, view: str, ids: Sequence[str]) -> Published:
         """Pictures with their headers, as one batch."""

@@ -4,7 +4,7 @@
     generate    every view of them that a method makes
     check_faces the faces that are on them, and those that were published in clear
     enrol       their embeddings, and the gallery's, kept once for a recognizer and shared by all runs
-    score       what scorers and recognizers say of each view, beside the original
+    score       what scorers and recognizers say of each view, beside the original (measures of whole sets enrol the views, too)
     observe     whatever else an experiment takes down of each picture
 
 A folder holds one sub-folder of PNG files for each view (original, mask; anonymized, recovered, one per attack). Whatever is kept
@@ -68,6 +68,7 @@ from keyanon.types import (
     Reversible,
     Scorer,
     Scores,
+    SetScorer,
     View,
 )
 
@@ -326,17 +327,19 @@ def enrol(
     load: Callable[[str], Picture],
     ids: Sequence[str],
     name: str,
-    recognizer: Recognizer,
+    recognizer: Recognizer | SetScorer,
     batch_size: int,
     device: str = "cpu",
     finder: Finder | None = None,
+    view: str = CLEAN,
 ) -> dict[str, str]:
-    """Embed the clean pictures `ids` with one recognizer, called `name`, into `files`; returns why pictures were skipped.
+    """Embed the clean pictures `ids`, or a `view` of them, with one recognizer, called `name`, into `files`; returns why pictures
+    were skipped.
 
     The pictures are rounded to 8 bits first, as those that are compared with them are. Of several faces that `finder` finds the
     largest is embedded; without it the recognizer chooses.
     """
-    known, skipped = set(files.embeddings()["id"].to_pylist()), files.skipped()
+    known, skipped = set(files.embeddings(view=view)["id"].to_pylist()), files.skipped()
     pending = [id for id in dict.fromkeys(ids) if id not in known and id not in skipped]
     with ThreadPoolExecutor(IO_WORKERS) as pool:
         ahead = begun_ahead(pending, batch_size, f"{name}: enrol", lambda batch: loading(pool, load, batch))
@@ -349,9 +352,9 @@ def enrol(
             if good:
                 images = to_floats(to_bytes(padded(torch.stack(loaded), batch_size))).to(device)
                 chosen = recognizer if finder is None else describing(recognizer, finder, images)
-                with within(f"recognizer {name}", good):
+                with within(f"embedding by {name}", good):
                     embeddings = chosen.embed(images)
-                files.write_embeddings(good, {(CLEAN, name): embeddings})
+                files.write_embeddings(good, {(view, name): embeddings})
     return {id: skipped[id] for id in ids if id in skipped}
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Bool, Float, UInt8
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from keyanon.context import Context
@@ -30,6 +31,7 @@ Bytes = UInt8[Tensor, "b 3 h w"]  # RGB as published: 0 .. 255
 Mask = Bool[Tensor, "b 1 _ _"]  # True on the face, at latent or at pixel size
 Latent = Float[Tensor, "b c u v"]  # 3 x 64 x 64 for the 256 px latent diffusion models
 Embeddings = Float[Tensor, "b d"]  # unit rows; a row of NaN where no face was found
+Features = Float[Tensor, "b d"]  # what a network sees in pictures, at any scale
 Scores = Float[Tensor, " b"]  # one number per picture, NaN where it cannot be measured
 Place = tuple[str, str]  # of a number in a table: view and scorer
 Denoiser = Callable[[Latent, int], Latent]  # eps(z, t): the noise in z at the integer timestep t
@@ -434,6 +436,17 @@ class Recognizer(Protocol):
 class Scorer(Protocol):
     def __call__(self, view: Image, original: Image, face: Mask) -> Scores:
         """One number per picture of `view`; `face` is the original's face mask at pixel size."""
+        ...
+
+
+@runtime_checkable
+class SetScorer(Protocol):
+    """A measure of two whole sets of pictures. What it looks at is kept for each picture, and compared when all are there."""
+
+    def embed(self, images: Image) -> Features: ...
+
+    def compare(self, view: ArrayLike, original: ArrayLike) -> tuple[float, int]:
+        """Of the sets' features (n d), a row a picture in the dataset's order: the measure, and how many pictures it is of."""
         ...
 
 

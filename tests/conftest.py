@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from numpy.typing import ArrayLike
 from threadpoolctl import threadpool_limits
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
@@ -29,7 +30,7 @@ if os.environ.get("KEYANON_SHAPES"):  # `make shapes`: the shapes and types that
 import keyanon  # noqa: F401  installs the torchvision shim before anything imports diffusers or torchmetrics
 from experiments.run import main
 from keyanon.channel.keys import MasterKey
-from keyanon.types import Embeddings, Image, Mask
+from keyanon.types import Embeddings, Features, Image, Mask, Measure
 
 if TYPE_CHECKING:
     from keyanon.diffusion.model import LatentDiffusion
@@ -228,6 +229,19 @@ class PixelRecognizer:
         rows = adaptive_avg_pool2d(images.mean(1, keepdim=True), 8).flatten(1)
         unit = normalize(rows - rows.mean(1, keepdim=True))
         return torch.where((images.amax((1, 2, 3)) > -1)[:, None], unit, torch.nan)
+
+
+@dataclass(frozen=True)
+class Brightness:
+    """A measure of two sets of pictures for tests: how far apart their mean levels are."""
+
+    meaning: ClassVar = Measure("picture", "", "lower", "mean levels apart")
+
+    def embed(self, images: Image) -> Features:
+        return images.mean((1, 2, 3))[:, None]
+
+    def compare(self, view: ArrayLike, original: ArrayLike) -> tuple[float, int]:
+        return abs(float(np.mean(view) - np.mean(original))), len(np.asarray(view))
 
 
 def smooth_picture(seed: int, size: int = 64) -> PIL.Image.Image:

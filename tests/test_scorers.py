@@ -10,8 +10,10 @@ from scipy.linalg import sqrtm
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.errors import MissingPackage
 from keyanon.faces.detection import Detection
 from keyanon.measures.scorers import (
+    FID,
     LPIPS,
     PSNR_CEILING,
     Detected,
@@ -67,6 +69,36 @@ def test_ssim_equals_skimages(pictures):
     view, original, face = pictures
     for score, a, b in zip(ssim(view, original, face), view, original, strict=True):
         assert score == pytest.approx(skimage_ssim(a, b)[0], abs=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_measures_of_files_are_the_authors(pictures, dtype, near):
+    """Their pictures come as 8-bit tensors; torchmetrics clips them to (0, 255), which makes them floats of that range."""
+    from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+
+    view, original, face = pictures
+    files = [to_bytes(view), to_bytes(original)]
+    floats = [file.to(dtype) / 127.5 - 1 for file in files]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # what clipping makes of bytes
+    try:
+        their_ssim = StructuralSimilarityIndexMeasure(data_range=(0, 255.0), reduction="none")(*files)
+        their_psnr = PeakSignalNoiseRatio(data_range=(0, 255.0), reduction="none", dim=(1, 2, 3))(*files)
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(ssim(*floats, face, mean_over="whole"), their_ssim, atol=near, rtol=0)
+    torch.testing.assert_close(psnr(*floats, face), their_psnr, atol=near, rtol=near)
+    assert (ssim(*floats, face, mean_over="whole") - ssim(*floats, face)).abs().max() > 1e-4
+
+
+def test_rounding_to_8_bits_moves_the_mean_error_of_a_recovery_by_nothing_that_is_printed(pictures):
+    """The authors take it of the decoder's floats, we of the file: at their 0.1074 the printed digits are the same."""
+    original = to_floats(to_bytes(pictures[1])).repeat(1, 1, 8, 8)
+    noise = 0.135 * torch.randn(original.shape, generator=torch.Generator().manual_seed(2))  # mean error about 0.1
+    view, face = (original + noise).clamp(-1, 1), torch.ones(3, 1, 1, 1)
+    torch.testing.assert_close(
+        mae(to_floats(to_bytes(view)), original, face), mae(view, original, face), atol=3e-5, rtol=0
+    )
 
 
 def test_ssim_face_is_the_mean_of_skimages_map_over_the_face(pictures):
@@ -131,6 +163,71 @@ def test_scores_do_not_depend_on_the_batch_and_follow_the_noise(pictures, scorer
     assert torch.allclose(together, alone, atol=1e-5)
     order = together.diff()
     assert (order > 0).all() if scorer is mae else (order < 0).all()
+
+
+class Corners(torch.nn.Module):
+    """A network of 12 features: a picture's mean over blocks of 2 x 2 to a channel, in double precision."""
+
+    num_features = 12
+
+    def forward(self, pictures):
+        return torch.nn.functional.adaptive_avg_pool2d(pictures.double(), 2).flatten(1)
+
+
+def test_fid_is_torchmetrics():
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    generator = torch.Generator().manual_seed(3)
+    original = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    view = torch.randint(40, 256, (60, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    theirs = FrechetInceptionDistance(feature=Corners(), normalize=False)
+    theirs.update(original, real=True)
+    theirs.update(view, real=False)
+    ours, count = FID().compare(Corners()(view), Corners()(original))
+    assert count == 60
+    assert ours == pytest.approx(theirs.compute().item(), rel=1e-6)
+
+
+def test_fid_is_the_mean_over_its_parts():
+    generator = np.random.default_rng(4)
+    view, original = generator.normal(1, 1, (70, 5)), generator.normal(0, 1, (70, 5))
+    each = [frechet_distance(view[i : i + 30], original[i : i + 30]) for i in (0, 30)]
+    assert FID(parts=30).compare(view, original) == (pytest.approx(np.mean(each)), 60)
+    assert FID(parts=1000).compare(view, original) == (pytest.approx(frechet_distance(view, original)), 70)
+    assert FID().compare(original, original) == (pytest.approx(0, abs=1e-12), 70)
+    assert math.isnan(FID().compare(view[:1], original[:1])[0])
+    assert "2,500 pictures" in FID(parts=2500).meaning.label
+
+
+def test_fid_looks_through_torchmetrics_network(tmp_path, monkeypatch):
+    """With random numbers in torch-fidelity's layout, read from a file of the card's."""
+    from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+    from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
+
+    torch.manual_seed(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(NoTrainInceptionV3, "load_state_dict", lambda *_: None)
+        network = NoTrainInceptionV3("inception-v3-compat", ["2048"])
+    path = tmp_path / "inception.pth"
+    torch.save(network.state_dict(), path)
+    theirs = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=str(path)).inception
+    pictures = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    ours = FID(card=random_card(path), weights=str(path)).embed(to_floats(pictures))
+    assert ours.shape == (2, 2048)
+    assert ours.std() > 0
+    torch.testing.assert_close(ours, theirs(pictures))
+    with pytest.raises(WrongWeights, match="fid_inception"):
+        FID(weights=str(path)).embed(to_floats(pictures))
+
+
+def test_fid_says_what_it_lacks(monkeypatch):
+    assert FID().missing() is None
+    assert [card.name for card in FID().cards()] == ["fid_inception"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert "keyanon[fid]" in FID().missing()
+    with pytest.raises(MissingPackage, match="torch-fidelity"):
+        FID(weights="elsewhere").embed(torch.zeros(1, 3, 8, 8))
 
 
 @pytest.fixture

@@ -34,8 +34,11 @@ SMALL = [
     "dataset=bundled", "parser=ellipse", "solver.steps=1", "limit=3", "batch_size=2", "name=tiny",
 ]  # fmt: skip
 PIXEL = ["recognizers=[]", "+recognizers.pixel._target_=tests.conftest.PixelRecognizer"]
+SETS = ["+scorers.brightness._target_=tests.conftest.Brightness"]
 CHEAP = {
-    "config": [*SMALL, *PIXEL, "scorers=[mae,psnr_face]", "attacks=[wrong_key]"],
+    "config": [*SMALL, *PIXEL, "scorers=[mae,psnr_face]", *SETS,
+        "separability={_target_: keyanon.measures.separability.Separability, draws: [1], repeats: 2, first: [1], linear: [1]}",
+        "attacks=[wrong_key]"],
     "gaussianity": [*SMALL, "inversions.naive.steps=[1]", "inversions.exact.steps=[]", "limit=2"],
     "diversity": [*SMALL, *PIXEL, "~methods.exact", "keys_per_picture=2"],
     "security": [

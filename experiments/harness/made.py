@@ -29,13 +29,14 @@ def kinds() -> dict[str, Any]:
     from keyanon.diffusion.solvers import Solver
     from keyanon.faces.detection import DlibCnnDetector
     from keyanon.faces.finding import Finder
-    from keyanon.types import Anonymizer, Attack, Dataset, FaceParser, Recognizer, Scorer
+    from keyanon.measures.separability import Separability
+    from keyanon.types import Anonymizer, Attack, Dataset, FaceParser, Recognizer, Scorer, SetScorer
 
     return {
         "anonymizer": Anonymizer, "attacks": dict[str, Attack | dict[str, Attack]], "backbone": LatentDiffusion, "dataset": Dataset,
         "finder": Finder, "key": MasterKey, "methods": dict[str, Anonymizer | None], "parser": FaceParser,
-        "recognizers": dict[str, Recognizer], "scorers": dict[str, Scorer], "second_detector": DlibCnnDetector,
-        "security": dict[str, Any], "solver": Solver,
+        "recognizers": dict[str, Recognizer], "scorers": dict[str, Scorer | SetScorer], "second_detector": DlibCnnDetector,
+        "security": dict[str, Any], "separability": Separability | None, "solver": Solver,
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from experiments.harness.frames import csv_of
 from experiments.harness.statistics import read_frame
 from keyanon import runner
 from keyanon.errors import BadData
-from keyanon.measures.biometrics import AVERAGES, verification_summaries
+from keyanon.measures.biometrics import AVERAGES, WHOLE_SET, verification_summaries
 from keyanon.types import (
     COSINE,
     Anonymizer,
@@ -25,6 +25,7 @@ from keyanon.types import (
     Recognizer,
     Role,
     Scorer,
+    SetScorer,
     Summary,
     View,
     declared,
@@ -66,7 +67,7 @@ class Meanings:
 
 
 def meanings(
-    scorers: Mapping[str, Scorer],
+    scorers: Mapping[str, Scorer | SetScorer],
     recognizers: Mapping[str, Recognizer],
     attacks: Mapping[str, Attack],
     method: Anonymizer,
@@ -82,7 +83,7 @@ def meanings(
             **{name: measure for name, measure in measured.items() if isinstance(measure, Measure)},
             **dict.fromkeys(recognizers, COSINE),
         },
-        {**AVERAGES, **verification_summaries(far)},
+        {**AVERAGES, **verification_summaries(far), WHOLE_SET: Summary("over the whole set")},
     )
 
 

@@ -23,6 +23,8 @@ class Choices:
     enrolment: Literal["fixed", "lowered"]
     alignment: Literal["least_squares", "ransac"]
     ssim: Literal["inside", "whole"]
+    landmarks: Literal["euclidean", "summed"]
+    lost_face: Literal["undefined", "corner"]
     channel: Literal["file", "floats"]
     float_mask: Literal["file", "floats"]
     jpeg_mask: Literal["compressed", "floats"]

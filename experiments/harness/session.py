@@ -9,8 +9,8 @@ fill      this shard's share of a cell; the last shard to end writes the result
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ from keyanon.types import (
     ReadsFiles,
     Recognizer,
     Scorer,
+    SetScorer,
     is_benchmark,
     notes_of,
     passed_over,
@@ -88,6 +89,7 @@ class Session:
     parser: FaceParser
     recognizers: Mapping[str, Recognizer]
     scorers: Mapping[str, Scorer]
+    set_scorers: Mapping[str, SetScorer]
     tracker: Tracker
     ids: Sequence[str]
 
@@ -127,7 +129,7 @@ class Session:
     @cached_property
     def made_by(self) -> dict[str, str]:
         """A signature of what each scorer and recognizer is made of."""
-        parts = {"scorers": self.scorers, "recognizers": self.recognizers}
+        parts = {"scorers": {**self.scorers, **self.set_scorers}, "recognizers": self.recognizers}
         return {
             name: provenance.signature(self.made_of({group: plain(self.cfg[group][name])}, part))
             for group, named in parts.items()
@@ -186,6 +188,26 @@ class Session:
         for id, reason in list(lost.items())[:SHOWN_SKIPPED]:
             log.warning("not compared: %s: %s", id, reason, extra={"skipped": 1})
         return enrolled
+
+    def look_at_originals(self, ids: Sequence[str]) -> dict[str, RunFiles]:
+        """What measures of whole sets see in prepared pictures: where that is kept, by measure, shared by all runs."""
+        seen: dict[str, RunFiles] = {}
+        for name, scorer in self.set_scorers.items():
+            settings = {"scorer": plain(self.cfg.scorers[name])}
+            seen[name] = files = RunFiles(self.shared("features", name, settings, scorer), self.contents)
+            runner.enrol(files, self.originals.load, ids, name, scorer, self.cfg.batch_size, self.cfg.device)
+        return seen
+
+    def look_at_views(self, cell: "Cell", ids: Sequence[str]) -> dict[str, RunFiles]:
+        """The same of all views of a cell."""
+        seen: dict[str, RunFiles] = {}
+        for name, scorer in self.set_scorers.items():
+            seen[name] = files = replace(cell.files, folder=cell.folder / "features" / name)
+            for view in cell.files.views():
+                load = partial(cell.files.load, view=view)
+                size, device = self.cfg.batch_size, self.cfg.device
+                runner.enrol(files, load, ids, name, scorer, size, device, view=view)
+        return seen
 
     def score_originals(self, ids: Sequence[str]) -> None:
         """The originals' own scores, shared by all runs."""
@@ -308,9 +330,9 @@ def begin(
     made(cfg, "protocol")  # checked, whatever takes its choices
     parser: FaceParser = made(cfg, "parser")
     recognizers: dict[str, Recognizer] = made(cfg, "recognizers")
-    scorers: dict[str, Scorer] = made(cfg, "scorers")
+    all_scorers: dict[str, Scorer | SetScorer] = made(cfg, "scorers")
     tracker: Tracker = made(cfg, "wandb")
-    problems = preflight.missing_parts(*parts, parser, recognizers, scorers, tracker)
+    problems = preflight.missing_parts(*parts, parser, recognizers, all_scorers, tracker)
     problems += preflight.wrong_sizes(cfg.dataset.size, *parts)
     problems += preflight.passwords_handed_on(cfg.get("key"), *parts)
     dataset = preflight.open_dataset(cfg, choices["dataset"], problems)
@@ -325,7 +347,9 @@ def begin(
     ids = list(dict.fromkeys(probes_of(dataset)[: cfg.limit]))
     if cfg.batch_size is None:
         cfg.batch_size = estimate.batch_size(cfg.device, len(ids))
-    return Session(cfg, choices, command, dataset, parser, recognizers, scorers, tracker, ids)
+    of_sets = {name: scorer for name, scorer in all_scorers.items() if isinstance(scorer, SetScorer)}
+    scorers = {name: scorer for name, scorer in all_scorers.items() if not isinstance(scorer, SetScorer)}
+    return Session(cfg, choices, command, dataset, parser, recognizers, scorers, of_sets, tracker, ids)
 
 
 def tell_passed_over(dataset: Dataset) -> None:

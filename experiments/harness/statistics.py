@@ -1,5 +1,6 @@
 """From one number per picture to the numbers of a table: means and rates with 95 % intervals over identities."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,9 +18,11 @@ from keyanon.attacks.case import Pairs
 from keyanon.channel.whole import write_whole
 from keyanon.errors import BadData
 from keyanon.measures import biometrics
-from keyanon.measures.biometrics import Floats, Rule, Statistic
-from keyanon.run_folder import ORIGINAL, RunFiles
+from keyanon.measures.biometrics import WHOLE_SET, Floats, Rule, Statistic
+from keyanon.measures.separability import Separability
+from keyanon.run_folder import ANONYMIZED, ORIGINAL, RunFiles
 from keyanon.settings import Share, checked
+from keyanon.types import SetScorer
 
 People = Callable[[Iterable[str]], Sequence[str]]  # who is on each picture
 
@@ -179,6 +182,35 @@ def verification(
                 rule=threshold.rule,
             ):
                 yield view, recognizer, statistic
+
+
+def between_sets(
+    scorers: Mapping[str, SetScorer],
+    originals: Mapping[str, RunFiles],
+    views: Mapping[str, RunFiles],
+    ids: Sequence[str],
+) -> Iterator[tuple[str, str, Statistic]]:
+    """Each view's features against the originals', in the order of `ids`. Memory holds one view's and the originals' at a time."""
+    for name, scorer in scorers.items():
+        clean = vectors(rows_as_listed(ids, originals[name].embeddings()))
+        for view in pc.unique(views[name].embeddings()["view"]).to_pylist():
+            rows = vectors(rows_as_listed(ids, views[name].embeddings(view=view)))
+            value, used = scorer.compare(rows, clean)
+            yield view, name, Statistic(WHOLE_SET, used, len(ids) - used, value, math.nan, math.nan)
+
+
+def told_apart(
+    separability: Separability, files: RunFiles, enrolled: Mapping[str, RunFiles], ids: Sequence[str]
+) -> Iterator[tuple[str, str, Statistic]]:
+    """How each recognizer's embeddings tell anonymized pictures from clean ones, and what they take the other views for."""
+    for recognizer, place in sorted(enrolled.items()):
+        kept = files.embeddings(recognizer)
+        seen = {view: kept.filter(pc.equal(kept["view"], view)) for view in pc.unique(kept["view"]).to_pylist()}
+        views = {view: vectors(rows_as_listed(ids, rows)) for view, rows in seen.items()}
+        anonymized = views.pop(ANONYMIZED)
+        clean = vectors(rows_as_listed(ids, place.embeddings()))
+        for view, statistic in separability.statistics(clean, anonymized, views):
+            yield view or ANONYMIZED, recognizer, statistic
 
 
 def rows_of(ids: Sequence[str], rows: pa.Table) -> pa.Table:

@@ -24,6 +24,7 @@ Bools = NDArray[np.bool_]
 Rule = Literal["order", "quantile"]  # how impostor scores set a threshold
 RESAMPLES = 1000
 AVERAGES = {"mean": Summary(), "std": Summary("standard deviation", "none"), "median": Summary(), "p10": Summary()}
+WHOLE_SET = "set"  # the statistic of a measure that compares sets of pictures
 GRID = 400  # thresholds that stand for an ROC curve while identities are drawn again
 
 

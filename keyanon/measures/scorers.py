@@ -6,21 +6,28 @@ pictures.
 """
 
 import functools
+import importlib.util
+import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from keyanon.faces.detection import Detector
-from keyanon.settings import Name, checked
-from keyanon.types import Image, Mask, Measure, Scorer, Scores, declared, declares
+from keyanon.channel.pixels import to_bytes
+from keyanon.errors import MissingPackage
+from keyanon.faces.detection import Detector, Points
+from keyanon.finite import finite
+from keyanon.settings import Count, Name, checked
+from keyanon.types import FaceParser, Features, Image, Mask, Measure, Scorer, Scores, declared, declares
 from keyanon.weights import Card, missing, named, resolve
 
 PSNR_CEILING = 10 * math.log10(12 * 255**2)  # 58.9 dB
+NO_FIDELITY = 'torch-fidelity, which FID needs, is not installed. Remedy: `pip install "keyanon[fid]"`.'
 SSIM_BORDER = 5  # pixels: half of its window
 
 
@@ -42,16 +49,23 @@ def psnr_face(view: Image, original: Image, face: Mask) -> Scores:
 
 
 @declares(Measure("picture", "", "alike", "structural similarity"))
-def ssim(view: Image, original: Image, face: Mask) -> Scores:
+def ssim(view: Image, original: Image, face: Mask, mean_over: Literal["inside", "whole"] = "inside") -> Scores:
     """Structural similarity over the whole picture, in [-1, 1], 1 for equal pictures; higher is more alike.
 
     As Wang et al., IEEE TIP 13(4), 2004: Gaussian window of σ = 1.5 on 11 x 11 pixels, K = 0.01 and 0.03, biased
-    variances, mean over the windows that lie inside the picture; for each colour channel of RGB in [0, 1], then their
-    mean. Equals skimage's structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-    data_range=1, channel_axis=...). NaN for pictures of less than 11 pixels.
+    variances; for each colour channel of RGB in [0, 1], then their mean. NaN for pictures of less than 11 pixels.
+
+    Args:
+        view: pictures to compare.
+        original: what they are compared with.
+        face: not looked at.
+        mean_over: `inside`: the windows that lie inside the picture. Equals skimage's structural_similarity(
+            gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1, channel_axis=...). `whole`: those
+            around every pixel, with the picture mirrored at its border. Equals torchmetrics', which the authors report.
     """
-    inside = slice(SSIM_BORDER, -SSIM_BORDER)
-    return _ssim_map(view, original)[..., inside, inside].mean(dim=(1, 2, 3))
+    similarities = _ssim_map(view, original)
+    inside = slice(SSIM_BORDER, -SSIM_BORDER) if mean_over == "inside" else slice(None)
+    return similarities[..., inside, inside].mean(dim=(1, 2, 3))
 
 
 @declares(Measure("picture", "", "alike", "structural similarity on the face"))
@@ -125,6 +139,132 @@ class Detected:
         return torch.tensor([float(found is not None) for found in self.detector.detect(view)])
 
 
+@checked
+@dataclass(frozen=True)
+class BoxDistance:
+    """How far apart the centres of the faces' boxes are that `detector` finds on view and original, in pixels.
+
+    Where one shows no face: `undefined` gives NaN; `corner` takes its centre for (0, 0), as the authors do.
+    """
+
+    detector: Detector
+    lost: Literal["undefined", "corner"] = "undefined"
+    meaning: ClassVar = Measure("detection", "px", "lower", "how far the face's box is from the original's")
+
+    def __call__(self, view: Image, original: Image, face: Mask) -> Scores:
+        seen, clean = (
+            places([None if each is None else each.box for each in self.detector.detect(images)], (4,), self.lost)
+            for images in (view, original)
+        )
+        centres = [(boxes[:, :2] + boxes[:, 2:]) / 2 for boxes in (seen, clean)]
+        distances: Scores = torch.linalg.vector_norm(centres[0] - centres[1], dim=1)
+        return distances
+
+
+@checked
+@dataclass(frozen=True)
+class LandmarkDistance:
+    """How far apart the five points are that `detector` finds on view and original, in pixels.
+
+    Args:
+        detector: finds the points.
+        norm: `euclidean`: the mean distance of a point. `summed`: the authors', who add up the five points' distances along
+            each axis, and average these two sums: about three times as much.
+        lost: as BoxDistance's.
+    """
+
+    detector: Detector
+    norm: Literal["euclidean", "summed"] = "euclidean"
+    lost: Literal["undefined", "corner"] = "undefined"
+    meaning: ClassVar = Measure("detection", "px", "lower", "how far the face's five points are from the original's")
+
+    def __call__(self, view: Image, original: Image, face: Mask) -> Scores:
+        seen, clean = (
+            places([None if each is None else each.points for each in self.detector.detect(images)], (5, 2), self.lost)
+            for images in (view, original)
+        )
+        apart = seen - clean
+        return apart.norm(dim=2).mean(1) if self.norm == "euclidean" else apart.abs().sum(1).mean(1)
+
+
+@checked
+@dataclass(frozen=True)
+class MaskOverlap:
+    """How much the faces overlap that `parser` marks on view and original, from 0 to 1 (equal); NaN where it marks none.
+
+    `iou` is the intersection over the union, `dice` twice the intersection over the sum of both.
+    """
+
+    parser: FaceParser
+    measure: Literal["iou", "dice"] = "iou"
+
+    @property
+    def meaning(self) -> Measure:
+        name = {"iou": "intersection over union", "dice": "Dice coefficient"}[self.measure]
+        return Measure("detection", "", "higher", f"{name} of the face masks of view and original")
+
+    def __call__(self, view: Image, original: Image, face: Mask) -> Scores:
+        size = (view.shape[-2], view.shape[-1])
+        seen, clean = (self.parser.mask(images, size).flatten(1) for images in (view, original))
+        shared, marked = (seen & clean).sum(1), seen.sum(1) + clean.sum(1)
+        return shared / (marked - shared) if self.measure == "iou" else 2 * shared / marked
+
+
+def places(found: Sequence[Points | None], shape: tuple[int, ...], lost: Literal["undefined", "corner"]) -> Tensor:
+    """Points or boxes of each picture (b *shape)."""
+    nowhere = np.full(shape, math.nan if lost == "undefined" else 0.0)
+    return torch.from_numpy(np.stack([nowhere if each is None else each for each in found])).float()
+
+
+@checked
+@dataclass(frozen=True)
+class FID:
+    """Fréchet distance between what Inception sees in two sets of pictures, from 0 (equal); it grows with fewer pictures.
+
+    Heusel et al., NeurIPS 2017, as torchmetrics 1.9 has it: TensorFlow's Inception of 2015 in torch-fidelity's file (`card`,
+    or the file `weights`), 2,048 features of RGB bytes, enlarged to 299 px antialiased. Other implementations enlarge
+    otherwise: only numbers of the same one compare.
+
+    Args:
+        parts: the mean over consecutive parts of so many pictures, as the authors take it on CelebA-HQ; None for all at once.
+            What is left beyond the last whole part does not count. Fewer pictures are one part.
+        card: of the network.
+        weights: its file's path; None looks where cards are kept.
+
+    Raises, at the first call: MissingPackage, MissingWeights, WrongWeights.
+    """
+
+    parts: Count | None = None
+    card: str | Card = "fid_inception"
+    weights: str | None = None
+
+    @property
+    def meaning(self) -> Measure:
+        over = "" if self.parts is None else f", mean over parts of {self.parts:,} pictures"
+        return Measure("picture", "", "lower", f"Fréchet inception distance{over}")
+
+    def cards(self) -> tuple[Card, ...]:
+        return (named(self.card),)
+
+    def missing(self) -> str | None:
+        """What a preflight says where torch-fidelity, which has the network's layers, is not installed."""
+        return None if importlib.util.find_spec("torch_fidelity") else NO_FIDELITY
+
+    def embed(self, images: Image) -> Features:
+        """2,048 features of each picture."""
+        network = _inception(self.card, self.weights).to(images.device)
+        features: Features = network(to_bytes(images))
+        return finite(features, "Inception")
+
+    def compare(self, view: ArrayLike, original: ArrayLike) -> tuple[float, int]:
+        """The distance of features (n d), (n d), NaN of fewer than two pictures; and how many pictures are in it."""
+        rows, clean = np.asarray(view), np.asarray(original)
+        size = len(rows) if self.parts is None else min(self.parts, len(rows))
+        starts = range(0, len(rows) - size + 1, max(size, 1))
+        distances = [frechet_distance(rows[start : start + size], clean[start : start + size]) for start in starts]
+        return float(np.mean(distances)), size * len(distances)
+
+
 def frechet_distance(a: ArrayLike, b: ArrayLike) -> float:
     """Fréchet distance of the Gaussians fitted to two sets of embeddings (n d), (m d): from 0, in their unit squared.
 
@@ -160,6 +300,20 @@ def _ssim_map(view: Image, original: Image) -> Image:
 def _mean_where(mask: Mask, values: Image) -> Scores:
     """The mean over channels and the mask's pixels (b 1 h w) of each picture; 0 / 0 = NaN where it has none."""
     return (values * mask).sum(dim=(1, 2, 3)) / (mask.sum(dim=(1, 2, 3)) * values.shape[1])
+
+
+@functools.cache
+def _inception(card: str | Card, path: str | None) -> torch.nn.Module:
+    """Torchmetrics' network. It unpickles whatever its file holds: it gets one that we write from checked numbers."""
+    if not importlib.util.find_spec("torch_fidelity"):
+        raise MissingPackage(NO_FIDELITY)
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    safe = io.BytesIO()
+    torch.save(torch.load(resolve(named(card), path), map_location="cpu", weights_only=True), safe)
+    safe.seek(0)
+    network: torch.nn.Module = NoTrainInceptionV3("inception-v3-compat", ["2048"], safe)  # type: ignore[arg-type]
+    return network.requires_grad_(False)
 
 
 @functools.cache
