@@ -130,7 +130,7 @@ def test_a_choice_that_a_protocol_does_not_have_is_refused(choice: str):
 def test_the_paper_s_experiments_are_by_its_protocol_and_with_its_recognizers():
     published = {path.stem for path in (ROOT / "results" / "paper").glob("*.yaml")}
     names = sorted(name for name in published if f"experiment/{name}" in LEAVES)
-    assert names == ["diversity", "jpeg", "recovery", "table1", "table2", "wrong_keys"]
+    assert names == ["diversity", "jpeg", "recovery", "separability", "table1", "table2", "wrong_keys"]
     for name in names:
         cfg = composed(f"experiment={name}", config=command_of(name))
         assert cfg.name == name
