@@ -49,7 +49,9 @@ def missing(names: Iterable[str]) -> list[str]:
             continue
         name, source, example = COLLECTIONS[variable]
         why = f"there is no folder {folder}" if folder else "not here"
-        lines[f"{name}: {why}. To be had: {source}\n  Then say where it is: export {variable}={folder or example}"] = None
+        lines[f"{name}: {why}. To be had: {source}\n  Then say where it is: export {variable}={folder or example}"] = (
+            None
+        )
     return list(lines)
 
 

@@ -69,7 +69,12 @@ def to_fetch(parts: Sequence[Any]) -> tuple[dict[str, Card], dict[str, Any]]:
         if isinstance(part, NeedsWeights):
             own = 1 if isinstance(part, TakesWeights) and part.weights is not None else 0
             cards |= {card.name: card for card in part.cards()[own:] if weights.locate(card) is None}
-        if isinstance(part, Fetchable) and ":" not in part.source and not Path(part.source).is_absolute() and part.missing():
+        if (
+            isinstance(part, Fetchable)
+            and ":" not in part.source
+            and not Path(part.source).is_absolute()
+            and part.missing()
+        ):
             models[part.source] = part
     return {name: card for name, card in cards.items() if not isinstance(card.origin, Package)}, models
 
@@ -80,7 +85,9 @@ def stop(title: str, problems: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m keyanon.weights fetch --all", description="Fetch what experiments need.")
+    parser = argparse.ArgumentParser(
+        prog="python -m keyanon.weights fetch --all", description="Fetch what experiments need."
+    )
     parser.add_argument("names", nargs="+", metavar="EXPERIMENT", help="such as table1; and settings, such as limit=2")
     asked = parser.parse_args(arguments).names
     names, overrides = ([one for one in asked if ("=" in one) == setting] for setting in (False, True))

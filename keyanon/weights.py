@@ -309,7 +309,9 @@ def _download(url: str, target: Path, title: str | None = None) -> None:
         total = None if length is None else begun + int(length)
         with (
             partial.open("ab" if resumed else "wb") as file,
-            tqdm(total=total, initial=begun, desc=title or target.name, unit="B", unit_scale=True, unit_divisor=1024) as bar,
+            tqdm(
+                total=total, initial=begun, desc=title or target.name, unit="B", unit_scale=True, unit_divisor=1024
+            ) as bar,
         ):
             while block := response.read(1 << 20):
                 file.write(block)
@@ -344,7 +346,9 @@ def fetch_blob(repo: str, file: str, revision: str) -> None:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
         if digest != etag:
             whole.unlink()
-            raise WrongWeights(f"{repo}, {file}: expected SHA-256 {etag}, found {digest}. It was removed; fetch it again")
+            raise WrongWeights(
+                f"{repo}, {file}: expected SHA-256 {etag}, found {digest}. It was removed; fetch it again"
+            )
         whole.replace(blob)
 
 

@@ -49,7 +49,8 @@ class Site:
             return None
         files = sorted(path for path in place.rglob("*") if path.is_file())
         return [
-            {"type": "file", "path": str(file.relative_to(place)), "size": file.stat().st_size, "oid": etag(file)} for file in files
+            {"type": "file", "path": str(file.relative_to(place)), "size": file.stat().st_size, "oid": etag(file)}
+            for file in files
         ]
 
 

@@ -68,7 +68,9 @@ STAND_INS: dict[str, Callable[[Path], object]] = {
     "bisenet": colour_parser,
 }
 # and for each model of the hub: repository and folder in it
-MODELS: dict[str, Callable[[Path], object]] = {"PolLabarbarie/diffusion-signflip-anon-face/ffhq-diffusers": save_tiny_ldm}
+MODELS: dict[str, Callable[[Path], object]] = {
+    "PolLabarbarie/diffusion-signflip-anon-face/ffhq-diffusers": save_tiny_ldm
+}
 BESIDE = {"PolLabarbarie/diffusion-signflip-anon-face/keys/key_1.pt": b"the authors' keys, which nobody needs" * 1000}
 
 
@@ -205,7 +207,9 @@ def machine(folder: Path, forked: bool = True) -> Iterator[Machine]:
                     if server.poll() is not None:
                         raise RuntimeError(f"{program} ended with {server.returncode}")
                     time.sleep(0.05)
-                yield Machine(folder, site, own | {"FORKED_PID": str(folder)}, f"{sys.executable} -SE {program} {socket}")
+                yield Machine(
+                    folder, site, own | {"FORKED_PID": str(folder)}, f"{sys.executable} -SE {program} {socket}"
+                )
             finally:
                 server.kill()
                 server.wait()

@@ -14,7 +14,8 @@ from tests.test_run import SMALL, overrides
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(0.4, "0 s"), (99, "99 s"), (101, "2 min"), (5999, "100 min"), (2 * 3600, "2.0 h"), (10**6, "12 days")]
+    ("seconds", "said"),
+    [(0.4, "0 s"), (99, "99 s"), (101, "2 min"), (5999, "100 min"), (2 * 3600, "2.0 h"), (10**6, "12 days")],
 )
 def test_durations_in_words(seconds, said):
     assert duration(seconds) == said
@@ -33,7 +34,10 @@ def test_a_cpu_works_as_it_always_did():
     assert (batch_size("cpu", 10_000), threads("cpu")) == (8, 1)
 
 
-@pytest.mark.parametrize(("gib", "pictures", "chosen"), [(78, 30_000, 256), (24, 30_000, 64), (7, 30_000, 16), (1, 30_000, 8), (78, 5, 8), (78, 1, 1)])
+@pytest.mark.parametrize(
+    ("gib", "pictures", "chosen"),
+    [(78, 30_000, 256), (24, 30_000, 64), (7, 30_000, 16), (1, 30_000, 8), (78, 5, 8), (78, 1, 1)],
+)
 def test_a_card_is_given_what_its_memory_holds(monkeypatch, gib, pictures, chosen):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (gib << 30, 80 << 30))
     assert batch_size("cuda", pictures) == chosen

@@ -44,10 +44,15 @@ def test_nonsense_is_named(config):
             except BadSetting as error:
                 assert str(error).startswith(f"{name}={value!r}: expected "), error
                 refused += 1
-        assert refused >= {"name": 9, "runs": 9, "notes": 15, "thresholds": 15, "allow_faces_in_clear": 15,
-                 "long": 15, "estimate_only": 15}.get(
-            name, len(NONSENSE)
-        ), name
+        assert refused >= {
+            "name": 9,
+            "runs": 9,
+            "notes": 15,
+            "thresholds": 15,
+            "allow_faces_in_clear": 15,
+            "long": 15,
+            "estimate_only": 15,
+        }.get(name, len(NONSENSE)), name
 
 
 @pytest.mark.parametrize(

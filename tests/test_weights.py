@@ -125,7 +125,11 @@ def test_without_a_digest_nothing_is_gone_on_with(big, site, tmp_path):
 
 
 def test_a_connection_that_ends_early_says_so_and_keeps_its_part(big, site, tmp_path, monkeypatch):
-    monkeypatch.setattr(Answers, "send_file", lambda self, file, start, size: (self.wfile.write(b"x" * 1000), setattr(self, "close_connection", True)))
+    monkeypatch.setattr(
+        Answers,
+        "send_file",
+        lambda self, file, start, size: (self.wfile.write(b"x" * 1000), setattr(self, "close_connection", True)),
+    )
     with pytest.raises(MissingWeights, match=r"the connection ended at 1,000 of 3,072,000 bytes"):
         resolve(big)
     assert (tmp_path / "cache" / "tiny.partial" / "tiny.bin.partial").stat().st_size == 1000

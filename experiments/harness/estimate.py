@@ -79,7 +79,9 @@ def measured(session: "Session", cell: "Cell", left: Sequence[str], passes: int)
     if not left:
         return Estimate(0, evaluations, 0.0, where, at_least)
     size = min(session.cfg.batch_size, len(left))
-    seconds = sum(network_seconds(model, session.cfg.dataset.size, session.cfg.batch_size) for model in models) * evaluations
+    seconds = (
+        sum(network_seconds(model, session.cfg.dataset.size, session.cfg.batch_size) for model in models) * evaluations
+    )
     once, each = looking_seconds(session, left[:size])
     seconds += once + each * (passes + 1)
     return Estimate(len(left), evaluations, seconds * len(left), where, at_least)

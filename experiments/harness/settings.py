@@ -30,7 +30,8 @@ SETTINGS: Mapping[str, Setting] = {
         lambda value: value is None or whole(1, 1024).fits(value),
     ),
     "batch_size": Setting(
-        "a whole number from 1 on, or null for the device's own choice", lambda value: value is None or COUNT.fits(value)
+        "a whole number from 1 on, or null for the device's own choice",
+        lambda value: value is None or COUNT.fits(value),
     ),
     "shard": Setting("i/n, with whole numbers 1 <= i <= n, as in 1/4", shard),
     "device": DEVICE,
