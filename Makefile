@@ -75,6 +75,10 @@ tables: $(INSTALLED) ## Rebuild every committed table from the committed scores
 test: $(INSTALLED) ## Run the tests on all cores; the library has to be covered to 95 %
 	$(RUN) pytest -n logical --dist loadfile --cov=keyanon --cov-fail-under=95
 
+.PHONY: rehearsal
+rehearsal: $(INSTALLED) ## Go from nothing to all tables on tiny weights from a hub on this machine, killed on the way
+	PYTHONPATH=$(CURDIR) $(RUN) tests.rehearsal
+
 .PHONY: check
 check: $(INSTALLED) shapes ## Lint, formatting, types, shapes at run time, and the documents' claims beside the tables
 	$(RUN) ruff check

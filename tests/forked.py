@@ -36,9 +36,13 @@ def serve(path: str) -> None:
         while True:
             connection, _ = listening.accept()
             if os.fork() == 0:  # one process waits for the command, so that the next one need not
-                listening.close()
-                attend(connection)
-                os._exit(0)
+                try:
+                    listening.close()
+                    attend(connection)
+                except BrokenPipeError:  # whoever asked was killed
+                    pass
+                finally:
+                    os._exit(0)  # at a forked process' own end libraries may wait for threads that it does not have
             connection.close()
 
 
