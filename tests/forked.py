@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 HEAVY = (
@@ -27,10 +28,10 @@ HEAVY = (
 
 def serve(path: str) -> None:
     for name in HEAVY:
-        try:
+        with suppress(ImportError):
             importlib.import_module(name)
-        except ImportError:
-            continue
+    for name in [name for name in sys.modules if name.startswith("keyanon")]:
+        sys.modules["experiments.harness.provenance"].module(name)  # the code's digests, which a process reads once
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
