@@ -13,13 +13,16 @@ import runpy
 import signal
 import socket
 import sys
+import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
 
-HEAVY = (
+LIBRARIES = (
     "keyanon", "torch", "diffusers", "pandas", "pyarrow.parquet", "hydra", "onnxruntime", "facenet_pytorch", "skimage.metrics",
     "torchmetrics", "torchmetrics.image.fid", "torch_fidelity", "matplotlib.pyplot", "sklearn.svm", "cv2",
+)  # fmt: skip
+OURS = (
     "keyanon.diffusion.model", "keyanon.runner", "keyanon.attacks.views", "keyanon.faces.datasets", "keyanon.faces.recognition",
     "keyanon.methods.signflip", "keyanon.methods.exact", "keyanon.measures.scorers", "keyanon.measures.separability",
     "experiments.harness.session", "experiments.harness.plots",
@@ -27,9 +30,13 @@ HEAVY = (
 
 
 def serve(path: str) -> None:
-    for name in HEAVY:
+    for name in LIBRARIES:
         with suppress(ImportError):
             importlib.import_module(name)
+    while not Path(os.environ["KEYANON_CARDS"]).is_file():  # which is written meanwhile, and read once
+        time.sleep(0.02)
+    for name in OURS:
+        importlib.import_module(name)
     for name in [name for name in sys.modules if name.startswith("keyanon")]:
         sys.modules["experiments.harness.provenance"].module(name)  # the code's digests, which a process reads once
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)

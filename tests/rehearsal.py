@@ -58,7 +58,9 @@ def stock(site: Path, cards: Path) -> None:
         write(file)
         with file.open("rb") as opened:
             entries[name]["sha256"] = file_digest(opened, "sha256").hexdigest()
-    cards.write_text(yaml.safe_dump(list(entries.values())), "utf-8")
+    whole = cards.with_suffix(".part")
+    whole.write_text(yaml.safe_dump(list(entries.values())), "utf-8")
+    whole.replace(cards)
 
 
 def bring(folder: Path) -> dict[str, str]:
@@ -132,35 +134,34 @@ def machine(folder: Path, forked: bool = True) -> Iterator[Machine]:
 
     With `forked` its commands are forked from one process that has imported what they import; else each is a process of its own.
     """
-    stock(folder / "site", folder / "cards.yaml")
     checkout = folder / "checkout"
     for name in ("experiments", "conf", "results/paper"):
         shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     (checkout / "keyanon").symlink_to(ROOT / "keyanon")
     shutil.copy(ROOT / "Makefile", checkout)
-    with serving(folder / "site") as site:
+    # a socket's path has at most 107 characters
+    with serving(folder / "site") as site, tempfile.TemporaryDirectory() as short:
         own = {name: value for name, value in os.environ.items() if not name.startswith(("KEYANON_", "HF_", "MAKE"))}
         own.pop("ACCEPT_LICENCES", None)
         own |= {
             "PYTHONPATH": str(checkout), "HF_ENDPOINT": site.url, "KEYANON_MIRROR": f"{site.url}/releases",
             "HF_HOME": str(folder / "hf"), "KEYANON_CACHE": str(folder / "cache"), "KEYANON_CARDS": str(folder / "cards.yaml"),
             "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONWARNINGS": "ignore",
+            "FORKED_PID": str(folder),
         }  # fmt: skip
-        if not forked:
-            yield Machine(folder, site, own, f"{sys.executable} -m")
-            return
-        with tempfile.TemporaryDirectory() as short:  # a socket's path has at most 107 characters
-            program, socket = ROOT / "tests" / "forked.py", Path(short, SOCKET)
-            server = subprocess.Popen([sys.executable, program, "serve", socket], cwd=checkout, env=own)
-            try:
-                while not socket.exists():
-                    if server.poll() is not None:
-                        raise RuntimeError(f"{program} ended with {server.returncode}")
-                    time.sleep(0.05)
-                yield Machine(
-                    folder, site, own | {"FORKED_PID": str(folder)}, f"{sys.executable} -SE {program} {socket}"
-                )
-            finally:
+        program, socket = ROOT / "tests" / "forked.py", Path(short, SOCKET)
+        command = [sys.executable, str(program), "serve", str(socket)]
+        server = subprocess.Popen(command, cwd=checkout, env=own) if forked else None
+        try:
+            stock(folder / "site", folder / "cards.yaml")
+            while server is not None and not socket.exists():
+                if server.poll() is not None:
+                    raise RuntimeError(f"{program} ended with {server.returncode}")
+                time.sleep(0.05)
+            python = f"{sys.executable} -SE {program} {socket}" if forked else f"{sys.executable} -m"
+            yield Machine(folder, site, own, python)
+        finally:
+            if server is not None:
                 server.kill()
                 server.wait()
 
