@@ -94,5 +94,5 @@ def protocol_label(protocol: DictConfig, chosen: str) -> str:
     """The name of the `chosen` file of conf/protocol, and what was set otherwise: `ours`, or `ours,ssim=whole`."""
     path = CONF / "protocol" / f"{chosen}.yaml"
     named: Any = OmegaConf.load(path) if path.is_file() else protocol
-    set_otherwise = [f"{name}={value}" for name, value in protocol.items() if named.get(str(name)) != value]
+    set_otherwise = [f"{name!s}={value}" for name, value in protocol.items() if named.get(str(name)) != value]
     return ",".join([chosen, *set_otherwise])
