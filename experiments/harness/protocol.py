@@ -29,6 +29,7 @@ class Choices:
     float_mask: Literal["file", "floats"]
     jpeg_mask: Literal["compressed", "floats"]
     looks_at: Literal["faces", "picture"]
+    lengths: Literal["unit", "raw"]
 
 
 def protocol_label(protocol: DictConfig, chosen: str) -> str:
