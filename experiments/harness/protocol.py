@@ -33,6 +33,7 @@ class Choices:
     float_mask: Literal["file", "floats"]
     jpeg_mask: Literal["compressed", "floats"]
     looks_at: Literal["faces", "picture"]
+    lengths: Literal["unit", "raw"]
 
 
 # What a run may have otherwise than its experiment and still measure the same: where things lie, and what they run on.
