@@ -66,6 +66,8 @@ STAND_INS: dict[str, Callable[[Path], object]] = {
     "facenet_casia": facenet,
     "arcface_r50": tiny_arcface,
     "bisenet": colour_parser,
+    # the pictures that the machine has stay the first
+    "celebahq_order": lambda path: path.write_text(str([f"{n}.jpg" for n in (*range(HAS)[::-1], *range(HAS, 30_000))])),
 }
 # and for each model of the hub: repository and folder in it
 MODELS: dict[str, Callable[[Path], object]] = {
