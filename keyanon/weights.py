@@ -382,7 +382,7 @@ def _explain(card: Card, path: str | os.PathLike[str] | None, error: Exception |
     else:
         why = error or ("offline by KEYANON_OFFLINE or HF_HUB_OFFLINE" if offline() else "not fetched yet")
         tried = f"the cache {cache() / card.name} (not there), {card.source} ({why})"
-    return f"{card.name}: weights not found. Tried: {tried}. Licence: {card.licence}. Remedy: {card.remedy}."
+    return f"{card.name}: not found. Tried: {tried}. Licence: {card.licence}. Remedy: {card.remedy}."
 
 
 def _copy(source: Any, target: Path) -> None:

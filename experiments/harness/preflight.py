@@ -169,14 +169,16 @@ def missing_disk(folder: Path, files: int, size: int) -> list[str]:
 
 
 def open_dataset(cfg: DictConfig, name: str, problems: list[str]) -> "Dataset | None":
-    """The dataset; None, and one problem more, where it cannot be read."""
+    """The dataset; None, and the problems more, where it cannot be read."""
     try:
         dataset: Dataset = made(cfg, "dataset")
+        problems += [message for message in missing_parts(dataset) if message not in problems]
         _ = dataset.ids  # read at its first use
     except Exception as error:
         if (message := user_error(error)) is None:
             raise
-        problems.append(f"dataset {name}: {message}")
+        if message not in problems:
+            problems.append(f"dataset {name}: {message}")
         return None
     return dataset
 

@@ -21,6 +21,8 @@ class Choices:
     """Where the authors' way to measure and ours differ. Parts take each by interpolation; here all are checked, used or not."""
 
     resize: Literal["lanczos", "bilinear"]
+    order: Literal["numbers", "authors"]
+    edition: Literal["any", "deep-funneled"]
     pairs: Literal["distinct", "repeated"]
     calibration: Literal["anonymized", "all"]
     threshold: Literal["order", "quantile"]
