@@ -80,7 +80,7 @@ def test_the_notebooks_svms_on_random_draws():
 
 @pytest.mark.parametrize(("length", "first", "last"), [(1, 0.70, 0.67), (30, 0.80, 0.05)])
 def test_the_notebooks_linear_layer(length, first, last):
-    """On rows as long as AdaFace's it learns as the notebook shows, where the loss falls from 0.85 to 0.03; unit rows teach little."""
+    """On rows as long as AdaFace's the loss falls as in the notebook, from 0.85 to 0.03; unit rows teach little."""
     clean, anonymized = (length * rows for rows in (faces(200), faces(200, 0.8, seed=1)))
     x, y, tested, truth = (torch.tensor(part).float() for part in notebook_split(clean, anonymized, 8, 2))
     torch.manual_seed(SEED)
