@@ -26,11 +26,12 @@ VQVAE = {  # 55.3 M parameters
 NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195, "clip_sample": False}
 
 
-def saved(folder: Path) -> Path:
-    """The model in diffusers' layout, drawn and written (1.3 GB) if it is not yet in `folder`."""
+def saved(folder: Path, device: str = "cpu") -> Path:
+    """The model in diffusers' layout, drawn on `device` and written (1.3 GB) if it is not yet in `folder`."""
     if not (folder / "scheduler").is_dir():
         torch.manual_seed(0)
-        UNet2DModel(**UNET).save_pretrained(folder / "unet")
-        VQModel(**VQVAE).save_pretrained(folder / "vqvae")
+        with torch.device(device):
+            UNet2DModel(**UNET).save_pretrained(folder / "unet")
+            VQModel(**VQVAE).save_pretrained(folder / "vqvae")
         DDIMScheduler(**NOISE).save_pretrained(folder / "scheduler")  # last: with it the folder is whole
     return folder

@@ -49,7 +49,9 @@ def main() -> None:
         backbone = LatentDiffusion(args.backbone, precision=precision, device=device)
         refinement = Refinement(ToneCurve(0.95, 1.5))
         solver = DDIM(10, "karras", 5e-7)
-        return Exact(backbone, solver, EllipseParser(), BandRotation(), refinement, Seam(), "noised", floor=None)
+        return Exact(
+            backbone, solver, EllipseParser(), BandRotation(), refinement, Seam(), background="noised", floor=None
+        )
 
     def recovered(receiver: Exact, published: Published, batch_size: int) -> Bytes:
         parts = []

@@ -1,7 +1,7 @@
 """Pictures per second of anonymize, recover and score, beside the authors' loop: `python -m benchmarks.throughput` (`make bench`).
 
     on a CPU, minutes:                  python -m benchmarks.throughput
-    on a GPU, under 8 minutes:          python -m benchmarks.throughput --preset gpu --device cuda
+    on a GPU, 4 minutes:                python -m benchmarks.throughput --preset gpu --device cuda --seconds 240
     the same rehearsed without a GPU:   python -m benchmarks.throughput --preset gpu --networks faces128 --batches 4 --steps 2
                                             --repeats 1 --scratch /tmp/keyanon --output /tmp/t.csv --plot /tmp/t.svg
 
@@ -12,11 +12,13 @@ Each network is measured with each method, precision and batch size, compiled an
     exact       this project's method as conf/anonymizer/exact.yaml has it, one attempt a picture, not verified: as many
                 evaluations as its inversion needs, so on trained weights only, and not in bf16, which is no use to it
 
-The largest batch is also measured with a compiled network. All cells of a network take turns, so that what else the machine does
-hits all of them. Pictures are the package's synthetic faces, the face is an ellipse. A row has the median over the repeats and the
-slowest and fastest; `ratio` is evaluations of the network a second over the authors' in the same direction, which is the ratio of
-pictures a second where the methods evaluate equally often. `cpu_s_per_picture` is the time of all cores, and `cpu_ratio` the same
-ratio by it: with one thread, on a machine that others use as well, this is the number to trust.
+The largest batch is also measured with a compiled network, and on a GPU with one recorded as CUDA graphs. All cells of a network
+take turns, so that what else the machine does hits all of them: each once as soon as it is ready, then in rounds. The table is
+written whenever it has grown. With `--seconds` the rounds go on until the time is used, each network having its share of it; a cell
+whose turn comes too late is left out, and said. Pictures are the package's synthetic faces, the face is an ellipse. A row has the
+median over the repeats and the slowest and fastest; `ratio` is evaluations of the network a second over the authors' in the same
+direction, which is the ratio of pictures a second where the methods evaluate equally often. `cpu_s_per_picture` is the time of all
+cores, and `cpu_ratio` the same ratio by it: with one thread, on a machine that others use as well, this is the number to trust.
 `tflops` are multiply-adds of the network counted twice, `share` is their part of what a large matrix product reaches here in the
 same precision. `peak_mb`: on a GPU what PyTorch had allocated at most for weights and work; on a CPU the resident memory of a
 process that does nothing else, of 2 steps. `load`: processes that wanted to run when the row was measured.
@@ -34,11 +36,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from matplotlib.figure import Figure
@@ -75,6 +77,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "networks": ["faces128", "ldm256"],
         "precisions": ["fp32", "bf16"],
         "compiled": ["fp32", "bf16"],
+        "graphs": [],
         "batches": [8],
         "steps": 10,
         "slow_steps": 0,
@@ -82,10 +85,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpu": {
         "networks": ["faces128", "ldm256"],
         "precisions": ["fp32", "tf32", "bf16"],
-        "compiled": ["tf32", "bf16"],
-        "batches": [8, 32],
+        "compiled": [],
+        "graphs": ["fp32", "tf32", "bf16"],
+        "batches": [64],
         "steps": 50,
-        "slow_steps": 5,
+        "slow_steps": 10,
     },
 }
 COLUMNS = [
@@ -108,7 +112,7 @@ class Cell:
     precision: Precision
     batch: int
     steps: int
-    compiled: bool
+    compiled: bool | Literal["graphs"]
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -142,9 +146,13 @@ def main() -> None:
         print(resident())
         return
     rows: list[dict[str, Any]] = []
-    for network in args.networks:
-        rows += measured(cells(network, args), args)
-        rows += scored(network, args)
+    begin = time.monotonic()
+    for place, network in enumerate(args.networks, 1):
+        end = begin + args.seconds * place / len(args.networks) if args.seconds is not None else None
+        found: list[dict[str, Any]] = []
+        for found in measured(cells(network, args), args, end):
+            write_csv(rows + found, args.output)
+        rows += [*found, *scored(network, args)]
         torch.compiler.reset()  # what was compiled is gone with its cells
         write_csv(rows, args.output)
     draw(rows, args.plot)
@@ -167,7 +175,9 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         "--slow-steps", type=int, help="the same for ldm256, which is not measured exact at fewer than 10"
     )
     parser.add_argument("--compiled", nargs="*", choices=["fp32", "tf32", "bf16"], help="with a compiled network, too")
+    parser.add_argument("--graphs", nargs="*", choices=["fp32", "tf32", "bf16"], help="with CUDA graphs, too")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, help="of all: then --repeats does not count")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="of the CPU; by default PyTorch's own number")
     parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure a CPU's memory")
@@ -188,18 +198,43 @@ def cells(network: str, args: argparse.Namespace) -> list[Cell]:
     for method, precision, batch in itertools.product(args.methods, args.precisions, args.batches):
         if method == AUTHORS or (method == EXACT and (network == "ldm256" or precision == "bf16")):
             continue
-        also_compiled = precision in args.compiled and batch == max(args.batches)
-        out += [
-            Cell(network, method, precision, batch, steps, c) for c in ([False, True] if also_compiled else [False])
-        ]
+        out += [Cell(network, method, precision, batch, steps, False)]
+        if batch == max(args.batches):
+            also: list[bool | Literal["graphs"]] = [True] * (precision in args.compiled)
+            also += ["graphs"] * (precision in args.graphs)
+            out += [Cell(network, method, precision, batch, steps, how) for how in also]
     return out
 
 
-def measured(chosen: Sequence[Cell], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Two rows for each cell of one network; the cells take turns."""
-    jobs, first, peak = {}, {}, {}
+def measured(
+    chosen: Sequence[Cell], args: argparse.Namespace, end: float | None = None
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of one network, a direction of a cell each, whenever there are more or better ones; the cells take turns.
+
+    `end` is when to stop, by the monotonic clock; the first cell is measured in any case.
+    """
+    jobs: dict[Cell, Job] = {}
+    first, peak = {}, {}
+    seconds: dict[tuple[Cell, str], list[float]] = {}
+    busy: dict[tuple[Cell, str], list[float]] = {}
+    evaluated: dict[tuple[Cell, str], float] = {}
+
+    def late() -> bool:
+        return end is not None and time.monotonic() > end
+
+    def turn(cell: Cell) -> None:
+        for direction in cell.directions:
+            before, cpu, start = jobs[cell].evaluations, time.process_time(), time.perf_counter()
+            getattr(jobs[cell], direction)()
+            seconds.setdefault((cell, direction), []).append(time.perf_counter() - start)
+            busy.setdefault((cell, direction), []).append(time.process_time() - cpu)
+            evaluated[cell, direction] = (jobs[cell].evaluations - before) / cell.batch
+
     on_cpu = torch.device(args.device).type == "cpu"
     for cell in chosen:
+        if jobs and late():
+            print(f"left out, for want of time: {cell}", file=sys.stderr)
+            continue
         before = 0 if on_cpu else torch.accelerator.memory_allocated(args.device)
         jobs[cell] = job(cell, args.device, args.scratch)
         start = time.perf_counter()
@@ -213,32 +248,42 @@ def measured(chosen: Sequence[Cell], args: argparse.Namespace) -> list[dict[str,
         elif not args.no_memory:
             peak[cell] = memory_of(cell, args)
         print(f"ready: {cell}, {first[cell]:.0f} s", file=sys.stderr)
-    seconds: dict[tuple[Cell, str], list[float]] = {(c, d): [] for c in chosen for d in c.directions}
-    busy: dict[tuple[Cell, str], list[float]] = {key: [] for key in seconds}
-    evaluated: dict[tuple[Cell, str], float] = {}
-    for _ in range(args.repeats):
-        for cell, direction in seconds:
-            before, cpu, start = jobs[cell].evaluations, time.process_time(), time.perf_counter()
-            getattr(jobs[cell], direction)()
-            seconds[cell, direction].append(time.perf_counter() - start)
-            busy[cell, direction].append(time.process_time() - cpu)
-            evaluated[cell, direction] = (jobs[cell].evaluations - before) / cell.batch
+        turn(cell)
+        yield rows_of(seconds, busy, evaluated, first, peak, args)
+    for _ in range(args.repeats - 1) if end is None else itertools.count():
+        for cell in jobs:
+            if late():
+                return
+            turn(cell)
+            yield rows_of(seconds, busy, evaluated, first, peak, args)
+
+
+def rows_of(
+    seconds: Mapping[tuple[Cell, str], Sequence[float]],
+    busy: Mapping[tuple[Cell, str], Sequence[float]],
+    evaluated: Mapping[tuple[Cell, str], float],
+    first: Mapping[Cell, float],
+    peak: Mapping[Cell, int],
+    args: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """A row for each direction of each cell, from the times of its turns."""
+    begun = next(iter(seconds))[0]
     by_wall, by_cpu = (
         {key: evaluated[key] * key[0].batch / statistics.median(times) for key, times in clock.items()}
         for clock in (seconds, busy)
     )
     rows = []
     for (cell, direction), times in seconds.items():
-        theirs = (chosen[0], direction) if chosen[0].method == AUTHORS else None
+        theirs = (begun, direction) if begun.method == AUTHORS else None
         rate = cell.batch / statistics.median(times)
         flops = rate * evaluated[cell, direction] * flops_of(cell.network, args.scratch)
         rows.append(
             {
                 **conditions(args.device),
                 **asdict(cell),
-                "compiled": "yes" if cell.compiled else "no",
+                "compiled": {True: "yes", False: "no"}.get(cell.compiled, cell.compiled),
                 "direction": direction,
-                "repeats": args.repeats,
+                "repeats": len(times),
                 **rates(cell.batch, times),
                 "evaluations_per_picture": f"{evaluated[cell, direction]:.4g}",
                 "evaluations_per_s": f"{by_wall[cell, direction]:.4g}",
@@ -354,9 +399,9 @@ class Theirs:
 
 
 def backbone_of(
-    network: str, scratch: Path, precision: Precision = "fp32", device: str = "cpu", compiled: bool = False
+    network: str, scratch: Path, precision: Precision = "fp32", device: str = "cpu", compiled: Any = False
 ) -> LatentDiffusion:
-    source = str(ldm256.saved(scratch / "ldm256")) if network == "ldm256" else f"bundled:{network}"
+    source = str(ldm256.saved(scratch / "ldm256", device)) if network == "ldm256" else f"bundled:{network}"
     return LatentDiffusion(source, precision=precision, device=device, compile=compiled)
 
 
@@ -445,7 +490,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def bar_name(row: dict[str, Any]) -> str:
-    compiled = ", compiled" if row["compiled"] == "yes" else ""
+    compiled = {"yes": ", compiled", "graphs": ", graphs"}.get(row["compiled"], "")
     return f"{row['method']} {row['precision']}{compiled}, {row['batch']}"
 
 

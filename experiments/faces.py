@@ -51,12 +51,12 @@ class TemplateDetector:
         return ()
 
 
-def draw(model: LatentDiffusion, count: int, steps: int, seed: int) -> Bytes:
-    """`count` samples (n 3 h w); the i-th is a function of seed and i alone."""
+def draw(model: LatentDiffusion, count: int, steps: int, seed: int, batch: int = BATCH) -> Bytes:
+    """`count` samples (n 3 h w), `batch` at a time; the i-th is a function of seed and i alone, up to rounding on a GPU."""
     channels, size = model.unet.config.in_channels, model.unet.config.sample_size
     parts = []
-    for start in tqdm(range(0, count, BATCH), "draw", unit="batch", disable=None):
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(start, min(start + BATCH, count))]
+    for start in tqdm(range(0, count, batch), "draw", unit="batch", disable=None):
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(start, min(start + batch, count))]
         noise = torch.stack([torch.randn(channels, size, size, generator=g) for g in generators])
         parts.append(
             to_bytes(model.decode(DDIM(steps).sample(model.eps, model.schedule, noise.to(model.device)))).cpu()
@@ -166,8 +166,13 @@ def measure(args: argparse.Namespace) -> None:
         report["bundled"] = {"kept": len(chosen), **rule}
         write_faces(args.out, samples, chosen)
     write_whole(args.report / "report.json", json.dumps(report, indent=2).encode() + b"\n", public=True)
-    contact_sheet({f"{c}": list(samples[c:64:8]) for c in range(8)}, args.report / "samples.webp", public=True)
+    sheet(samples, args.report / "samples.webp")
     print(json.dumps(report, indent=2))
+
+
+def sheet(samples: Bytes, path: Path) -> None:
+    """The first 64 samples, as they came."""
+    contact_sheet({f"{c}": list(samples[c:64:8]) for c in range(8)}, path, public=True)
 
 
 def write_faces(folder: Path, samples: Bytes, chosen: Sequence[int]) -> None:

@@ -4,7 +4,7 @@ The library has cards and does not know experiments; which cards and models one 
 over these parts is here, and shares the preflight's.
 
 Nothing is fetched before the licences are accepted: ACCEPT_LICENCES=1, or a yes at a terminal. Only what is needed is fetched, and
-a download that was cut off goes on. Pictures are no concern of this: experiments.brought asks for them.
+a download that was cut off goes on. Pictures are no concern of this: experiments.brought asks for them. The order of a dataset is.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def needed(names: Sequence[str], overrides: Sequence[str]) -> list[Any]:
     parts: list[Any] = []
     for cfg in (cfg for name in names for cfg in cells(name, overrides)):
         groups = GROUPS if "anonymizer" in cfg or "methods" in cfg else (*GROUPS, "backbone")
-        parts += [made(cfg, group) for group in groups if group in cfg]
+        parts += [made(cfg, group) for group in (*groups, "dataset") if group in cfg]
     return parts
 
 

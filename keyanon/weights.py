@@ -120,7 +120,7 @@ class Hub:
         from huggingface_hub import HfApi
 
         there = HfApi().list_repo_files(self.repo, revision=self.revision)
-        paths: list[str] = [path for path in there if Path(path).name == name]
+        paths = [str(path) for path in there if path == name or path.endswith(f"/{name}")]
         if len(paths) != 1:
             raise FileNotFoundError(f"{len(paths)} files of {self.repo} are called {name}, not one")
         return paths[0]
@@ -382,7 +382,7 @@ def _explain(card: Card, path: str | os.PathLike[str] | None, error: Exception |
     else:
         why = error or ("offline by KEYANON_OFFLINE or HF_HUB_OFFLINE" if offline() else "not fetched yet")
         tried = f"the cache {cache() / card.name} (not there), {card.source} ({why})"
-    return f"{card.name}: weights not found. Tried: {tried}. Licence: {card.licence}. Remedy: {card.remedy}."
+    return f"{card.name}: not found. Tried: {tried}. Licence: {card.licence}. Remedy: {card.remedy}."
 
 
 def _copy(source: Any, target: Path) -> None:

@@ -68,8 +68,13 @@ def controlnet(path: Path) -> None:
     """Goes with the network of the tiny model beside it."""
     from diffusers import UNet2DModel
 
-    unet = UNet2DModel.from_pretrained(path.parents[1] / "ffhq-diffusers" / "unet")
+    unet = UNet2DModel.from_pretrained(path.parents[2] / "ffhq-diffusers" / "unet")
     torch.save(checkpoint(unet, random_network(unet)), path)
+
+
+def order(path: Path) -> None:
+    """All names of CelebA-HQ; the first three, which the rehearsal has, the other way round."""
+    path.write_text(str([f"{number}.jpg" for number in (2, 1, 0, *range(3, 30_000))]))
 
 
 # What writes a model: by its repository on the hub and the folder there.
@@ -86,5 +91,6 @@ CARDS: dict[str, Callable[[Path], object]] = {
     "bisenet": colour_parser,
     "fid_inception": inception,
     "controlnet_masks": controlnet,
+    "celebahq_order": order,
 }
 ANY_FOLDER = "controlnets"

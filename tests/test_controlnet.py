@@ -156,7 +156,7 @@ def test_a_solver_that_splits_its_batch_is_refused(model, control, pictures):
 def test_missing_weights_are_told_at_once(model, pictures, nothing_fetched):
     method = SignFlip(model, DDIM(4), CentreFace(), control=MaskControl())
     (message,) = missing_parts(method)
-    assert message.startswith("controlnet_masks: weights not found.")
+    assert message.startswith("controlnet_masks: not found.")
     assert "fetch controlnet_masks" in message
     assert missing_parts(replace(method, control=None)) == []
     with pytest.raises(MissingWeights, match="controlnet_masks"):

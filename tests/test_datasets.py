@@ -4,15 +4,18 @@ import os
 import shutil
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 
 from keyanon.channel.pixels import from_pil, to_bytes
-from keyanon.errors import BadData
+from keyanon.errors import BadData, BadSetting, MissingData
 from keyanon.faces import datasets
 from keyanon.faces.alignment import FACES128_TEMPLATE
 from keyanon.faces.datasets import (
@@ -31,7 +34,8 @@ from keyanon.faces.datasets import (
 )
 from keyanon.faces.detection import MtcnnDetector
 from keyanon.types import BadPicture, Dataset, ListsFolder, Repeats, Source
-from keyanon.weights import Package
+from keyanon.weights import CARDS, MissingWeights, Package, WrongWeights
+from tests.conftest import ROOT
 
 DATA = Path(os.environ.get("KEYANON_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
@@ -168,6 +172,93 @@ def test_celebahq_in_the_order_of_a_list_file(tmp_path):
     draw(tmp_path / "593.jpg")
     order = note(tmp_path / "order.txt", "593.jpg", "11544.jpg", "10464.jpg")
     assert CelebAHQ(str(tmp_path), list=order).ids == ("593", "11544", "10464")
+
+
+ORDER = CARDS["celebahq_order"]
+
+
+def write_order(folder, names):
+    """Names in the format of the authors' file, where the cache keeps it."""
+    path = folder / ORDER.name / ORDER.filename
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(str([f"{name}.jpg" for name in names]))
+    return path
+
+
+@pytest.fixture
+def order(tmp_path, monkeypatch):
+    """CelebA-HQ in the authors' order, of which nothing is here but one picture; and a cache without its file."""
+    monkeypatch.setenv("KEYANON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(CARDS, ORDER.name, replace(ORDER, sha256=None))
+    draw(tmp_path / "593.jpg")
+    return CelebAHQ(str(tmp_path), order="authors")
+
+
+def test_celebahq_in_the_authors_order(order, tmp_path):
+    names = read_list("celebahq")
+    mixed = names[593:] + names[:593]
+    write_order(tmp_path / "cache", mixed)
+    assert order.ids == mixed
+    assert order.cards() == (CARDS["celebahq_order"],)
+    plain = CelebAHQ(str(tmp_path))
+    assert plain.ids == names
+    assert plain.cards() == ()
+
+
+def test_the_authors_order_is_not_fetched_unasked(order, tmp_path):
+    with pytest.raises(MissingWeights, match=r"celebahq_order: not found.*keyanon\.weights fetch celebahq_order"):
+        _ = order.ids
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "found"),
+    [
+        (lambda names: names[:-1], "29,999 names, 29,999 of these"),
+        (lambda names: (*names, "7"), "30,001 names, 30,000 of these"),
+        (lambda names: (*names[:-1], "7"), "30,000 names, 29,999 of these"),
+        (lambda names: (*names[:-1], "30000"), "30,000 names, 29,999 of these"),
+        (lambda names: (), "0 names"),
+    ],
+)
+def test_an_order_of_other_pictures_is_refused(order, tmp_path, spoiled, found):
+    path = write_order(tmp_path / "cache", spoiled(read_list("celebahq")))
+    with pytest.raises(BadData, match=rf"{path}: expected the 30,000 pictures of CelebA-HQ in another order.*{found}"):
+        _ = order.ids
+
+
+def test_another_file_in_the_place_of_the_authors_order_is_refused(order, tmp_path, monkeypatch):
+    monkeypatch.setitem(CARDS, ORDER.name, ORDER)
+    write_order(tmp_path / "cache", read_list("celebahq"))
+    with pytest.raises(WrongWeights, match="is not the file of the card"):
+        _ = order.ids
+
+
+def test_an_order_is_of_its_own_list():
+    with pytest.raises(
+        BadSetting, match=r"order=authors is of list=celebahq; with list=celebahq_mini take order=numbers"
+    ):
+        CelebAHQ("x", list="celebahq_mini", order="authors")
+    with pytest.raises(BadSetting, match="order='random': expected one of numbers, authors"):
+        CelebAHQ("x", order="random")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf" / "dataset").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("protocol", ["ours", "authors"])
+def test_a_config_takes_its_choices_from_the_protocol(path, protocol):
+    """All that the authors do otherwise with a dataset: none may be left at a class's default, or set by hand."""
+    taken = {
+        CelebAHQ: {"resize": "resize"}, FFHQ: {"resize": "resize"}, LFW: {"counted": "pairs", "edition": "edition"}
+    }  # fmt: skip
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", [f"dataset={path.stem}", f"protocol={protocol}"])
+    kind = instantiate(cfg.dataset.dataset, _convert_="all").func if "dataset" in cfg.dataset else None
+    wanted = dict(taken.get(kind, {}))
+    if kind is CelebAHQ and cfg.dataset.list == "celebahq":
+        wanted["order"] = "order"
+    assert {name: cfg.dataset.get(name) for name in wanted} == {name: cfg.protocol[one] for name, one in wanted.items()}
+    if kind is CelebAHQ and "order" not in wanted:
+        assert "order" not in cfg.dataset  # which has a list of its own
 
 
 def test_missing_collections_say_what_to_do(tmp_path):
@@ -315,7 +406,9 @@ def test_lfw_as_the_authors_have_it(lfw):
     faces = LFW(str(lfw), counted="repeated")
     assert faces.comparisons == official
     assert "edition not told" in faces.notes[0]
-    assert LFW(str(lfw), edition="deep-funneled").notes == ["LFW, deep-funneled"]  # whoever has them may know
+    taken = LFW(str(lfw), edition="deep-funneled")  # whoever has them may know
+    assert taken.notes == ["LFW, edition not told by its folder, taken for deep-funneled"]
+    assert taken.source("Bob_0002").path == lfw / "imgs" / "Bob" / "Bob_0002.jpg"
     assert faces.load("Bob_0002").shape == (3, 256, 256)
     with pytest.raises(FileNotFoundError, match=r"holds no pairs.*mismatchpairsDevTrain\.csv"):
         _ = LFW(str(lfw), mismatches=True).ids
@@ -331,8 +424,27 @@ def test_lfw_editions_by_their_folders(lfw, folder, edition):
     assert faces.notes == [f"LFW, {edition}"]
     assert faces.source("Bob_0002").path == lfw / folder / "Bob" / "Bob_0002.jpg"
     other = "plain" if edition == "funneled" else "funneled"
-    with pytest.raises(FileNotFoundError, match=rf"no pictures of the edition {other}, but {folder} \({edition}\)"):
+    refused = rf"no pictures of the edition {other}, but {folder} \({edition}\): dataset\.edition={edition} takes them"
+    with pytest.raises(FileNotFoundError, match=refused):
         _ = LFW(str(lfw), edition=other).ids
+    assert LFW(str(lfw), edition=edition).ids == faces.ids
+
+
+def test_the_authors_edition_is_asked_for_by_their_protocol(lfw):
+    """Below the root it may be any, and is taken for theirs; what is known to be another is refused, and said how to take it."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        ours, authors = (
+            compose("config", ["dataset=lfw", f"protocol={name}", f"dataset.root={lfw}"]).dataset
+            for name in ("ours", "authors")
+        )
+    below = instantiate(authors, _convert_="all")
+    assert below.notes[0] == "LFW, edition not told by its folder, taken for deep-funneled"
+    moved(lfw, "lfw")
+    assert instantiate(ours, _convert_="all").notes == ["LFW, plain"]
+    with pytest.raises(MissingData, match=r"dataset\.edition=plain takes them\. .*deep-funneled, .*from https") as told:
+        _ = instantiate(authors, _convert_="all").ids
+    assert "\n" not in str(told.value)
+    assert instantiate(authors, edition="plain", _convert_="all").notes[0] == "LFW, plain"
 
 
 @pytest.mark.parametrize(
@@ -360,8 +472,10 @@ def test_two_editions_in_one_place_are_refused_until_one_is_chosen(lfw):
     shutil.copytree(lfw / "lfw-deepfunneled", lfw / "lfw-deepfunneled" / "lfw-deepfunneled")
     with pytest.raises(BadData, match="Move all but one elsewhere"):
         _ = LFW(str(lfw), edition="deep-funneled").ids
-    with pytest.raises(ValueError, match="edition='aligned': expected one of plain, funneled, deep-funneled or null"):
+    with pytest.raises(ValueError, match="edition='aligned': expected one of any, plain, funneled, deep-funneled"):
         LFW("x", edition="aligned")
+    with pytest.raises(ValueError, match="edition=None: expected one of any"):
+        LFW("x", edition=None)
 
 
 def test_lfw_pairs_that_should_be_the_same_and_are_not(lfw):

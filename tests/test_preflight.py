@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import open_dict, read_write
 
+from experiments.fetch import needed, to_fetch
 from experiments.harness import preflight
 from experiments.harness.preflight import NOT_READY, WholeSweep, choices
 from tests.test_configs import CONF
@@ -34,6 +35,28 @@ def test_everything_that_any_cell_lacks_is_told_once(capsys):
     assert told.count("\n- ") == 3
     for name in ("diffusion model /nowhere/model", "g2face: not here", "dataset lfw: "):
         assert told.count(name) == 1, told
+
+
+def test_pictures_and_the_order_that_a_dataset_takes_them_in_are_told_at_once(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("KEYANON_CACHE", str(tmp_path))
+    given = ("parser=ellipse", "recognizers=[]", "scorers=[psnr]", "protocol=authors")
+    for root, count in (("null", 2), (str(tmp_path), 1)):
+        (tmp_path / "0.jpg").touch()
+        with pytest.raises(SystemExit) as ended:
+            begin({"dataset": "celebahq", "limit": "1,2"}, f"dataset.root={root}", *given)
+        assert ended.value.code == NOT_READY
+        told = capsys.readouterr().err
+        assert told.count("\n- ") == count, told
+        assert told.count("fetch celebahq_order") == 1
+        assert ("no folder given" in told) == (root == "null")
+    begin({"dataset": "celebahq"}, f"dataset.root={tmp_path}", *given, "protocol.order=numbers")
+
+
+def test_the_order_of_a_dataset_is_fetched_with_the_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("KEYANON_CACHE", str(tmp_path))
+    for order, there in (("authors", True), ("numbers", False)):
+        cards, _ = to_fetch(needed(["separability"], [f"protocol.order={order}"]))
+        assert ("celebahq_order" in cards) == there
 
 
 def test_what_an_override_is_in_each_cell():

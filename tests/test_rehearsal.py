@@ -76,7 +76,8 @@ def test_table1_from_nothing_killed_twice(brought):
     assert len(site.asked) == before  # all weights are here, and no licence is asked for again
     assert brought.tables() == ["table1"]
     assert {path: path.stat().st_mtime_ns for path in made} == made
-    assert not [path for path in asked_before(brought) if "keys/" in path]  # of the repository only the model
+    # of the repository only the model
+    assert not [path for path in asked_before(brought) if "keys/" in path or "landmarks" in path]
     table = (brought.checkout / "results" / "tables" / "table1.md").read_text()
     assert "rehearsal on random weights" in table
     assert all(name in table for name in ("facenet_casia", "adaface_vit", "lfw"))
@@ -106,7 +107,9 @@ def test_all_says_how_long_each_takes_and_goes_to_all_tables(brought):
     for name, dataset in EXPERIMENTS:
         assert re.search(rf"^{name}, signflip\w* of {dataset}: about", printed[:begin], re.MULTILINE), name
     assert brought.tables() == sorted({name for name, _ in EXPERIMENTS})
-    assert any(path.endswith("/controlnet_epoch_15.pth") for path in asked_before(brought))
+    asked = [path for path in asked_before(brought) if path.endswith("/controlnet_epoch_15.pth")]
+    assert asked
+    assert all("/segmentation_masks/" in path for path in asked)
 
 
 def test_which_pictures_an_experiment_asks_for():

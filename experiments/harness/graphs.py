@@ -145,7 +145,7 @@ def training(
     """
     yield {"seconds": 0.0, "step": 0, "pictures": 0, **measure()}
     begin = measured = read = now = time.monotonic()
-    step = 0
+    step = read_step = 0
     while now < begin + minutes * 60:
         passed = (now - begin) / (minutes * 60)
         here = rate * min(1, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * passed)) / 2
@@ -153,7 +153,7 @@ def training(
         step += REPLAYS
         now = time.monotonic()
         if step % READ_STEPS == 0:
-            loss, speed = fit.total.item() / READ_STEPS, READ_STEPS * batch / (now - read)
+            loss, speed = fit.total.item() / READ_STEPS, (step - read_step) * batch / (now - read)
             fit.total.zero_()
             if not math.isfinite(loss):
                 raise Diverged(f"the loss is {loss} after {step} steps; a learning rate below {rate} may help")
@@ -161,10 +161,11 @@ def training(
                 "seconds": now - begin, "step": step, "pictures": step * batch, "loss": loss, "learning_rate": here,
                 "pictures_per_second": speed,
             }  # fmt: skip
-            read = now
+            read, read_step = now, step
         last = now >= begin + minutes * 60
         if last or now - measured > MEASURED_SECONDS:
             fit.swap()
             yield {"seconds": now - begin, "step": step, "pictures": step * batch, **measure()}
             fit.swap()
             measured = read = now = time.monotonic()
+            read_step = step

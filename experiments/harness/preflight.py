@@ -115,6 +115,16 @@ def bad_name(cfg: DictConfig) -> list[str]:
     return []
 
 
+def missing_card(device: str) -> list[str]:
+    """A message if a GPU is asked for and there is none that computes."""
+    import torch
+
+    asked = torch.device(device)
+    if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
+        return [f"device={device}: no such GPU is here; take device=auto, or cpu"]
+    return []
+
+
 def missing_parts(*parts: Any) -> list[str]:
     """Messages of all models and weights below `parts` that are not on this machine; each says how to get it."""
     from keyanon.types import NeedsFiles, NeedsWeights, TakesWeights
@@ -159,14 +169,16 @@ def missing_disk(folder: Path, files: int, size: int) -> list[str]:
 
 
 def open_dataset(cfg: DictConfig, name: str, problems: list[str]) -> "Dataset | None":
-    """The dataset; None, and one problem more, where it cannot be read."""
+    """The dataset; None, and the problems more, where it cannot be read."""
     try:
         dataset: Dataset = made(cfg, "dataset")
+        problems += [message for message in missing_parts(dataset) if message not in problems]
         _ = dataset.ids  # read at its first use
     except Exception as error:
         if (message := user_error(error)) is None:
             raise
-        problems.append(f"dataset {name}: {message}")
+        if message not in problems:
+            problems.append(f"dataset {name}: {message}")
         return None
     return dataset
 

@@ -72,12 +72,13 @@ def augment(images: Image, scale: tuple[float, float], shift: float, generator: 
 def moved(images: Image, zoom: Tensor, flip: Tensor, move: Tensor) -> Image:
     """Each picture enlarged by `zoom` (b), mirrored where `flip` (b) is -1 and moved by `move` (b 2), in half widths.
 
-    Mirroring pixels, before the transform, gives the odd horizontal DCT columns their sign by itself.
+    Mirroring pixels, before the transform, gives the odd horizontal DCT columns their sign by itself. Bicubic: bilinear takes 5 to
+    10 % off the middle frequencies of the block DCT, and a model learns that.
     """
     theta = torch.zeros(len(images), 2, 3, device=images.device)
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = flip / zoom, 1 / zoom, move
     grid = affine_grid(theta, list(images.shape), align_corners=False)
-    return grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
 
 
 def halved(net: Any) -> Any:

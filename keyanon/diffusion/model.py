@@ -29,6 +29,7 @@ from torch import Tensor
 
 from keyanon.batching import CHUNK, in_chunks
 from keyanon.diffusion.block_dct import BLOCK, BlockDCT
+from keyanon.diffusion.graphs import Recorded
 from keyanon.diffusion.solvers import DDIM, NoiseSchedule, Solver
 from keyanon.errors import UserError
 from keyanon.finite import finite
@@ -79,6 +80,7 @@ class LatentDiffusion:
         licence: of the weights, for the message when they are missing.
         compile: the denoising network by torch.compile, at its first use: minutes, and a C++ compiler on a CPU. Results differ
             from the uncompiled network's by rounding: sender and receiver should do the same. Gains: docs/performance.md.
+            "graphs" compiles nothing: on a GPU its kernels are recorded and launched at once (keyanon/diffusion/graphs.py).
         chunk: pictures at a time on a CPU. Another size rounds differently: sender and receiver should do the same.
     """
 
@@ -89,7 +91,7 @@ class LatentDiffusion:
     device: Device = "cpu"
     licence: str = "see the model's page"
     revision: str | None = None
-    compile: bool = False
+    compile: bool | Literal["graphs"] = False
     chunk: Count = CHUNK
     evaluations: Counter[int] = field(default_factory=Counter, init=False, repr=False, compare=False)
     """How many pictures the network has seen at each timestep."""
@@ -150,7 +152,7 @@ class LatentDiffusion:
         """The network's estimate of the noise in z at the timestep t, in fp32."""
         self.evaluations[t] += len(z)
         out = in_chunks(
-            lambda part: self._network(part, t), z, chunk=self.chunk, fits=self.fits, few_sizes=self.compile
+            lambda part: self._network(part, t), z, chunk=self.chunk, fits=self.fits, few_sizes=bool(self.compile)
         )
         return self.as_noise(out, z, t)
 
@@ -196,6 +198,8 @@ class LatentDiffusion:
             raise BadModel(f"{self.folder}/unet: {self._class_of('unet')} is no network this project runs")
         net = loaded(kind, self.folder / "unet", torch_dtype=self._dtype)
         net = net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        if self.compile == "graphs":
+            return Recorded(net)
         return compiled(net) if self.compile else net
 
     @cached_property

@@ -32,6 +32,7 @@ from keyanon.faces.layouts import (
     Edition,
     Layout,
     Member,
+    Wanted,
     lfw_layout,
     lfw_pair_files,
     members,
@@ -40,7 +41,7 @@ from keyanon.faces.layouts import (
 )
 from keyanon.settings import Crop, Name, Names, Size, checked
 from keyanon.types import Picture, Source
-from keyanon.weights import Package
+from keyanon.weights import Card, MissingWeights, Package, missing, named, resolve
 
 LISTS = Path(__file__).with_name("lists")
 MOST = 10**7  # ids in a span of a list
@@ -54,6 +55,14 @@ class CelebAHQ:
 
     Lee et al., MaskGAN, CVPR 2020, https://github.com/switchablenorms/CelebAMask-HQ. It comes without identities. The
     authors resize bilinearly, we with Lanczos.
+
+    Args:
+        root: the folder that holds the pictures.
+        size: of the pictures, pixels.
+        list: the pictures and their order.
+        crop: as fractions of the picture.
+        resize: the kernel.
+        order: `numbers`, that of `list`; `authors`, which the card celebahq_order has, of the list `celebahq` alone.
     """
 
     root: str | None
@@ -61,10 +70,21 @@ class CelebAHQ:
     list: Name = "celebahq"
     crop: Crop | None = None
     resize: Kernel = "lanczos"
+    order: Literal["numbers", "authors"] = "numbers"
+
+    def __post_init__(self) -> None:
+        if self.order == "authors" and self.list != "celebahq":
+            raise BadSetting(
+                f"order=authors is of list=celebahq; with list={self.list} take order=numbers, its own order"
+            )
 
     @cached_property
     def ids(self) -> Sequence[str]:
-        return CELEBAHQ.present(self.root, read_list(self.list))
+        ids = CELEBAHQ.present(self.root, read_list(self.list))
+        return ids if self.order == "numbers" else authors_order(ids)
+
+    def cards(self) -> tuple[Card, ...]:
+        return () if self.order == "numbers" else (named("celebahq_order"),)
 
     @property
     def gallery(self) -> Sequence[str]:
@@ -140,7 +160,8 @@ class LFW:
         mismatches: take the pairs of two persons too.
         counted: `distinct`: each picture is listed once, where it first comes up (of `dev` 1,484 in the gallery, 1,477 anonymized);
             `repeated`: it is in the gallery, and among the probes, as often as the pairs list it (1,600 and 1,600).
-        edition: of the pictures. None takes the one that is there, and refuses several.
+        edition: of the pictures. `any` takes the one that is there, and refuses several. Another is refused where the place of
+            the pictures tells that they are of another edition.
         transform: `authors`: Resize 256, CenterCrop 200, Resize, bilinear; `lanczos`: `crop`, then one Lanczos resize.
         crop: only with `lanczos`.
     """
@@ -150,7 +171,7 @@ class LFW:
     pairs: Literal["dev", "view2"] | Names = "dev"
     mismatches: bool = False
     counted: Literal["distinct", "repeated"] = "distinct"
-    edition: Edition | None = None
+    edition: Wanted = "any"
     transform: Literal["authors", "lanczos"] = "authors"
     crop: Crop | None = None
 
@@ -199,8 +220,10 @@ class LFW:
 
     @property
     def notes(self) -> Sequence[str]:
-        edition = self._place[1]
-        note = f"LFW, {edition}" if edition else "LFW, edition not told by its folder (dataset.edition)"
+        told = self._place[1] or "edition not told by its folder"
+        if self._place[1] is None:
+            told += " (dataset.edition)" if self.edition == "any" else f", taken for {self.edition}"
+        note = f"LFW, {told}"
         return (
             [note] if self.counted == "distinct" else [note, f"{len(self.probes):,} pairs as often as they are listed"]
         )
@@ -421,6 +444,24 @@ def read_list(name: str) -> tuple[str, ...]:
     if len(set(ids)) < len(ids):
         raise BadData(f"{path}: {Counter(ids).most_common(1)[0][0]} is listed twice")
     return tuple(ids)
+
+
+def authors_order(ids: Sequence[str]) -> tuple[str, ...]:
+    """CelebA-HQ's ids in the authors' order, from the file of the card celebahq_order; raises BadData where it lists others.
+
+    It fetches nothing, unlike what runs on weights: a preflight asks for ids before licences are accepted.
+    """
+    card = named("celebahq_order")
+    if (message := missing(card)) is not None:
+        raise MissingWeights(message)
+    path = resolve(card)
+    order = tuple(re.findall(r"(\d+)\.jpg", " ".join(text_lines(path))))
+    if sorted(order) != sorted(ids):
+        raise BadData(
+            f"{path}: expected the {len(ids):,} pictures of CelebA-HQ in another order, each once; "
+            f"found {len(order):,} names, {len(set(order) & set(ids)):,} of these pictures"
+        )
+    return order
 
 
 def text_lines(path: Path) -> list[str]:

@@ -95,6 +95,7 @@ FFHQ_LAYOUTS = {
     for version in ("images1024x1024", "thumbnails128x128")
 }
 Edition = Literal["plain", "funneled", "deep-funneled"]
+Wanted = Literal["any", Edition]  # any: the one that is there
 # Where LFW's folders of people lie below a root, and which edition that is, for their pixels differ. None: the place does not tell.
 LFW_FOLDERS: Mapping[str, Edition | None] = {
     "": None,
@@ -132,11 +133,13 @@ def lfw_edition(root: str | None, folder: str) -> Edition | None:
     return LFW_FOLDERS.get(name) if name != "lfw" else None
 
 
-def lfw_layout(root: str | None, ids: Iterable[str], edition: Edition | None) -> tuple[Layout, Edition | None]:
-    """LFW's layout narrowed to the one folder that holds pictures of `ids`, and its edition, None where nothing tells.
+def lfw_layout(root: str | None, ids: Iterable[str], edition: Wanted) -> tuple[Layout, Edition | None]:
+    """LFW's layout narrowed to the one folder that holds pictures of `ids`, and its edition, None where its place does not tell.
+
+    A folder whose place does not tell is taken for the edition that is wanted, where no other folder is of it.
 
     Raises:
-        MissingData: no folder, or none of this edition, holds any of them.
+        MissingData: no folder holds any of them, or all that do are of another edition.
         BadData: several do, and a picture of one name is not the same in them.
     """
     ids, place = tuple(ids), LFW_LAYOUT.folder(root)
@@ -148,18 +151,21 @@ def lfw_layout(root: str | None, ids: Iterable[str], edition: Edition | None) ->
     if not told:
         LFW_LAYOUT.present(root, ids)
     # Of a folder whose place does not tell, whoever runs this may know more.
-    fitting = [folder for folder in told if edition in (None, told[folder])] or [
+    fitting = [folder for folder in told if edition in ("any", told[folder])] or [
         folder for folder in told if not told[folder]
     ]
     if not fitting:
         there = ", ".join(f"{folder or '.'} ({known})" for folder, known in told.items())
-        raise MissingData(f"LFW: {place} holds no pictures of the edition {edition}, but {there}. {LFW_LAYOUT.remedy}")
+        others = " or ".join(f"dataset.edition={known}" for known in dict.fromkeys(told.values()))
+        raise MissingData(
+            f"LFW: {place} holds no pictures of the edition {edition}, but {there}: {others} takes them. {LFW_LAYOUT.remedy}"
+        )
     if len(fitting) > 1:
         there = ", ".join(f"{folder or '.'} ({told[folder] or 'edition not told'})" for folder in fitting)
         several = len({told[folder] for folder in fitting}) > 1
         remedy = "Set dataset.edition to the one that is meant" if several else "Move all but one elsewhere"
         raise BadData(f"LFW: {place} holds pictures in several folders: {there}. {remedy}.")
-    return replace(LFW_LAYOUT, places=(LFW_PLACES[fitting[0]],)), told[fitting[0]] or edition
+    return replace(LFW_LAYOUT, places=(LFW_PLACES[fitting[0]],)), told[fitting[0]]
 
 
 def lfw_pair_files(root: str | None, sets: Sequence[Sequence[str]]) -> list[Sequence[str]]:
