@@ -13,7 +13,8 @@ from tests.conftest import ROOT, smooth_picture
 
 CONFIGS = sorted(path.stem for path in (ROOT / "conf").glob("*.yaml"))
 GROUPS = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()}
-PLAIN = {"finder", "inversions", "methods", "second_detector", "separability", "threshold"}  # of parts by name, which check their own
+# of parts by name, which check their own
+PLAIN = {"finder", "inversions", "methods", "second_detector", "separability", "threshold"}
 # None of these is a count, a share, a device, a shard, a name or a list of texts.
 NONSENSE = [-1, 0, -0.5, 1.5, math.nan, math.inf, True, "", " ", "x y", "0/0", "2/1", "1/", "a/b", {"a": "b"}, [[1]]]
 
