@@ -43,7 +43,7 @@ ASKED := $(if $(LIMIT),limit=$(LIMIT)) $(if $(LONG),long=true) $(ARGS)
 
 .PHONY: reproduce-all brought-all fetched-all estimated-all $(REPRODUCE) $(PUBLISHED:%=brought-%) $(PUBLISHED:%=fetched-%)
 .NOTPARALLEL: # each target takes the whole machine, and these come in order: pictures, installation, weights, run, table
-reproduce-table1: ## Reproduce the paper's Table 1 in results/tables (needs CelebA-HQ; weights are fetched; LIMIT=, LONG=1, ARGS=)
+reproduce-table1: ## Reproduce the paper's Table 1 in results/tables (needs CelebA-HQ and LFW; weights are fetched; LIMIT=, LONG=1, ARGS=)
 reproduce-table2: ## Reproduce verification on LFW (needs LFW; weights are fetched; LIMIT=, LONG=1, ARGS=)
 reproduce-all: brought-all $(INSTALLED) fetched-all estimated-all $(REPRODUCE) ## Reproduce all that the paper has a number for, after saying how long each takes
 

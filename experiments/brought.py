@@ -1,7 +1,7 @@
 """What only a person can bring to experiments, told before anything is installed or fetched: `python -m experiments.brought table1`
 
-Needs no package but Python's own: `make reproduce-table1` begins with it on a machine that has nothing. It looks for the folders
-alone; the preflight looks into them.
+Needs no package but Python's own: `make reproduce-table1` begins with it on a machine that has nothing. It looks whether a folder
+holds pictures in their places; the preflight, whether they are the right ones.
 """
 
 import os
@@ -14,11 +14,16 @@ from keyanon.faces import obtain
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 NOT_READY = 2  # exit code, as the preflight's
+# By the variable that names the folder: what it is called, where it is to be had, an example, and where its pictures lie below.
 COLLECTIONS = {
-    "KEYANON_CELEBAHQ": ("CelebA-HQ", obtain.CELEBAHQ, "/path/to/CelebAMask-HQ"),
-    "KEYANON_LFW": ("LFW", obtain.LFW, "/path/to/lfw"),
-    "KEYANON_FFHQ": ("FFHQ", obtain.FFHQ.format(version="images1024x1024"), "/path/to/ffhq"),
-    "KEYANON_DATA": ("trial faces", "28 CelebA-HQ pictures or 1,300 grey LFW pairs, see docs/tutorial.md.", "/path/to/data"),
+    "KEYANON_CELEBAHQ": ("CelebA-HQ", obtain.CELEBAHQ, "/path/to/CelebAMask-HQ", ("CelebA-HQ-img/*.jpg", "*.jpg", "*.png")),
+    "KEYANON_LFW": ("LFW", obtain.LFW, "/path/to/lfw", ("*/*.jpg", "*/*/*.jpg", "*/*/*/*.jpg")),
+    "KEYANON_FFHQ": (
+        "FFHQ", obtain.FFHQ.format(version="images1024x1024"), "/path/to/ffhq", ("*.png", "*/*.png", "*/*/*.png"),
+    ),
+    "KEYANON_DATA": (
+        "trial faces", "28 CelebA-HQ pictures or 1,300 grey LFW pairs, see docs/tutorial.md.", "/path/to/data", ("*/*",),
+    ),
 }  # fmt: skip
 
 
@@ -44,15 +49,25 @@ def missing(names: Iterable[str]) -> list[str]:
     texts = [(CONF / "dataset" / f"{dataset}.yaml").read_text("utf-8") for dataset in wanted]
     lines: dict[str, None] = {}
     for variable in dict.fromkeys(found for text in texts for found in re.findall(r"oc\.env:(KEYANON_\w+)", text)):
+        name, source, example, pictures = COLLECTIONS[variable]
         folder = os.environ.get(variable)
-        if folder and Path(folder).expanduser().is_dir():
+        if (why := lacking(folder, pictures)) is None:
             continue
-        name, source, example = COLLECTIONS[variable]
-        why = f"there is no folder {folder}" if folder else "not here"
-        lines[f"{name}: {why}. To be had: {source}\n  Then say where it is: export {variable}={folder or example}"] = (
-            None
-        )
+        say = f"{name}: {why}. To be had: {source}\n  Then say where it is: export {variable}={folder or example}"
+        lines[say] = None
     return list(lines)
+
+
+def lacking(folder: str | None, pictures: Sequence[str]) -> str | None:
+    """Why a folder is no collection; None where any of the patterns finds a picture below it."""
+    if not folder:
+        return "not here"
+    place = Path(folder).expanduser()
+    if not place.is_dir():
+        return f"there is no folder {folder}"
+    if not any(True for pattern in pictures for _ in place.glob(pattern)):
+        return f"{folder} holds none of its pictures; looked for {', '.join(pictures)}"
+    return None
 
 
 def main(names: Sequence[str]) -> int:

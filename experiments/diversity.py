@@ -42,7 +42,7 @@ from keyanon import runner
 from keyanon.batching import filled
 from keyanon.channel.keys import experiment_key
 from keyanon.channel.pixels import to_floats
-from keyanon.measures.biometrics import Floats, Statistic, mean_statistic, w2_squared
+from keyanon.measures.biometrics import Floats, Statistic, mean_statistic, unit, w2_squared
 from keyanon.measures.scorers import frechet_distance
 from keyanon.run_folder import ANONYMIZED
 from keyanon.types import COSINE, Anonymizer, Embeddings, Image, Mask, Observed, Recognizer, Summary
@@ -141,8 +141,9 @@ def fill_row(session: Session, cell: Cell, method: Anonymizer) -> bool:
         for name, enrolled in session.enrol(ids).items():
             clean, rows = (rows_of(ids, files.embeddings(name)) for files in (enrolled, cell.files))
             order = clean["id"].to_pylist()
-            versions = np.stack([vectors(rows.filter(pc.equal(rows["view"], str(seed)))) for seed in range(keys)])
-            found = statistics_of(versions, vectors(clean), session.people(order))
+            seen = [rows.filter(pc.equal(rows["view"], str(seed))) for seed in range(keys)]
+            versions = np.stack([unit(vectors(one)) for one in seen])
+            found = statistics_of(versions, unit(vectors(clean)), session.people(order))
             statistics += [(ANONYMIZED, name, statistic) for statistic in found]
             means = np.nanmean(between_keys(versions), axis=0)
             scores.append(pd.DataFrame({"id": order, "view": ANONYMIZED, "scorer": name, "value": means}))

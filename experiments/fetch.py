@@ -1,10 +1,10 @@
 """Fetch all weights that experiments need: `python -m keyanon.weights fetch --all table1 [solver.steps=2 ...]` hands over to this.
 
-The library has cards and does not know experiments; which cards and models one needs shows when its parts are made. So the walk over
-these parts is here, and shares the preflight's.
+The library has cards and does not know experiments; which cards and models one needs shows when its parts are made. So the walk
+over these parts is here, and shares the preflight's.
 
-Nothing is fetched before the licences are accepted: ACCEPT_LICENCES=1, or a yes at a terminal. Only what is needed is fetched, and a
-download that was cut off goes on. Pictures are no concern of this: experiments.brought asks for them. The order of a dataset is.
+Nothing is fetched before the licences are accepted: ACCEPT_LICENCES=1, or a yes at a terminal. Only what is needed is fetched, and
+a download that was cut off goes on. Pictures are no concern of this: experiments.brought asks for them. The order of a dataset is.
 """
 
 import argparse

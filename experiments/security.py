@@ -48,7 +48,7 @@ from keyanon.channel.keys import experiment_key
 from keyanon.channel.pixels import png_bytes, to_floats
 from keyanon.channel.whole import write_whole
 from keyanon.errors import BadSetting
-from keyanon.measures.biometrics import Floats, cosine, threshold_at_far
+from keyanon.measures.biometrics import Floats, cosine, threshold_at_far, unit
 from keyanon.parts import Damaged
 from keyanon.run_folder import ORIGINAL, RunFiles
 from keyanon.settings import refuse
@@ -141,8 +141,8 @@ def people_of(session: Session, ids: Sequence[str]) -> People:
 
 
 def stacked(vectors: Mapping[str, torch.Tensor], ids: Sequence[str]) -> Floats:
-    found: Floats = torch.stack([vectors[id] for id in ids]).double().numpy()
-    return found
+    """Unit rows (n d) of pictures."""
+    return unit(torch.stack([vectors[id] for id in ids]).double().numpy())
 
 
 def attacked(

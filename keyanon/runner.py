@@ -25,6 +25,7 @@ from time import perf_counter
 
 import numpy as np
 import torch
+from torch.nn.functional import cosine_similarity
 
 from keyanon.batching import begun_ahead, filled, padded
 from keyanon.channel.pixels import to_bytes, to_floats
@@ -419,7 +420,7 @@ def score(
                         with within(f"recognizer {name} of the view {view}", batch):
                             vectors[view, name] = embedding = recognizer.embed(images)
                         own = torch.stack([clean[name][id] for id in filled(batch, batch_size)]).to(embedding)
-                        values[view, name] = (embedding * own).sum(1)
+                        values[view, name] = cosine_similarity(embedding, own)
                         continue
                     scorer = scorers[name]
                     reference = references.get(scorer.view if isinstance(scorer, Against) else ORIGINAL)

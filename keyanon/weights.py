@@ -120,7 +120,7 @@ class Hub:
         from huggingface_hub import HfApi
 
         there = HfApi().list_repo_files(self.repo, revision=self.revision)
-        paths: list[str] = [path for path in there if Path(path).name == name]
+        paths = [str(path) for path in there if path == name or path.endswith(f"/{name}")]
         if len(paths) != 1:
             raise FileNotFoundError(f"{len(paths)} files of {self.repo} are called {name}, not one")
         return paths[0]

@@ -223,12 +223,15 @@ class CentreFace:
 
 @dataclass(frozen=True)
 class PixelRecognizer:
-    """Unit rows of a small grey version of the picture; NaN for a black one: a recognizer for tests."""
+    """Unit or raw rows of a small grey version of the picture; NaN for a black one: a recognizer for tests."""
+
+    lengths: str = "unit"
 
     def embed(self, images: Image) -> Embeddings:
-        rows = adaptive_avg_pool2d(images.mean(1, keepdim=True), 8).flatten(1)
-        unit = normalize(rows - rows.mean(1, keepdim=True))
-        return torch.where((images.amax((1, 2, 3)) > -1)[:, None], unit, torch.nan)
+        grey = adaptive_avg_pool2d(images.mean(1, keepdim=True), 8).flatten(1)
+        raw = grey - grey.mean(1, keepdim=True)
+        rows = raw if self.lengths == "raw" else normalize(raw)
+        return torch.where((images.amax((1, 2, 3)) > -1)[:, None], rows, torch.nan)
 
 
 @dataclass(frozen=True)

@@ -13,22 +13,32 @@ import runpy
 import signal
 import socket
 import sys
+import time
 import traceback
+from contextlib import suppress
+from pathlib import Path
 
-HEAVY = (
-    "keyanon", "torch", "diffusers", "pandas", "pyarrow.parquet", "hydra", "onnxruntime", "facenet_pytorch", "skimage.metrics", "torchmetrics",
-    "matplotlib.pyplot", "sklearn", "cv2", "keyanon.diffusion.model", "keyanon.runner", "keyanon.attacks.views", "keyanon.faces.datasets",
-    "keyanon.faces.recognition", "keyanon.methods.signflip", "keyanon.methods.exact", "keyanon.measures.scorers", "experiments.harness.session",
-    "experiments.harness.plots",
+LIBRARIES = (
+    "keyanon", "torch", "diffusers", "pandas", "pyarrow.parquet", "hydra", "onnxruntime", "facenet_pytorch", "skimage.metrics",
+    "torchmetrics", "torchmetrics.image.fid", "torch_fidelity", "matplotlib.pyplot", "sklearn.svm", "cv2",
+)  # fmt: skip
+OURS = (
+    "keyanon.diffusion.model", "keyanon.runner", "keyanon.attacks.views", "keyanon.faces.datasets", "keyanon.faces.recognition",
+    "keyanon.methods.signflip", "keyanon.methods.exact", "keyanon.measures.scorers", "keyanon.measures.separability",
+    "experiments.harness.session", "experiments.harness.plots",
 )  # fmt: skip
 
 
 def serve(path: str) -> None:
-    for name in HEAVY:
-        try:
+    for name in LIBRARIES:
+        with suppress(ImportError):
             importlib.import_module(name)
-        except ImportError:
-            continue
+    while not Path(os.environ["KEYANON_CARDS"]).is_file():  # which is written meanwhile, and read once
+        time.sleep(0.02)
+    for name in OURS:
+        importlib.import_module(name)
+    for name in [name for name in sys.modules if name.startswith("keyanon")]:
+        sys.modules["experiments.harness.provenance"].module(name)  # the code's digests, which a process reads once
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
@@ -53,11 +63,10 @@ def attend(connection: socket.socket) -> None:
     if child == 0:
         os._exit(run(asked, files))
     # Of no session of its own, so that who kills the client's has to know it, too.
-    place = os.path.join(asked["environment"]["FORKED_PID"], f"{child}.pid")
-    with open(place, "w") as file:
-        file.write(str(child))
+    place = Path(asked["environment"]["FORKED_PID"], f"{child}.pid")
+    place.write_text(str(child))
     _, status = os.waitpid(child, 0)
-    os.unlink(place)
+    place.unlink()
     connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
 
 
@@ -85,7 +94,7 @@ def run(asked: dict, files: list[int]) -> int:
 
 
 def ask(path: str, command: list[str]) -> int:
-    message = {"command": command, "folder": os.getcwd(), "environment": dict(os.environ)}
+    message = {"command": command, "folder": str(Path.cwd()), "environment": dict(os.environ)}
     with socket.socket(socket.AF_UNIX) as connection, connection.makefile("r") as answers:
         connection.connect(path)
         socket.send_fds(connection, [json.dumps(message).encode()], [0, 1, 2])

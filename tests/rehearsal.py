@@ -1,9 +1,9 @@
-"""`make reproduce-...` rehearsed on a machine that has nothing: tiny weights under the real names, from a hub and a mirror on this machine.
+"""`make reproduce-...` on a machine that has nothing: stand-ins under the real names, from a hub and a mirror on this machine.
 
     make rehearsal      all targets, from nothing to their tables, killed on the way; what it prints is in docs/tutorial.md
 
-Tests take the pieces (tests/test_rehearsal.py). The cards are the real ones but for the SHA-256 of the stand-ins: KEYANON_CARDS names the
-file, and the real cards are left alone.
+Tests take the pieces (tests/test_rehearsal.py). The cards are the real ones but for the SHA-256 of the stand-ins: KEYANON_CARDS
+names the file, and the real cards are left alone.
 """
 
 import os
@@ -13,97 +13,59 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from hashlib import file_digest
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import PIL.Image
-import torch
 import yaml
 
 from keyanon.faces.datasets import read_list
 from keyanon.weights import CARDS, Hub, Release
-from tests.conftest import ROOT, save_tiny_ldm
+from tests import stand_ins
+from tests.conftest import ROOT
 from tests.hub import Site, serving
-from tests.test_parsing import colour_parser
-from tests.test_recognition import tiny_arcface
 
 HAS = 3  # pictures of CelebA-HQ that the machine has
-PEOPLE = ("Ada_Able", "Bo_Baker", "Cy_Cole", "Di_Dean")
+PEOPLE = ("Ada_Able", "Bo_Baker")  # of LFW
 SOCKET = "forked.sock"
 # Settings of every target: small pictures and one step, for the time; and who reads a table has to know.
-ARGS = "solver.steps=1 dataset.size=64 batch_size=2 notes=[rehearsal\\ on\\ random\\ weights]"
-
-
-def facenet(path: Path) -> None:
-    """FaceNet's one architecture, 28 million numbers, drawn by a faster hand than its own; with the classifier that files have."""
-    from facenet_pytorch import InceptionResnetV1
-
-    with torch.device("meta"):
-        shapes = InceptionResnetV1(pretrained=None).state_dict()
-    generator = torch.Generator().manual_seed(len(path.name))
-    state = {}
-    for name, each in shapes.items():
-        if name.endswith(("running_var", "bn.weight")):
-            state[name] = torch.ones(each.shape)
-        elif name.endswith("num_batches_tracked"):
-            state[name] = torch.zeros(each.shape, dtype=torch.long)
-        elif each.dim() > 1:
-            state[name] = torch.randn(each.shape, generator=generator) * (2 / each[0].numel()) ** 0.5
-        else:
-            state[name] = torch.zeros(each.shape)
-    torch.save(state | {"logits.weight": torch.zeros(5, 512)}, path)
-
-
-# A stand-in for each card that is fetched: what writes its file. A card of several files gets the one that has the weights, and the
-# function writes the others beside it.
-STAND_INS: dict[str, Callable[[Path], object]] = {
-    "facenet_vggface2": facenet,
-    "facenet_casia": facenet,
-    "arcface_r50": tiny_arcface,
-    "bisenet": colour_parser,
-    # the pictures that the machine has stay the first
-    "celebahq_order": lambda path: path.write_text(str([f"{n}.jpg" for n in (*range(HAS)[::-1], *range(HAS, 30_000))])),
+ARGS = "solver.steps=1 dataset.size=64 batch_size=1 notes=[rehearsal\\ on\\ random\\ weights]"
+HUB = "PolLabarbarie/diffusion-signflip-anon-face"
+# Of that repository nothing of this is asked for.
+BESIDE = {
+    f"{HUB}/keys/key_1.pt": b"the authors' keys, which nobody needs" * 1000,
+    f"{HUB}/{stand_ins.ANY_FOLDER}/landmarks_5/controlnet_epoch_15.pth": b"another control network" * 1000,
 }
-# and for each model of the hub: repository and folder in it
-MODELS: dict[str, Callable[[Path], object]] = {
-    "PolLabarbarie/diffusion-signflip-anon-face/ffhq-diffusers": save_tiny_ldm
-}
-BESIDE = {"PolLabarbarie/diffusion-signflip-anon-face/keys/key_1.pt": b"the authors' keys, which nobody needs" * 1000}
 
 
 def stock(site: Path, cards: Path) -> None:
     """Fill a site with all stand-ins, and write the cards that go with them."""
     entries = {entry["name"]: entry for entry in yaml.safe_load((ROOT / "keyanon" / "cards.yaml").read_text("utf-8"))}
-    for name, write in STAND_INS.items():
-        card = CARDS[name]
-        match card.origin:
-            case Release(url=url, member=member):
-                place = site / "releases" / urlsplit(url).netloc / urlsplit(url).path.removeprefix("/")
-                file = place if member is None else site / "members" / member
-            case Hub(repo=repo):
-                file = site / "hub" / repo / card.filename
-            case other:
-                raise TypeError(f"{name}: {other} is not fetched from a site")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write(file)
-        if isinstance(card.origin, Release) and member is not None:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with zipfile.ZipFile(place, "a") as archive:
-                archive.write(file, member)
-        with file.open("rb") as opened:
-            entries[name]["sha256"] = file_digest(opened, "sha256").hexdigest()
-    for place_in_hub, save in MODELS.items():
+    for place_in_hub, save in stand_ins.MODELS.items():
         save(site / "hub" / place_in_hub)
     for place_in_hub, data in BESIDE.items():
         beside = site / "hub" / place_in_hub
         beside.parent.mkdir(parents=True, exist_ok=True)
         beside.write_bytes(data)
-    cards.write_text(yaml.safe_dump(list(entries.values())), "utf-8")
+    for name, write in stand_ins.CARDS.items():
+        match CARDS[name].origin:
+            case Release(url=url, member=None):
+                file = site / "releases" / urlsplit(url).netloc / urlsplit(url).path.removeprefix("/")
+            case Hub(repo=repo, files=(path,)):
+                file = site / "hub" / repo / path.replace("*", f"{stand_ins.ANY_FOLDER}/")
+            case other:
+                raise TypeError(f"{name}: no site has {other}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(file)
+        with file.open("rb") as opened:
+            entries[name]["sha256"] = file_digest(opened, "sha256").hexdigest()
+    whole = cards.with_suffix(".part")
+    whole.write_text(yaml.safe_dump(list(entries.values())), "utf-8")
+    whole.replace(cards)
 
 
 def bring(folder: Path) -> dict[str, str]:
@@ -118,10 +80,9 @@ def bring(folder: Path) -> dict[str, str]:
         for picture in (1, 2):
             face = PIL.Image.open(faces[HAS + place]).resize((250, 250))
             face.rotate(4 * picture).save(lfw / person / f"{person}_{picture:04}.jpg")
-    pairs = [f"{person}\t1\t2" for person in PEOPLE]
-    strangers = [f"{PEOPLE[0]}\t1\t{PEOPLE[1]}\t1", f"{PEOPLE[2]}\t1\t{PEOPLE[3]}\t1"]
-    for name, own in (("pairsDevTrain.txt", pairs[:2]), ("pairsDevTest.txt", pairs[2:])):
-        (lfw / name).write_text("\n".join(["2", *own, *strangers]) + "\n")
+    strangers = f"{PEOPLE[0]}\t1\t{PEOPLE[1]}\t1"
+    for name, person in zip(("pairsDevTrain.txt", "pairsDevTest.txt"), PEOPLE, strict=True):
+        (lfw / name).write_text(f"1\n{person}\t1\t2\n{strangers}\n")
     return {"KEYANON_CELEBAHQ": str(celebahq), "KEYANON_LFW": str(lfw)}
 
 
@@ -133,8 +94,7 @@ class Machine:
     site: Site
     environment: dict[str, str]
     run: str  # make's RUN
-    limit: int = 2
-    processes: list[int] = field(default_factory=list)
+    limit: int = 1
 
     @property
     def checkout(self) -> Path:
@@ -150,8 +110,8 @@ class Machine:
         command = ["make", *targets, f"RUN={self.run}", "INSTALLED=", f"PYTHON={sys.executable}"]
         return subprocess.Popen(
             [*command, *(f"{name}={value}" for name, value in asked.items())],
-            cwd=self.checkout, env=self.environment, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            cwd=self.checkout, env=self.environment, text=True, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
     def make(self, *targets: str, **variables: str) -> tuple[int, str]:
@@ -162,17 +122,12 @@ class Machine:
 
     def kill(self, process: subprocess.Popen[str]) -> str:
         """SIGKILL make and whatever it started; what was printed until then."""
-        for child in [process.pid, *self.children()]:
-            with_group = signal.SIGKILL
-            try:
-                os.killpg(os.getpgid(child), with_group) if child == process.pid else os.kill(child, with_group)
-            except ProcessLookupError:
-                continue
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for started in self.folder.glob("*.pid"):  # forked commands, which are of no session of make's
+            with suppress(ProcessLookupError, FileNotFoundError):
+                os.kill(int(started.read_text()), signal.SIGKILL)
         return process.communicate()[0]
-
-    def children(self) -> list[int]:
-        """The commands that are forked, and not of make's own session."""
-        return [int(path.read_text()) for path in self.folder.glob("*.pid")]
 
     def tables(self) -> list[str]:
         return sorted(path.stem for path in (self.checkout / "results" / "tables").glob("*.csv"))
@@ -184,35 +139,34 @@ def machine(folder: Path, forked: bool = True) -> Iterator[Machine]:
 
     With `forked` its commands are forked from one process that has imported what they import; else each is a process of its own.
     """
-    stock(folder / "site", folder / "cards.yaml")
     checkout = folder / "checkout"
     for name in ("experiments", "conf", "results/paper"):
         shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     (checkout / "keyanon").symlink_to(ROOT / "keyanon")
     shutil.copy(ROOT / "Makefile", checkout)
-    with serving(folder / "site") as site:
+    # a socket's path has at most 107 characters
+    with serving(folder / "site") as site, tempfile.TemporaryDirectory() as short:
         own = {name: value for name, value in os.environ.items() if not name.startswith(("KEYANON_", "HF_", "MAKE"))}
         own.pop("ACCEPT_LICENCES", None)
         own |= {
-            "PYTHONPATH": str(checkout), "HF_ENDPOINT": site.url, "HF_HOME": str(folder / "hf"), "KEYANON_MIRROR": f"{site.url}/releases",
-            "KEYANON_CACHE": str(folder / "cache"), "KEYANON_CARDS": str(folder / "cards.yaml"), "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONWARNINGS": "ignore",
+            "PYTHONPATH": str(checkout), "HF_ENDPOINT": site.url, "KEYANON_MIRROR": f"{site.url}/releases",
+            "HF_HOME": str(folder / "hf"), "KEYANON_CACHE": str(folder / "cache"), "KEYANON_CARDS": str(folder / "cards.yaml"),
+            "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONWARNINGS": "ignore",
+            "FORKED_PID": str(folder),
         }  # fmt: skip
-        if not forked:
-            yield Machine(folder, site, own, f"{sys.executable} -m")
-            return
-        with tempfile.TemporaryDirectory() as short:  # a socket's path has at most 107 characters
-            program, socket = ROOT / "tests" / "forked.py", Path(short, SOCKET)
-            server = subprocess.Popen([sys.executable, program, "serve", socket], cwd=checkout, env=own)
-            try:
-                while not socket.exists():
-                    if server.poll() is not None:
-                        raise RuntimeError(f"{program} ended with {server.returncode}")
-                    time.sleep(0.05)
-                yield Machine(
-                    folder, site, own | {"FORKED_PID": str(folder)}, f"{sys.executable} -SE {program} {socket}"
-                )
-            finally:
+        program, socket = ROOT / "tests" / "forked.py", Path(short, SOCKET)
+        command = [sys.executable, str(program), "serve", str(socket)]
+        server = subprocess.Popen(command, cwd=checkout, env=own) if forked else None
+        try:
+            stock(folder / "site", folder / "cards.yaml")
+            while server is not None and not socket.exists():
+                if server.poll() is not None:
+                    raise RuntimeError(f"{program} ended with {server.returncode}")
+                time.sleep(0.05)
+            python = f"{sys.executable} -SE {program} {socket}" if forked else f"{sys.executable} -m"
+            yield Machine(folder, site, own, python)
+        finally:
+            if server is not None:
                 server.kill()
                 server.wait()
 
@@ -240,6 +194,7 @@ def main() -> int:
         neutral = [
             (here.run, "python -m"), (sys.executable, "python"), (here.site.url, "http://hub.local"), (temporary, "/home/you"),
         ]  # fmt: skip
+        here.limit = 2
         say("make reproduce-table1        # a machine with nothing", here.make("reproduce-table1")[1], neutral)
         here.environment |= bring(here.folder / "data")
         say("make reproduce-table1        # the pictures are there", here.make("reproduce-table1")[1], neutral)

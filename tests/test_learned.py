@@ -7,8 +7,9 @@ from scipy.stats import ks_2samp
 from sklearn.linear_model import Ridge
 from torch.nn.functional import interpolate
 
-from keyanon.attacks.learned import STRENGTHS, deanonymizer, duals, noise_features, ridge, unit
+from keyanon.attacks.learned import STRENGTHS, deanonymizer, duals, noise_features, ridge
 from keyanon.channel.pixels import to_bytes, to_floats
+from keyanon.measures.biometrics import unit
 
 TRAINED, UNSEEN = slice(0, 160), slice(160, 240)
 

@@ -320,8 +320,10 @@ def test_the_old_layout_is_the_same_model(tiny_ldm, tmp_path):
         (tmp_path / part).mkdir()
         torch.save(old, tmp_path / part / "diffusion_pytorch_model.bin")
         config = json.loads((tiny_ldm / part / "config.json").read_text())
-        known = {"act_fn", "attention_head_dim", "block_out_channels", "down_block_types", "in_channels", "layers_per_block",
-                 "latent_channels", "norm_num_groups", "num_vq_embeddings", "out_channels", "sample_size", "up_block_types"}  # fmt: skip
+        known = {
+            "act_fn", "attention_head_dim", "block_out_channels", "down_block_types", "in_channels", "layers_per_block",
+            "latent_channels", "norm_num_groups", "num_vq_embeddings", "out_channels", "sample_size", "up_block_types",
+        }  # fmt: skip
         config = {name: value for name, value in config.items() if name in known | {"_class_name"}}
         (tmp_path / part / "config.json").write_text(json.dumps(config | {"_diffusers_version": "0.0.4"}))
     assert renamed >= 8
@@ -341,7 +343,7 @@ def test_of_a_repository_only_what_a_model_is_read_from_is_fetched():
         "unet/config.json",
     ]  # fmt: skip
     assert needed_of(listed, "m") == [
-        "m/unet/diffusion_pytorch_model.safetensors", "m/unet/config.json", "m/vqvae/diffusion_pytorch_model.bin", "m/vqvae/config.json",
-        "m/scheduler/scheduler_config.json",
+        "m/unet/diffusion_pytorch_model.safetensors", "m/unet/config.json",
+        "m/vqvae/diffusion_pytorch_model.bin", "m/vqvae/config.json", "m/scheduler/scheduler_config.json",
     ]  # fmt: skip
     assert needed_of(listed, "") == ["unet/config.json"]

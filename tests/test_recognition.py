@@ -252,12 +252,15 @@ def test_thresholds_fall_a_limited_number_of_times(monkeypatch):
     assert len(looks) == 5
 
 
-def test_another_enrolment_or_alignment_is_refused():
+def test_another_enrolment_alignment_or_length_is_refused():
     with pytest.raises(BadSetting, match="enrolment='never': expected one of fixed, lowered"):
         MtcnnDetector(enrolment="never")
     for kind in (ArcFace, ArcFaceOnnx):
         with pytest.raises(BadSetting, match="alignment='affine': expected one of least_squares, ransac"):
             kind("mobilefacenet", alignment="affine")
+    for kind in (AdaFaceViT, ArcFace, ArcFaceOnnx, DlibResNet):
+        with pytest.raises(BadSetting, match="lengths='long': expected one of unit, raw"):
+            kind("mobilefacenet", lengths="long")
 
 
 def test_with_lowered_thresholds_each_view_is_described_by_the_recognizers_own_choice(astronaut):
@@ -306,6 +309,19 @@ def some_with_a_face() -> torch.Tensor:
     return torch.stack([picture(seed=1), -torch.ones(3, 128, 128), picture(seed=2)])
 
 
+def check_raw_rows(recognizer: Recognizer, expected: torch.Tensor) -> None:
+    """Raw, the row of `picture(seed=1)` is as the network gives it, others differ in length, and lost faces stay lost."""
+    images, raw = some_with_a_face(), replace(recognizer, lengths="raw")
+    rows = raw.embed(images)
+    torch.testing.assert_close(rows[0], expected, atol=1e-5, rtol=1e-5)
+    long, lost, other = rows.norm(dim=1)
+    assert lost.isnan()
+    assert abs(long - other) > 1e-3
+    assert (rows[[0, 2]].norm(dim=1) - 1).abs().min() > 1e-3
+    unit = torch.nn.functional.normalize(rows)
+    torch.testing.assert_close(recognizer.embed(images), unit, atol=1e-6, rtol=0, equal_nan=True)
+
+
 def check_rows(recognizer: Recognizer, dimension: int) -> None:
     images = some_with_a_face()
     rows = recognizer.embed(images)
@@ -326,6 +342,7 @@ def test_arcface_embeds_the_crop_that_insightface_makes(tmp_path, face, batch):
     crop = arcface_crop(to_pixels(image)[0], face.detection.points)
     expected = torch.nn.functional.avg_pool2d(crop, 28).flatten()
     torch.testing.assert_close(recognizer.embed(image)[0], expected / expected.norm(), atol=1e-5, rtol=0)
+    check_raw_rows(recognizer, expected)
     assert recognizer.name == "tiny"
     assert [card.name for card in recognizer.cards()] == ["tiny"]
 
@@ -474,6 +491,7 @@ def test_facenet_rows_are_those_of_facenet_pytorch(facenet, face):
     assert -127.5 / 128 <= crop.min() < crop.max() <= 127.5 / 128
     with torch.no_grad():
         expected = facenet._model(crop[None])[0]
+    torch.testing.assert_close(expected.norm(), torch.ones(()))  # by itself: raw rows would be the same
     torch.testing.assert_close(facenet.embed(image)[0], expected, atol=1e-5, rtol=0)
 
 
@@ -484,8 +502,9 @@ def test_arcface_rows_are_those_of_its_network(tmp_path, face, alignment):
     check_rows(recognizer, 16)
     image = picture(seed=1)[None]
     crop = arcface_crop(to_pixels(image)[0], face.detection.points, alignment)
-    expected = torch.nn.functional.normalize(load_iresnet(path)(crop[None]))
-    torch.testing.assert_close(recognizer.embed(image), expected, atol=1e-6, rtol=0)
+    raw = load_iresnet(path)(crop[None])
+    torch.testing.assert_close(recognizer.embed(image), torch.nn.functional.normalize(raw), atol=1e-6, rtol=0)
+    check_raw_rows(recognizer, raw[0])
     assert [card.name for card in recognizer.cards()] == ["backbone"]
 
 
@@ -497,8 +516,10 @@ def test_adaface_rows_are_those_of_its_network_on_the_box(tmp_path, face):
     crop = box_crop(to_pixels(image)[0], face.detection.box, 112)
     assert crop.shape == (3, 112, 112)
     assert -127.5 / 128 <= crop.min() < crop.max() <= 127.5 / 128
-    expected = torch.nn.functional.normalize(load_face_transformer(path)(crop[None]))
+    raw = load_face_transformer(path)(crop[None])
+    expected = torch.nn.functional.normalize(raw)
     torch.testing.assert_close(recognizer.embed(image), expected, atol=1e-6, rtol=0)
+    check_raw_rows(recognizer, raw[0])
     moved = replace(face.detection, points=face.detection.points + 9)
     torch.testing.assert_close(replace(recognizer, detector=Given(moved)).embed(image), expected, atol=1e-6, rtol=0)
 
@@ -538,6 +559,9 @@ def test_dlib_rows(astronaut, dlib_detector):
     assert rows[0] @ rows[1] > 0.95
     assert rows[2].isnan().all()
     torch.testing.assert_close(recognizer.embed(astronaut)[0], rows[0])
+    raw = replace(recognizer, lengths="raw").embed(astronaut)[0]
+    assert raw.norm() > 1.05
+    torch.testing.assert_close(raw / raw.norm(), rows[0])
 
 
 def test_rows_for_missing_weights_say_what_is_missing(monkeypatch, tmp_path, face):
@@ -600,6 +624,8 @@ def test_every_recognizer_config_is_made_without_weights(path, protocol, monkeyp
         assert recognizer.detector.enrolment == choices.enrolment
     if isinstance(recognizer, ArcFace | ArcFaceOnnx):
         assert recognizer.alignment == choices.alignment
+    if not isinstance(recognizer, FaceNet):
+        assert recognizer.lengths == choices.lengths
 
 
 def test_the_rate_of_faces_found_does_not_follow_the_protocol():

@@ -9,6 +9,8 @@ import torch
 from scipy.linalg import sqrtm
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from experiments.fetch import to_fetch
+from experiments.harness.preflight import missing_parts
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.errors import MissingPackage
 from keyanon.faces.detection import Detection
@@ -266,15 +268,19 @@ def test_lpips_of_equal_pictures_and_of_a_single_one(pictures, random_alexnet):
 
 
 def test_lpips_tells_a_preflight_what_it_lacks(random_alexnet, tmp_path):
-    assert LPIPS(path=str(random_alexnet)).missing() is None
-    message = LPIPS(path=str(tmp_path / "gone.pth")).missing()
-    assert message is not None
+    assert missing_parts(LPIPS(weights=str(random_alexnet))) == []
+    [message] = missing_parts(LPIPS(weights=str(tmp_path / "gone.pth")))
     assert "lpips_alexnet" in message
+
+
+def test_lpips_is_among_what_can_be_fetched(nothing_fetched):
+    cards, _ = to_fetch([LPIPS()])
+    assert list(cards) == ["lpips_alexnet"]
 
 
 def test_lpips_refuses_a_file_that_is_not_alexnet(pictures, random_alexnet):
     with pytest.raises(WrongWeights, match="lpips_alexnet"):
-        LPIPS(path=str(random_alexnet))(*pictures)
+        LPIPS(weights=str(random_alexnet))(*pictures)
 
 
 def test_frechet_distance_of_gaussians_with_known_moments():

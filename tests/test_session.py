@@ -93,6 +93,34 @@ def test_other_pictures_of_the_same_names_give_the_table_of_a_new_run(
     pd.testing.assert_frame_equal(table(), tables["new"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("experiment", ["config", "diversity", "security"])
+def test_lengths_of_embeddings_move_the_protocols_name_and_separability_alone(
+    experiment, tiny_block_dct, tmp_path, monkeypatch
+):
+    pictures = photographs(tmp_path / "pictures", first=0)
+    own = [
+        "dataset=lfw_gray_128",
+        f"dataset.root={pictures}",
+        "~dataset.list",
+        "+recognizers.pixel.lengths=${protocol.lengths}",
+    ]
+    if experiment != "diversity":
+        own.append("far=0.3")
+    tables = {}
+    for lengths in ("unit", "raw"):
+        (tmp_path / lengths).mkdir()
+        monkeypatch.chdir(tmp_path / lengths)
+        run(experiment, tiny_block_dct, *own, f"protocol.lengths={lengths}")
+        tables[lengths] = table()
+    unit, raw = tables.values()
+    assert (set(unit["protocol"]), set(raw["protocol"])) == ({"ours"}, {"ours,lengths=raw"})
+    learned = unit["statistic"].str.contains("svm|linear")
+    moved = (unit["ours"] - raw["ours"]).abs() > 0.1
+    assert moved.any() == (experiment == "config")
+    same = [column for column in unit.columns if column != "protocol"]
+    pd.testing.assert_frame_equal(unit.loc[~learned, same], raw.loc[~learned, same], rtol=0, atol=1e-6)
+
+
 def killed_at_write(number: int, experiment: str, model: Path) -> None:
     """Run until so many files are written, and then end as by `kill -9`."""
     left = [number]

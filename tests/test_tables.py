@@ -8,11 +8,12 @@ import pandas as pd
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from experiments.harness.layout import METHODS, arrow
 from experiments.harness.meaning import Meanings, read_meanings
 from experiments.harness.paper import Reference, read_paper
-from experiments.harness.protocol import protocol_label
+from experiments.harness.protocol import measured_by, protocol_label
 from experiments.harness.results import (
     COSTS,
     STATISTICS,
@@ -180,6 +181,30 @@ def test_a_protocol_is_named_after_its_file_and_what_was_set_otherwise():
         choices = [compose("config", overrides=[f"protocol={name}"]).protocol for name in ("ours", "authors")]
     assert choices[0].keys() == choices[1].keys()
     assert all(choices[0][name] != choices[1][name] for name in choices[0] if name != "_target_")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "label"),
+    [
+        (["experiment=recovery"], "authors"),
+        (["experiment=recovery", "dataset.root=/data/lfw", "device=cpu", "batch_size=4", "attacks=[]", "key=password"], "authors"),
+        (["experiment=recovery", "limit=2", "solver.steps=2"], "authors,limit=2,solver.steps=2"),
+        (["experiment=recovery", "backbone.source=/my/models"], "authors,backbone.source"),
+        (["experiment=recovery", "protocol=ours"], "ours"),
+        (["experiment=recovery", "parser.region=face_hair"], "authors,parser.region=face_hair"),
+        (["experiment=table1", "dataset=lfw"], "authors"),
+        (["experiment=wrong_keys", "anonymizer=g2face"], "authors"),
+        (["experiment=table2", "dataset.counted=distinct"], "authors,dataset.counted=distinct"),
+        (["name=table2", "protocol=authors", "dataset=lfw"], "authors,backbone.source,parser._target_"),
+        (["protocol=authors", "solver.steps=2"], "authors"),
+    ],
+)  # fmt: skip
+def test_what_an_experiment_was_run_with_otherwise_is_in_its_protocol(overrides, label):
+    """Another model, step count, or number of pictures is no reproduction, and so gets no verdict."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=overrides, return_hydra_config=True)
+        choices = dict(cfg.hydra.runtime.choices)
+    assert measured_by(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), choices) == label
 
 
 def test_a_run_of_before_protocols_had_names_counts_as_ours(tmp_path):

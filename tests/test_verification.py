@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,19 @@ from hydra import compose, initialize_config_dir
 from torch.nn.functional import normalize
 
 import experiments.run
-from experiments.harness.statistics import Threshold, as_listed, averages, verification
+from experiments.harness.statistics import (
+    Threshold,
+    as_listed,
+    averages,
+    scores_of_enrolled,
+    told_apart,
+    verification,
+)
 from keyanon.channel.pixels import read_png, to_floats
 from keyanon.errors import BadSetting
 from keyanon.faces.datasets import LFW
 from keyanon.measures.biometrics import threshold_at_far, verification_statistics
+from keyanon.measures.separability import Separability
 from keyanon.run_folder import ANONYMIZED, CLEAN, RunFiles
 from tests.conftest import ROOT, PixelRecognizer, smooth_picture
 
@@ -75,6 +84,15 @@ def rows(files, ids):
     return torch.stack([vectors[id] for id in ids]).double()
 
 
+def longer(files, folder, ids, view):
+    """The same embeddings, each by a factor of its own longer."""
+    known, factors = files.vectors(ids), np.random.default_rng(7).uniform(0.5, 30, len(ids))
+    rows = torch.stack([factor * known[id] for id, factor in zip(ids, factors, strict=True)])
+    copy = RunFiles(folder)
+    copy.write_embeddings(ids, {(view, "net"): rows})
+    return copy
+
+
 def measured(stored, gallery, probes, every, threshold):
     clean, made = stored
     found = verification(made, {"net": clean}, gallery, probes, every, person, threshold)
@@ -125,13 +143,38 @@ def test_every_choice_of_the_protocol_moves_something(listing, stored):
         Threshold(0.01, "all", "median")
 
 
+@pytest.mark.parametrize("threshold", [AUTHORS, OURS])
+def test_separability_alone_sees_how_long_embeddings_are(listing, stored, tmp_path, threshold):
+    gallery, probes = map(list, zip(*listing, strict=True))
+    clean, made = stored
+    raw = (
+        longer(clean, tmp_path / "raw", sorted({*gallery, *probes}), CLEAN),
+        longer(made, tmp_path / "raw made", sorted(set(probes[:40])), ANONYMIZED),
+    )
+    found, of_raw = (measured(files, gallery, probes[:40], probes, threshold) for files in (stored, raw))
+    assert found.keys() == of_raw.keys()
+    for place, statistic in found.items():
+        assert astuple(of_raw[place])[1:] == pytest.approx(astuple(statistic)[1:], abs=1e-6, nan_ok=True), place
+    assert scores_of_enrolled({"net": raw[0]}, probes)["value"].to_numpy() == pytest.approx(1)
+
+    ids = sorted(set(probes[:40]))
+    told, of_raw = (
+        [statistic for _, _, statistic in told_apart(Separability((5, 10), 3, (10,), (8,)), files, {"net": own}, ids)]
+        for own, files in (stored, raw)
+    )
+    assert [one.statistic for one in told] == [one.statistic for one in of_raw]
+    assert all(one.value != other.value for one, other in zip(told, of_raw, strict=True))
+
+
 def test_clean_pictures_of_the_run_set_the_threshold_where_no_more_are_asked(listing, stored):
     gallery, probes = (list(dict.fromkeys(side)) for side in zip(*listing, strict=True))
     first = probes[:15]
     clean, made = (rows(files, first) for files in stored)
     expected = verification_statistics(made, rows(stored[0], gallery), person(first), person(gallery), clean, FAR)
     found = measured(stored, gallery, first, probes, OURS)
-    assert [found[ANONYMIZED, statistic.statistic] for statistic in expected] == expected
+    for statistic in expected:
+        ours = astuple(found[ANONYMIZED, statistic.statistic])
+        assert ours == (statistic.statistic, *(pytest.approx(value, abs=1e-6) for value in astuple(statistic)[1:]))
 
 
 def test_means_are_over_all_listed_rows(listing):

@@ -342,16 +342,26 @@ def test_hub_files_are_fetched_at_their_revision(tmp_path, hub):
 
 
 def test_a_hub_file_is_found_in_whatever_folder_it_lies(tmp_path, hub, monkeypatch):
-    listed = ["tiny.bin.md", "unet/not_tiny.bin", "masks/tiny.bin"]
-    (hub / "masks").mkdir()
-    (hub / "masks" / "tiny.bin").write_bytes(DATA)
+    listed = ["tiny.bin.md", "unet/not_tiny.bin", "landmarks_5/tiny.bin", "control/masks/tiny.bin"]
+    (hub / "control" / "masks").mkdir(parents=True)
+    (hub / "control" / "masks" / "tiny.bin").write_bytes(DATA)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo, revision: listed)
-    somewhere = card(Hub("someone/tiny", "a" * 40, ("*tiny.bin",)))
+    hinted = Hub("someone/tiny", "a" * 40, ("*masks/tiny.bin",))
+    somewhere = card(hinted, filename="masks/tiny.bin")
     assert locate(somewhere) is None
-    assert resolve(somewhere) == tmp_path / "cache" / "tiny" / "tiny.bin"
-    listed.append("landmarks/tiny.bin")
-    with pytest.raises(MissingWeights, match=r"2 files of someone/tiny are called tiny\.bin, not one"):
-        resolve(card(Hub("someone/tiny", "a" * 40, ("*tiny.bin",)), name="other"))
+    assert resolve(somewhere) == tmp_path / "cache" / "tiny" / "masks" / "tiny.bin"
+    listed.append("masks/tiny.bin")
+    with pytest.raises(MissingWeights, match=r"2 files of someone/tiny are called masks/tiny\.bin, not one"):
+        resolve(card(hinted, name="other", filename="masks/tiny.bin"))
+
+
+def test_of_the_authors_three_control_networks_the_one_of_masks_is_fetched(monkeypatch):
+    kinds = ("landmarks_5", "segmentation_masks", "landmarks_26")
+    listed = [f"ffhq_controlnet/{kind}/controlnet_epoch_15.pth" for kind in kinds]
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo, revision: listed)
+    origin = CARDS["controlnet_masks"].origin
+    assert isinstance(origin, Hub)
+    assert origin.place(*origin.names) == listed[1]
 
 
 def test_the_hub_s_own_cache_counts_even_offline(tmp_path, monkeypatch):

@@ -119,7 +119,8 @@ def looking_seconds(session: "Session", ids: Sequence[str]) -> tuple[float, floa
     images = torch.stack(pictures).to(session.cfg.device)
     face = torch.ones_like(images[:, :1], dtype=torch.bool)
     alone = [scorer for scorer in session.scorers.values() if not isinstance(scorer, Against)]
-    second = made(session.cfg, "second_detector")
+    # of published pictures, which not every experiment makes
+    second = made(session.cfg, "second_detector") if "second_detector" in session.cfg else None
 
     def look(batch: torch.Tensor) -> None:
         session.parser.mask(batch, (batch.shape[-2], batch.shape[-1]))

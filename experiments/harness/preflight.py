@@ -115,6 +115,16 @@ def bad_name(cfg: DictConfig) -> list[str]:
     return []
 
 
+def missing_card(device: str) -> list[str]:
+    """A message if a GPU is asked for and there is none that computes."""
+    import torch
+
+    asked = torch.device(device)
+    if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
+        return [f"device={device}: no such GPU is here; take device=auto, or cpu"]
+    return []
+
+
 def missing_parts(*parts: Any) -> list[str]:
     """Messages of all models and weights below `parts` that are not on this machine; each says how to get it."""
     from keyanon.types import NeedsFiles, NeedsWeights, TakesWeights

@@ -22,7 +22,7 @@ from experiments.harness import estimate, preflight, provenance, results
 from experiments.harness.made import made
 from experiments.harness.meaning import Meanings
 from experiments.harness.names import file_name
-from experiments.harness.protocol import protocol_label
+from experiments.harness.protocol import measured_by
 from experiments.harness.shards import FailedShard, Incomplete, Shards, numbers, one_line, sharded, until_unchanged
 from experiments.harness.statistics import write_parquets
 from experiments.harness.tracking import Tracker, shown_outside
@@ -96,7 +96,7 @@ class Session:
     @cached_property
     def protocol(self) -> str:
         """What numbers are made by, as tables name it."""
-        return protocol_label(self.cfg.protocol, self.choices["protocol"])
+        return measured_by(self.cfg, self.choices)
 
     @cached_property
     def mine(self) -> list[str]:
@@ -332,7 +332,8 @@ def begin(
     recognizers: dict[str, Recognizer] = made(cfg, "recognizers")
     all_scorers: dict[str, Scorer | SetScorer] = made(cfg, "scorers")
     tracker: Tracker = made(cfg, "wandb")
-    problems = preflight.missing_parts(*parts, parser, recognizers, all_scorers, tracker)
+    problems = preflight.missing_card(cfg.device)
+    problems += preflight.missing_parts(*parts, parser, recognizers, all_scorers, tracker)
     problems += preflight.wrong_sizes(cfg.dataset.size, *parts)
     problems += preflight.passwords_handed_on(cfg.get("key"), *parts)
     dataset = preflight.open_dataset(cfg, choices["dataset"], problems)

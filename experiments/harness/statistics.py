@@ -18,7 +18,7 @@ from keyanon.attacks.case import Pairs
 from keyanon.channel.whole import write_whole
 from keyanon.errors import BadData
 from keyanon.measures import biometrics
-from keyanon.measures.biometrics import WHOLE_SET, Floats, Rule, Statistic
+from keyanon.measures.biometrics import WHOLE_SET, Floats, Rule, Statistic, unit
 from keyanon.measures.separability import Separability
 from keyanon.run_folder import ANONYMIZED, ORIGINAL, RunFiles
 from keyanon.settings import Share, checked
@@ -139,7 +139,7 @@ def scores_of_enrolled(enrolled: Mapping[str, RunFiles], ids: Sequence[str]) -> 
     for name, files in enrolled.items():
         rows = rows_of(ids, files.embeddings())
         own = {"id": rows["id"].to_pylist(), "view": ORIGINAL, "scorer": name}
-        frames.append(pd.DataFrame(own | {"value": np.square(vectors(rows)).sum(1)}))
+        frames.append(pd.DataFrame(own | {"value": np.square(unit(vectors(rows))).sum(1)}))
     return pd.concat(frames[1:] or frames, ignore_index=True)
 
 
@@ -162,7 +162,7 @@ def verification(
         portraits, clean = rows_as_listed(gallery, known), rows_as_listed(probes, known)
         if not (portraits.num_rows and clean.num_rows):
             continue
-        gallery_vectors, gallery_people = vectors(portraits), people(portraits["id"].to_pylist())
+        gallery_vectors, gallery_people = unit(vectors(portraits)), people(portraits["id"].to_pylist())
         made = rows_of(probes, files.embeddings(recognizer))
         views = {ORIGINAL: clean} | {
             view: rows_as_listed(probes, made.filter(pc.equal(made["view"], view)))
@@ -172,11 +172,11 @@ def verification(
             ids = seen["id"].to_pylist()
             calibration = rows_as_listed(every if threshold.calibration == "all" else ids, known)
             for statistic in biometrics.verification_statistics(
-                vectors(seen),
+                unit(vectors(seen)),
                 gallery_vectors,
                 people(ids),
                 gallery_people,
-                vectors(calibration),
+                unit(vectors(calibration)),
                 threshold.far,
                 calibration_ids=people(calibration["id"].to_pylist()),
                 rule=threshold.rule,
@@ -202,7 +202,10 @@ def between_sets(
 def told_apart(
     separability: Separability, files: RunFiles, enrolled: Mapping[str, RunFiles], ids: Sequence[str]
 ) -> Iterator[tuple[str, str, Statistic]]:
-    """How each recognizer's embeddings tell anonymized pictures from clean ones, and what they take the other views for."""
+    """How each recognizer's embeddings tell anonymized pictures from clean ones, and what they take the other views for.
+
+    Lengths count here, and nowhere else: the classifiers learn from the embeddings as the recognizer gave them.
+    """
     for recognizer, place in sorted(enrolled.items()):
         kept = files.embeddings(recognizer)
         seen = {view: kept.filter(pc.equal(kept["view"], view)) for view in pc.unique(kept["view"]).to_pylist()}
@@ -223,6 +226,6 @@ def rows_as_listed(ids: Sequence[str], rows: pa.Table) -> pa.Table:
 
 
 def vectors(rows: pa.Table) -> Floats:
-    """Embeddings (n d)."""
+    """Embeddings (n d), as long as the recognizer gave them."""
     values = np.concatenate([chunk.flatten().to_numpy() for chunk in rows["embedding"].chunks])
     return values.reshape(rows.num_rows, -1).astype(np.float64)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from keyanon.channel.headers import Header
 from keyanon.channel.pixels import to_floats
@@ -177,8 +178,8 @@ class Case:
     far: float
 
     def embed(self, view: str, images: Image) -> dict[Place, Embeddings]:
-        """How recognizers see pictures."""
-        return {(view, name): recognizer.embed(images) for name, recognizer in self.recognizers.items()}
+        """How recognizers see pictures, in unit rows."""
+        return {(view, name): normalize(recognizer.embed(images)) for name, recognizer in self.recognizers.items()}
 
 
 @runtime_checkable

@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from keyanon.channel.pixels import to_bytes, to_floats
 from keyanon.errors import BadSetting
-from keyanon.measures.biometrics import Floats
+from keyanon.measures.biometrics import Floats, unit
 from keyanon.types import Image, Latent, Mask
 
 FOLDS = 5
@@ -90,10 +90,6 @@ def duals(x: Floats, y: Floats, strengths: Floats) -> list[Floats]:
     turned = vectors.T @ y
     unit_of_strength = max(float(values.mean()), 1e-12)
     return [vectors @ (turned / (values.clip(0) + s * unit_of_strength)[:, None]) for s in strengths]
-
-
-def unit(rows: Floats) -> Floats:
-    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))
 
 
 def noise_features(zT: Latent, mask: Mask, of: Literal["magnitudes", "noise"]) -> Floats:

@@ -326,8 +326,8 @@ class LatentDiffusion:
         name = self.source.rstrip("/").split("/")[-1]
         return (
             f"diffusion model {where}: not on this machine. Licence: {self.licence}.\n"
-            f"  `python -m keyanon.weights fetch --all EXPERIMENT` fetches what is needed of it, hf download {self.source} all of it "
-            f"(or set backbone.source to a folder that holds {name}'s files)"
+            f"  `python -m keyanon.weights fetch --all EXPERIMENT` fetches what is needed of it, hf download {self.source} all "
+            f"of it (or set backbone.source to a folder that holds {name}'s files)"
         )
 
     def _class_of(self, part: str) -> str:

@@ -1,5 +1,7 @@
 """Face detection, alignment and recognition: pictures in, unit rows out, and rows of NaN where no face was found.
 
+With `lengths` "raw" rows are as long as the network gives them. Whoever takes cosines of such rows makes them unit rows first.
+
 No face found is a result, counted in every table, unless a detector's `enrolment` says "lowered": so every picture gets a box, as
 in the authors' code. Pictures are clipped and rounded to 8 bits first, as a published file is. Coordinates are in pixels of the
 picture given, x to the right and y down.
@@ -42,6 +44,7 @@ from keyanon.types import Embeddings, Image, Recognizer
 from keyanon.weights import Card, named, resolve
 
 Alignment = Literal["least_squares", "ransac"]
+Lengths = Literal["unit", "raw"]
 
 
 @checked
@@ -49,8 +52,8 @@ Alignment = Literal["least_squares", "ransac"]
 class FaceNet:
     """FaceNet (Inception-ResNet v1) of facenet-pytorch, 512 numbers: the face's box, margin 14, 160 px, not aligned.
 
-    The paper's recognizer, with its preprocessing. `weights` is a path to the card's file; other weights have a Card of
-    their own.
+    The paper's recognizer, with its preprocessing. Its network makes unit rows itself, so there are no others. `weights` is a path
+    to the card's file; other weights have a Card of their own.
     """
 
     card: str | Card
@@ -84,12 +87,13 @@ class AdaFaceViT:
     """AdaFace's vision transformer of CVLface, 512 numbers, preprocessed as the paper has it: the face's box, not aligned.
 
     Margin 14, 112 px, (x - 127.5) / 128. Its own authors align the face (Kim et al., arXiv 2204.00964). `weights` is a path to the
-    card's file.
+    card's file, `lengths` that of the rows: 1, or the network's own.
     """
 
     card: str | Card = "adaface_vit"
     detector: Detector = field(default_factory=lambda: MtcnnDetector(padding=0.0))
     weights: str | None = None
+    lengths: Lengths = "unit"
 
     @property
     def name(self) -> str:
@@ -101,7 +105,9 @@ class AdaFaceViT:
     def embed(self, images: Image) -> Embeddings:
         net = self._network
         crops = crops_of(images, self.detector, lambda pixels, face: box_crop(pixels, face.box, 112))
-        return _rows(crops, lambda batch: run_network(net, batch, images.device), net.dimension, images.device)
+        return _rows(
+            crops, lambda batch: run_network(net, batch, images.device), net.dimension, images.device, self.lengths
+        )
 
     @cached_property
     def _network(self) -> FaceTransformer:
@@ -120,6 +126,7 @@ class ArcFace:
     detector: Detector = field(default_factory=MtcnnDetector)
     weights: str | None = None
     alignment: Alignment = "least_squares"
+    lengths: Lengths = "unit"
 
     @property
     def name(self) -> str:
@@ -131,7 +138,9 @@ class ArcFace:
     def embed(self, images: Image) -> Embeddings:
         net = self._network
         crops = crops_of(images, self.detector, lambda pixels, face: arcface_crop(pixels, face.points, self.alignment))
-        return _rows(crops, lambda batch: run_network(net, batch, images.device), net.dimension, images.device)
+        return _rows(
+            crops, lambda batch: run_network(net, batch, images.device), net.dimension, images.device, self.lengths
+        )
 
     @cached_property
     def _network(self) -> IResNet:
@@ -144,13 +153,14 @@ class ArcFaceOnnx:
     """Any ArcFace-family network in ONNX: five points onto the 112 px template, (x / 255 - 0.5) / 0.5, RGB.
 
     `alignment` is how a similarity is fitted to the points: by "least_squares" to all five, as InsightFace does, or by "ransac",
-    as the authors do. `weights` is a path to the card's file.
+    as the authors do. `weights` is a path to the card's file. `lengths` is that of the rows: 1, or the network's own.
     """
 
     card: str | Card
     detector: Detector = field(default_factory=MtcnnDetector)
     weights: str | None = None
     alignment: Alignment = "least_squares"
+    lengths: Lengths = "unit"
 
     @property
     def name(self) -> str:
@@ -163,7 +173,7 @@ class ArcFaceOnnx:
         session = open_onnx(self._path, images.device)
         dimension = arcface_dimension(self._path, session)
         crops = crops_of(images, self.detector, lambda pixels, face: arcface_crop(pixels, face.points, self.alignment))
-        return _rows(crops, lambda batch: run_arcface(session, batch), dimension, images.device)
+        return _rows(crops, lambda batch: run_arcface(session, batch), dimension, images.device, self.lengths)
 
     @cached_property
     def _path(self) -> Path:
@@ -176,12 +186,14 @@ class DlibResNet:
     """dlib's face recognition network, 128 numbers, from its 150 px chip aligned by 68 landmarks.
 
     dlib compares by distance (same person below 0.6); rows here are made unit and compared by cosine, where impostors
-    lie high (mean 0.84 on LFW): use a threshold calibrated on clean pairs, as every table does.
+    lie high (mean 0.84 on LFW): use a threshold calibrated on clean pairs, as every table does. With `lengths` "raw" they stay as
+    long as dlib makes them.
     """
 
     card: str | Card = "dlib"
     detector: "DlibDetector | KnownPlaces | AtPlaces" = field(default_factory=DlibDetector)
     weights: str | None = None
+    lengths: Lengths = "unit"
 
     @property
     def name(self) -> str:
@@ -196,7 +208,7 @@ class DlibResNet:
             None if points is None else self._describe(pixels, points)
             for pixels, points in zip(to_pixels(images), landmarks, strict=True)
         ]
-        return _rows(rows, lambda batch: batch, 128, images.device)
+        return _rows(rows, lambda batch: batch, 128, images.device, self.lengths)
 
     def _describe(self, pixels: RgbArray, landmarks: Points) -> Tensor:
         dlib = import_dlib()
@@ -314,13 +326,18 @@ def run_arcface(session: Any, crops: Tensor) -> Tensor:
 
 
 def _rows(
-    crops: Sequence[Tensor | None], encode: Callable[[Tensor], Tensor], dimension: int, device: torch.device
+    crops: Sequence[Tensor | None],
+    encode: Callable[[Tensor], Tensor],
+    dimension: int,
+    device: torch.device,
+    lengths: Lengths = "unit",
 ) -> Embeddings:
-    """Unit rows where there is a crop, rows of NaN where there is none."""
+    """Rows where there is a crop, of length 1 or raw, and rows of NaN where there is none."""
     rows = torch.full((len(crops), dimension), torch.nan, device=device)
     found = [i for i, crop in enumerate(crops) if crop is not None]
     if found:
         batch = torch.stack([crop for crop in crops if crop is not None])
         with within("the recognizer's network", rows=torch.tensor(found)):
-            rows[found] = normalize(finite(encode(batch).to(device, torch.float32), "an embedding"))
+            embedded = finite(encode(batch).to(device, torch.float32), "an embedding")
+            rows[found] = embedded if lengths == "raw" else normalize(embedded)
     return rows

@@ -44,6 +44,11 @@ class Statistic:
     high: float
 
 
+def unit(rows: Floats) -> Floats:
+    """Rows (n d) made as long as 1, as torch.nn.functional.normalize does; those of NaN or zeros stay what they are."""
+    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))
+
+
 def cosine(probe: ArrayLike, gallery: ArrayLike) -> Floats:
     """All cosines (n m) of unit rows (n d) and (m d); NaN where a row is."""
     return np.asarray(probe, np.float64) @ np.asarray(gallery, np.float64).T

@@ -24,7 +24,7 @@ from keyanon.faces.detection import Detector, Points
 from keyanon.finite import finite
 from keyanon.settings import Count, Name, checked
 from keyanon.types import FaceParser, Features, Image, Mask, Measure, Scorer, Scores, declared, declares
-from keyanon.weights import Card, missing, named, resolve
+from keyanon.weights import Card, named, resolve
 
 PSNR_CEILING = 10 * math.log10(12 * 255**2)  # 58.9 dB
 NO_FIDELITY = 'torch-fidelity, which FID needs, is not installed. Remedy: `pip install "keyanon[fid]"`.'
@@ -106,20 +106,19 @@ def mae(view: Image, original: Image, face: Mask) -> Scores:
 class LPIPS:
     """Learned perceptual distance over the whole picture, from 0 (equal), rarely above 1; lower is more alike.
 
-    Zhang et al., CVPR 2018, version 0.1 on AlexNet: torchmetrics ships the linear heads, `card` (or the file `path`) is
+    Zhang et al., CVPR 2018, version 0.1 on AlexNet: torchmetrics ships the linear heads, `card` (or the file `weights`) is
     AlexNet. It is read at the first call; raises MissingWeights, WrongWeights.
     """
 
     card: str | Card = "lpips_alexnet"
-    path: str | None = None
+    weights: str | None = None
     meaning: ClassVar = Measure("picture", "", "apart", "learned perceptual distance")
 
-    def missing(self) -> str | None:
-        """What a preflight says if AlexNet is not on this machine, None if it is; downloads nothing."""
-        return missing(named(self.card), self.path)
+    def cards(self) -> tuple[Card, ...]:
+        return (named(self.card),)
 
     def __call__(self, view: Image, original: Image, face: Mask) -> Scores:
-        network = _alexnet_lpips(self.card, self.path).to(view.device)
+        network = _alexnet_lpips(self.card, self.weights).to(view.device)
         distances: Tensor = network(view, original)  # b 1 1 1
         return distances.flatten()
 

@@ -2,7 +2,8 @@
 
 As the authors' notebook latent_space_shift has it (github.com/PLabarbarie/diffusion-signflip-anon at 66dac01): both versions of
 each training picture are learned, all others are tested, and guessing scores 0.5. Embeddings are rows (n d), NaN where no face
-was found.
+was found. Their lengths count: C = 1 and Adam's steps are small or large beside them. The notebook's are as long as the networks
+make them (`lengths` of the recognizers).
 """
 
 import math
