@@ -40,16 +40,17 @@ def test_everything_that_any_cell_lacks_is_told_once(capsys):
 def test_pictures_and_the_order_that_a_dataset_takes_them_in_are_told_at_once(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("KEYANON_CACHE", str(tmp_path))
     given = ("parser=ellipse", "recognizers=[]", "scorers=[psnr]", "protocol=authors")
-    for root, count in (("null", 2), (str(tmp_path), 1)):
-        (tmp_path / "0.jpg").touch()
+    (tmp_path / "0.jpg").touch()
+    for root, count in (("/nowhere", 2), (str(tmp_path), 1)):
+        monkeypatch.setenv("KEYANON_CELEBAHQ", root)
         with pytest.raises(SystemExit) as ended:
-            begin({"dataset": "celebahq", "limit": "1,2"}, f"dataset.root={root}", *given)
+            begin({"dataset": "celebahq", "limit": "1,2"}, *given)
         assert ended.value.code == NOT_READY
         told = capsys.readouterr().err
         assert told.count("\n- ") == count, told
         assert told.count("fetch celebahq_order") == 1
-        assert ("no folder given" in told) == (root == "null")
-    begin({"dataset": "celebahq"}, f"dataset.root={tmp_path}", *given, "protocol.order=numbers")
+        assert ("there is no folder /nowhere" in told) == (count == 2)
+    begin({"dataset": "celebahq"}, *given, "protocol.order=numbers")
 
 
 def test_the_order_of_a_dataset_is_fetched_with_the_weights(tmp_path, monkeypatch):

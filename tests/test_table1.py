@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 
 from experiments.run import run
 from keyanon import weights
+from keyanon.faces.datasets import read_list
 from tests.conftest import ROOT, save_tiny_ldm
 from tests.test_backbones import save_tiny_face_transformer, save_tiny_iresnet
 from tests.test_parsing import colour_parser
@@ -61,6 +62,8 @@ def everything(tmp_path, monkeypatch) -> Path:
     ):
         make(tmp_path / "tiny")
         install(monkeypatch, name, tmp_path / "tiny")
+    (tmp_path / "order").write_text(str([f"{name}.jpg" for name in read_list("celebahq")]))
+    install(monkeypatch, "celebahq_order", tmp_path / "order")
     return tmp_path
 
 

@@ -220,10 +220,8 @@ class LFW:
 
     @property
     def notes(self) -> Sequence[str]:
-        told = self._place[1] or "edition not told by its folder"
-        if self._place[1] is None:
-            told += " (dataset.edition)" if self.edition == "any" else f", taken for {self.edition}"
-        note = f"LFW, {told}"
+        taken = " (dataset.edition)" if self.edition == "any" else f", taken for {self.edition}"
+        note = f"LFW, {self._place[1] or 'edition not told by its folder' + taken}"
         return (
             [note] if self.counted == "distinct" else [note, f"{len(self.probes):,} pairs as often as they are listed"]
         )
