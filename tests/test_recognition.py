@@ -310,7 +310,7 @@ def some_with_a_face() -> torch.Tensor:
 
 
 def check_raw_rows(recognizer: Recognizer, expected: torch.Tensor) -> None:
-    """Raw, the row of `picture(seed=1)` is as the network gives it, others differ in length, and lost faces stay lost."""
+    """Raw, the row of `picture(seed=1)` is as the network gives it; another differs in length, and a lost face stays lost."""
     images, raw = some_with_a_face(), replace(recognizer, lengths="raw")
     rows = raw.embed(images)
     torch.testing.assert_close(rows[0], expected, atol=1e-5, rtol=1e-5)
