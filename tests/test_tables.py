@@ -195,6 +195,7 @@ def test_a_protocol_is_named_after_its_file_and_what_was_set_otherwise():
         (["experiment=table1", "dataset=lfw"], "authors"),
         (["experiment=wrong_keys", "anonymizer=g2face"], "authors"),
         (["experiment=table2", "dataset.counted=distinct"], "authors,dataset.counted=distinct"),
+        (["experiment=table2", "dataset.edition=plain"], "authors,dataset.edition=plain"),
         (["name=table2", "protocol=authors", "dataset=lfw"], "authors,backbone.source,parser._target_"),
         (["protocol=authors", "solver.steps=2"], "authors"),
     ],
@@ -204,7 +205,10 @@ def test_what_an_experiment_was_run_with_otherwise_is_in_its_protocol(overrides,
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", overrides=overrides, return_hydra_config=True)
         choices = dict(cfg.hydra.runtime.choices)
-    assert measured_by(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]), choices) == label
+    own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    assert measured_by(own, choices) == label
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):  # as in a command
+        assert measured_by(own, choices) == label
 
 
 def test_a_run_of_before_protocols_had_names_counts_as_ours(tmp_path):

@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.harness.command import CHECKOUT
@@ -67,7 +69,8 @@ def experiment_as_it_stands(name: str, choices: Mapping[str, Any]) -> DictConfig
     """An experiment's configuration for the dataset and the method of a run, without anything that the run sets."""
     command = name if (CONF / f"{name}.yaml").is_file() else "config"
     asked = [f"{group}={choices[group]}" for group in ("dataset", "anonymizer") if group in choices]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    begun = GlobalHydra.instance().is_initialized()  # as in every command, where it can be begun only once
+    with nullcontext() if begun else initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(command, [f"experiment={name}", *asked])
 
 
