@@ -60,7 +60,7 @@ fetched-all $(PUBLISHED:%=fetched-%): FETCHED = $(and $(filter-out all,$*),$(fil
 fetched-all $(PUBLISHED:%=fetched-%): fetched-%: $(INSTALLED)
 	$(if $(FETCHED),@true,$(RUN) keyanon.weights fetch --all $(if $(filter all,$*),$(PUBLISHED),$*) $(ARGS))
 
-estimated-all: $(INSTALLED)
+estimated-all: $(INSTALLED) ## Say how long each target that reproduces takes on this machine
 	$(foreach name,$(PUBLISHED),$(RUN) $(call COMMAND,$(name)) estimate_only=true &&) true
 
 .PHONY: histories

@@ -215,7 +215,7 @@ def probes_of(dataset: Dataset) -> Sequence[str]:
 
 def notes_of(dataset: Dataset) -> Sequence[str]:
     """What a dataset says that a reader must be told."""
-    return dataset.notes if isinstance(dataset, Noted) else ()
+    return dataset.notes if isinstance(dataset, Noted) else []
 
 
 def passed_over(dataset: Dataset) -> Mapping[str, int]:

@@ -192,7 +192,7 @@ def main() -> int:
     """All targets, from nothing to their tables."""
     with tempfile.TemporaryDirectory() as temporary, machine(Path(temporary), forked=False) as here:
         neutral = [
-            (here.run, "python -m"), (sys.executable, "python"), (here.site.url, "http://hub.local"), (temporary, "/home/you"),
+            (here.run, "python -m"), (sys.executable, "python"), (here.site.url, "http://hub.local"), (temporary, "~"),
         ]  # fmt: skip
         here.limit = 2
         say("make reproduce-table1        # a machine with nothing", here.make("reproduce-table1")[1], neutral)

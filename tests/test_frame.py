@@ -95,10 +95,13 @@ def test_no_junk_drawers():
     assert [path for path in names(source) if JUNK_DRAWERS & set(Path(path).with_suffix("").parts)] == []
 
 
+NAMING_A_DEVICE = {"settings.py", "diffusion/graphs.py"}  # where `auto` is told, and what only such a device can do
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "keyanon").rglob("*.py")), ids=lambda path: path.name)
 def test_the_library_names_no_device_and_knows_no_harness(path):
     source = path.read_text("utf-8")
-    assert "cuda" not in source
+    assert ("cuda" in source) == (path.relative_to(ROOT / "keyanon").as_posix() in NAMING_A_DEVICE)
     assert library_imports(source) & NOT_FOR_THE_LIBRARY == set()
 
 
