@@ -31,7 +31,8 @@ def test_only_a_long_run_on_a_cpu_is_stopped_and_only_unless_it_is_asked_for():
 
 
 def test_a_cpu_works_as_it_always_did():
-    assert (batch_size("cpu", 10_000), threads("cpu")) == (8, 1)
+    assert batch_size("cpu", 10_000) == 8
+    assert [threads("cpu", asked) for asked in (None, 3, "all")] == [1, 3, None]
 
 
 @pytest.mark.parametrize(

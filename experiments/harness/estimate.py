@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -51,9 +51,11 @@ class Estimate:
         ]
 
 
-def threads(device: str) -> int | None:
-    """CPU threads of a run whose own choice it is: 1 on a CPU, where results are then the same to the bit; else PyTorch's own."""
-    return 1 if torch.device(device).type == "cpu" else None
+def threads(device: str, asked: int | Literal["all"] | None) -> int | None:
+    """CPU threads of a run; None for PyTorch's own number. Its own choice is 1 on a CPU, where results are then the same to the bit."""
+    if asked is None:
+        return 1 if torch.device(device).type == "cpu" else None
+    return None if asked == "all" else asked
 
 
 def batch_size(device: str, pictures: int) -> int:

@@ -325,7 +325,7 @@ def begin(
     `known_key` says what to do about it that anyone can compute the key; None where that is not so, or no picture is published.
     """
     cfg.device = device_of(cfg.device)
-    if (threads := estimate.threads(cfg.device) if cfg.threads is None else cfg.threads) is not None:
+    if (threads := estimate.threads(cfg.device, cfg.threads)) is not None:
         torch.set_num_threads(threads)
     made(cfg, "protocol")  # checked, whatever takes its choices
     parser: FaceParser = made(cfg, "parser")

@@ -26,8 +26,8 @@ SWITCH = Setting("true or false", lambda value: isinstance(value, bool))
 SETTINGS: Mapping[str, Setting] = {
     "limit": COUNT_OR_ALL,
     "threads": Setting(
-        "a whole number from 1 to 1024, or null for the device's own choice",
-        lambda value: value is None or whole(1, 1024).fits(value),
+        "a whole number from 1 to 1024, all, or null for the device's own choice",
+        lambda value: value in (None, "all") or whole(1, 1024).fits(value),
     ),
     "batch_size": Setting(
         "a whole number from 1 on, or null for the device's own choice",
