@@ -52,7 +52,7 @@ class Estimate:
 
 
 def threads(device: str, asked: int | Literal["all"] | None) -> int | None:
-    """CPU threads of a run; None for PyTorch's own number. Its own choice is 1 on a CPU, where results are then the same to the bit."""
+    """CPU threads of a run; None for PyTorch's own number. Its own choice is 1 on a CPU: results are then the same to the bit."""
     if asked is None:
         return 1 if torch.device(device).type == "cpu" else None
     return None if asked == "all" else asked
