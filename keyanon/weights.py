@@ -477,6 +477,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.command == "fetch" and options.all:
         return _fetch_all(options.names)
+    if options.command == "fetch" and (unknown := [name for name in options.names if name not in CARDS]):
+        parser.error(f"no weights card is called {', '.join(unknown)}; there are {', '.join(CARDS)}")
     failed = 0
     for card in CARDS.values() if options.command == "list" else map(named, options.names):
         try:

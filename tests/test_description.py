@@ -24,7 +24,9 @@ from keyanon.diffusion.controlnet import MaskControl
 from keyanon.diffusion.model import LatentDiffusion
 from keyanon.diffusion.solvers import DDIM
 from keyanon.errors import BadSetting, UserError
-from keyanon.faces.parsing import EllipseParser
+from keyanon.faces.detection import MtcnnDetector
+from keyanon.faces.parsing import BiSeNetParser, EllipseParser
+from keyanon.faces.recognition import ArcFaceOnnx
 from keyanon.methods.baselines.scrambling import Scrambling
 from keyanon.methods.signflip import SignFlip
 from keyanon.methods.transforms import DctSignFlipping, Permutation
@@ -339,3 +341,15 @@ def test_any_description_leads_to_a_message_of_one_printable_line(told):
         match(Header(bytes(24), description=canonical({"method": told})), described(Scrambling(EllipseParser())))
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 900
+
+
+def test_a_field_that_a_class_got_later_is_told_only_where_it_is_not_as_before():
+    """Else no file that was published before could be recovered, and every nonce would be another one."""
+    for part, changed in (
+        (MtcnnDetector(), {"enrolment": "lowered"}),
+        (BiSeNetParser(), {"looks_at": "picture"}),
+        (ArcFaceOnnx("mobilefacenet"), {"alignment": "ransac", "lengths": "raw"}),
+    ):
+        assert set(part.added_fields) == changed.keys()
+        assert not changed.keys() & settings(part, public=True).keys()
+        assert settings(replace(part, **changed), public=False).items() >= changed.items()

@@ -63,7 +63,7 @@ def test_a_benchmarks_pictures_need_no_warning(command_in_process, tmp_path):
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf/dataset").glob("*.yaml")))
 def test_every_dataset_but_a_folder_is_a_benchmarks(name):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        dataset = instantiate(compose(overrides=[f"+dataset={name}"]).dataset)
+        dataset = instantiate(compose("config", overrides=[f"dataset={name}"]).dataset)
     assert isinstance(dataset, Benchmark)
     assert dataset.is_benchmark == (name != "folder")
 

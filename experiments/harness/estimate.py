@@ -1,5 +1,6 @@
 """How long a run takes on this machine, measured before it starts; and what a device is given to do at a time."""
 
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from keyanon.measures.scorers import Against
 
 if TYPE_CHECKING:
     from experiments.harness.session import Cell, Session
+
+log = logging.getLogger(__name__)
 
 HOUR = 3600
 MOST = 256  # pictures at a time: on an H100 more gained nothing
@@ -137,8 +140,12 @@ def looking_seconds(session: "Session", ids: Sequence[str]) -> tuple[float, floa
             scorer(batch, batch, face[: len(batch)])
 
     def seconds(work: Callable[[torch.Tensor], None]) -> float:
-        work(images[:1])  # loads the networks
-        return timed(lambda: work(images), session.cfg.device) / len(images)
+        try:
+            work(images[:1])  # loads the networks
+            return timed(lambda: work(images), session.cfg.device) / len(images)
+        except Exception:  # comes again in the work itself, whose shard it then is that failed
+            log.debug("not timed", exc_info=True)
+            return 0.0
 
     return seconds(look), seconds(score)
 

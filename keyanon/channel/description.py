@@ -4,6 +4,7 @@
 
 Models and weights are their SHA-256, 32 hex digits of it. A field that says where or how fast something runs is left out, and so
 is what the sender alone uses: a class names these fields in `senders`. So no path and no name of a picture stands in a header.
+A field that a class got later is left out at its default: a class names it in `added_fields`, and older files stay what they are.
 
 A key stream belongs to the description as it stands in the header (keyanon/context.py). What is left out is in the nonce, which is
 a function of everything (keyanon/channel/nonces.py).
@@ -55,6 +56,11 @@ def senders(part: Any) -> Sequence[str]:
     return getattr(part, "senders", ())
 
 
+def added_fields(part: Any) -> Sequence[str]:
+    """The fields that a class got after files were published with it: their default is what it did before, and is not told."""
+    return getattr(part, "added_fields", ())
+
+
 def settings(part: Any, public: bool) -> Any:
     """What decides the outcome of a part, as JSON has it; `public` leaves out what the sender alone uses.
 
@@ -87,8 +93,9 @@ def settings(part: Any, public: bool) -> Any:
         return out
     left_out = PLACES | CHOICES | (set(senders(part)) if public else set())
     for field in fields(part):
-        if field.init and field.name not in left_out:
-            value = getattr(part, field.name)
+        value = getattr(part, field.name)
+        as_before = field.name in added_fields(part) and value == field.default
+        if field.init and field.name not in left_out and not as_before:
             out[field.name] = settings(named(value) if field.name == "card" else value, public)
     return out
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import PIL.Image
@@ -81,6 +81,7 @@ class MtcnnDetector:
     select: Literal["center_weighted_size", "largest"] = "center_weighted_size"
     padding: Annotated[float, number(0, 4)] = 0.25
     enrolment: Literal["fixed", "lowered"] = "fixed"
+    added_fields: ClassVar = ("enrolment",)
 
     def detect(self, images: Image) -> list[Detection | None]:
         return [first(faces) for faces in self.faces(images)]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -71,6 +71,7 @@ class BiSeNetParser:
     card: str | Card = "bisenet"
     weights: str | None = None
     finder: Finder = field(default_factory=Finder)
+    added_fields: ClassVar = ("looks_at",)
 
     def cards(self) -> tuple[Card, ...]:
         return (named(self.card), *self.finder.cards())

@@ -161,6 +161,7 @@ class ArcFaceOnnx:
     weights: str | None = None
     alignment: Alignment = "least_squares"
     lengths: Lengths = "unit"
+    added_fields: ClassVar = ("alignment", "lengths")
 
     @property
     def name(self) -> str:
@@ -194,6 +195,7 @@ class DlibResNet:
     detector: "DlibDetector | KnownPlaces | AtPlaces" = field(default_factory=DlibDetector)
     weights: str | None = None
     lengths: Lengths = "unit"
+    added_fields: ClassVar = ("lengths",)
 
     @property
     def name(self) -> str:
