@@ -97,7 +97,7 @@ def test_rounding_to_8_bits_moves_the_mean_error_of_a_recovery_by_nothing_that_i
     """The authors take it of the decoder's floats, we of the file: at their 0.1074 the printed digits are the same."""
     original = to_floats(to_bytes(pictures[1])).repeat(1, 1, 8, 8)
     noise = 0.135 * torch.randn(original.shape, generator=torch.Generator().manual_seed(2))  # mean error about 0.1
-    view, face = (original + noise).clamp(-1, 1), torch.ones(3, 1, 1, 1)
+    view, face = (original + noise).clamp(-1, 1), torch.ones(3, 1, 1, 1, dtype=torch.bool)
     torch.testing.assert_close(
         mae(to_floats(to_bytes(view)), original, face), mae(view, original, face), atol=3e-5, rtol=0
     )
