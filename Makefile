@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 # of reproduce-...: only so many pictures; LONG=1 starts what takes more than an hour on a CPU; other settings, such as device=cuda
 LIMIT ?=
+SEQUENCES ?= 200
 LONG ?=
 ARGS ?=
 
@@ -65,7 +66,7 @@ estimated-all: $(INSTALLED) ## Say how long each target that reproduces takes on
 
 .PHONY: histories
 histories: $(INSTALLED) ## Compare 200 random histories of a run's folders with runs in empty ones (KEYANON_SEED=... repeats)
-	KEYANON_SEQUENCES=200 $(RUN) pytest tests/test_identity.py -q -p no:cacheprovider
+	KEYANON_SEQUENCES=$(SEQUENCES) $(RUN) pytest tests/test_identity.py -q -p no:cacheprovider
 
 .PHONY: tables
 tables: $(INSTALLED) ## Rebuild every committed table from the committed scores

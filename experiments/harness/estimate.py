@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HOUR = 3600
+FEW = 8  # pictures, which are begun without: to measure would take a good part of their time
 MOST = 256  # pictures at a time: on an H100 more gained nothing
 PER_GIB = 4  # pictures of 256 pixels, in the autoencoder, which needs the most; what does not fit is halved
 QUICK = 1  # second: a network faster than that is timed a second time, without what the first call prepares

@@ -386,6 +386,7 @@ def fill(
     if passes:
         done = set() if views else cell.files.measured()
         left = [id for id in mine if id not in done and not (views and all(cell.files.has(view, id) for view in views))]
+    if passes and (session.cfg.estimate_only or len(left) > estimate.FEW):
         expected = estimate.measured(session, cell, left, passes)
         if session.cfg.estimate_only:
             print(f"{session.cfg.name}, {cell.row} of {session.choices['dataset']}: {expected}")
