@@ -61,6 +61,7 @@ def test_a_run_too_long_for_a_cpu_is_not_begun_until_asked_for(command_in_proces
     (tmp_path / "faces").mkdir()
     smooth_picture(0).save(tmp_path / "faces" / "a.png")
     monkeypatch.setattr(estimate, "HOUR", 1e-9)
+    monkeypatch.setattr(estimate, "FEW", 0)
     asked = overrides(tmp_path / "faces", tiny_ldm)
     stopped = command_in_process(*asked)
     assert stopped.returncode == 2
