@@ -80,7 +80,7 @@ def test_curve_shows_the_shares_and_nothing_else(tmp_path):
 
 def test_wrong_keys_are_drawn_beside_those_who_are_somebody_else(tmp_path):
     def rows(view: str, scores: list[float]) -> pd.DataFrame:
-        about = {"dataset": "people", "anonymizer": "exact", "view": view, "scorer": "pixel"}
+        about = {"dataset": "people", "protocol": "ours", "anonymizer": "exact", "view": view, "scorer": "pixel"}
         return pd.DataFrame({**about, "score": scores})
 
     wrong, strangers = rows("wrong key", [0.1, 0.2, float("nan")]), rows("strangers", [0.0, 0.3])
@@ -88,14 +88,18 @@ def test_wrong_keys_are_drawn_beside_those_who_are_somebody_else(tmp_path):
     assert not wrong_key_curves(pd.concat([strangers, other]), tmp_path / "none.svg")
     assert not wrong_key_curves(other.head(0), tmp_path / "none.svg")
     assert not (tmp_path / "none.svg").exists()
-    paths = [tmp_path / "new" / f"{i}.svg" for i in range(4)]
+    paths = [tmp_path / "new" / f"{i}.svg" for i in range(5)]
     assert wrong_key_curves(pd.concat([wrong, strangers, other]), paths[0])
     assert wrong_key_curves(pd.concat([strangers, wrong]), paths[1])
     assert wrong_key_curves(pd.concat([wrong, rows("strangers", [0.0, 0.4])]), paths[2])
     assert wrong_key_curves(pd.concat([wrong, wrong.assign(anonymizer="signflip"), strangers]), paths[3])
+    assert wrong_key_curves(pd.concat([wrong, wrong.assign(protocol="authors"), strangers]), paths[4])
     assert paths[0].read_bytes() == paths[1].read_bytes() != paths[2].read_bytes()
     drawn = [path.read_text() for path in paths]
     assert "wrong keys, four kinds (2)" in drawn[0]
     assert "strangers, clean (2)" in drawn[0]
     assert "fresh faces" not in drawn[0]
     assert ("signflip, people" in drawn[0], "signflip, people" in drawn[3]) == (False, True)
+    protocols = ("exact, people, ours", "exact, people, authors")  # a panel each, named where there are several
+    assert [all(name in svg for name in protocols) for svg in (drawn[0], drawn[4])] == [False, True]
+    assert "wrong keys, four kinds (2)" in drawn[4]

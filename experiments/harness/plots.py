@@ -103,27 +103,29 @@ def wrong_key_curves(pairs: pd.DataFrame, path: Path) -> bool:
     """Write distribution functions of cosines to the right person as SVG: under wrong keys, and of those who are somebody else.
 
     Args:
-        pairs: rows with dataset, anonymizer, view, scorer and score, as scores/NAME.pairs.parquet has them; counted are the
-            views of BESIDE_WRONG_KEYS. A panel for each method and recognizer.
+        pairs: rows with dataset, protocol, anonymizer, view, scorer and score, as scores/NAME.pairs.parquet has them; counted are
+            the views of BESIDE_WRONG_KEYS. A panel for each method, protocol and recognizer. Titles name protocols
+            where there are several.
         path: the SVG; nothing is written, and False returned, if no cosine is under a wrong key.
     """
     rows = pairs.dropna(subset="score")
     if not rows["view"].isin(WRONG_KEYS).any():
         return False
-    methods = rows[["dataset", "anonymizer"]].drop_duplicates().itertuples(index=False)
+    methods = rows[["dataset", "protocol", "anonymizer"]].drop_duplicates().itertuples(index=False)
+    several = rows["protocol"].nunique() > 1
     places, scorers = sorted(map(tuple, methods)), sorted(rows["scorer"].unique())
     figure = Figure(figsize=(4.5 * len(scorers), 3.2 * len(places)), dpi=100, layout="constrained")
     panels = figure.subplots(len(places), len(scorers), squeeze=False, sharex="col")
-    for (dataset, anonymizer), line in zip(places, panels, strict=True):
+    for (dataset, protocol, anonymizer), line in zip(places, panels, strict=True):
         for scorer, axes in zip(scorers, line, strict=True):
-            own = rows[(rows[["dataset", "anonymizer", "scorer"]] == (dataset, anonymizer, scorer)).all(axis=1)]
+            place = ["dataset", "protocol", "anonymizer", "scorer"]
+            own = rows[(rows[place] == (dataset, protocol, anonymizer, scorer)).all(axis=1)]
             for name, (views, style) in BESIDE_WRONG_KEYS.items():
                 cosines = own.loc[own["view"].isin(views), "score"]
                 if len(cosines):
                     axes.ecdf(cosines, linestyle=style, label=f"{name} ({len(cosines)})")
-            axes.set(
-                title=f"{anonymizer}, {dataset}", xlabel=f"{scorer}: cosine to the right person", ylabel="share up to"
-            )
+            title = ", ".join([anonymizer, dataset, *([protocol] if several else [])])
+            axes.set(title=title, xlabel=f"{scorer}: cosine to the right person", ylabel="share up to")
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small", loc="lower right")
     write_svg(figure, path)

@@ -48,7 +48,7 @@ KEPT = ("statistics.parquet", "scores.parquet", "pairs.parquet", "meanings.csv")
 PAIRS_AT_ONCE = 100_000  # rows of pairs that share a dictionary in a file: few enough to be of few comparisons
 PATIENCE = 20  # tenths of a second
 ROW = CELL[:3]  # what tells the rows of a table apart
-STATISTICS = ["experiment", *CELL[:3], "notes", *CELL[3:], "n", "undefined", "value", "low", "high"]
+STATISTICS = ["experiment", *ROW, "notes", *CELL[3:], "n", "undefined", "value", "low", "high"]
 COSTS = [*ROW, "view", "pictures", "seconds", "evaluations", "device", "processor", "threads"]
 SCORES = [*ROW, "id", "view", "scorer", "value"]
 KEPT_COLUMNS = {  # of a run
@@ -95,7 +95,7 @@ def build(
         )
     if path.is_file():
         views = [view for views, _ in BESIDE_WRONG_KEYS.values() for view in views]
-        compared = read_frame(path, ["dataset", "anonymizer", *PAIRS], filters=[("view", "in", views)])
+        compared = read_frame(path, [*ROW, *PAIRS], filters=[("view", "in", views)])
         wrong_key_curves(compared, results / "plots" / f"{experiment}.wrong_keys.svg")
     path = results / "scores" / f"{experiment}.costs.csv"
     if runs and not (spent := collect_costs(runs)).empty:
