@@ -10,6 +10,7 @@ a download that was cut off goes on. Pictures are no concern of this: experiment
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from experiments.harness.command import CHECKOUT, FAILED, given, in_one_line
+from experiments.harness.command import CONF, FAILED, config_of, given, in_one_line
 from experiments.harness.made import made
 from experiments.harness.preflight import GROUPS, NOT_READY, choices, missing_parts, walk
 from keyanon import weights
 from keyanon.errors import UserError
 from keyanon.weights import Card, Package
-
-CONF = CHECKOUT / "conf"
 
 
 def cells(name: str, overrides: Sequence[str]) -> Iterator[DictConfig]:
@@ -35,7 +34,7 @@ def cells(name: str, overrides: Sequence[str]) -> Iterator[DictConfig]:
 
     It is run by the command of its own name, where there is one, else by experiments.run.
     """
-    config = name if (CONF / f"{name}.yaml").is_file() else "config"
+    config = config_of(name)
     asked = [f"experiment={name}", *overrides]
     if config == name and not (CONF / "experiment" / f"{name}.yaml").is_file():
         asked = list(overrides)
@@ -104,9 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("keyanon: nothing was fetched: accept the licences above with ACCEPT_LICENCES=1", file=sys.stderr)
         return NOT_READY
     failed: list[str] = []
-    for name, fetch in [(name, lambda card=card: weights.resolve(card)) for name, card in cards.items()] + [
-        (name, model.fetch) for name, model in models.items()
-    ]:
+    fetches = {name: partial(weights.resolve, card) for name, card in cards.items()}
+    for name, fetch in (fetches | {name: model.fetch for name, model in models.items()}).items():
         try:
             fetch()
             print(f"{name}: here", flush=True)

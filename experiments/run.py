@@ -69,7 +69,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
     known = KNOWN_KEY if key == experiment_key(cfg.key.get("seed", 0)) and method.about.kind == "keyed" else None
     session = begin(cfg, choices, command, method, second, known_key=known)
     gallery, probes = session.dataset.gallery, probes_of(session.dataset)
-    compared = [*gallery, *probes] if gallery and threshold.calibration == "all" else gallery
+    compared = list(dict.fromkeys([*gallery, *probes] if gallery and threshold.calibration == "all" else gallery))
     settings = {"anonymizer": plain(cfg.anonymizer), "key": key.fingerprint}
     measures = {group: plain(cfg[group]) for group in MEASURES}
     row = row_label(choices["anonymizer"], swept)
@@ -85,7 +85,7 @@ def run(cfg: DictConfig, choices: Mapping[str, Any], swept: Sequence[str] = (), 
         in_clear.update(
             runner.check_faces(files, session.originals, ids, session.finder, second, cfg.batch_size, cfg.device)
         )
-        enrolled = session.enrol(ids, sharded(list(dict.fromkeys(compared)), cfg.shard))
+        enrolled = session.enrol(ids, sharded(compared, cfg.shard))
         session.score_originals(ids)
         views = files.views()
         pictures = {ORIGINAL: session.originals, MASK: session.originals} | dict.fromkeys(views, files)

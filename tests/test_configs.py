@@ -8,6 +8,7 @@ from hydra.errors import HydraException, InstantiationException, MissingConfigEx
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.harness.command import config_of
 from experiments.harness.preflight import missing_parts
 from experiments.harness.provenance import signature
 from experiments.run import settings_of
@@ -39,15 +40,10 @@ def test_leaf_composes_and_instantiates(leaf: str, tmp_path: Path, monkeypatch):
     if leaf == "key/file":
         write_new_key(tmp_path / "key")
         overrides.append(f"key.path={tmp_path / 'key'}")
-    cfg = composed(*overrides, config=command_of(name) if group == "experiment" else "config")
+    cfg = composed(*overrides, config=config_of(name) if group == "experiment" else "config")
     OmegaConf.resolve(cfg)
     if group != "experiment":
         instantiated(cfg.get(group, cfg))
-
-
-def command_of(experiment: str) -> str:
-    """The configuration of the command that an experiment is for: of its own name where there is one."""
-    return experiment if experiment in LEAVES else "config"
 
 
 @pytest.mark.parametrize("group", sorted(MERGED))

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 FAILED = 1  # exit code
 TRIES = 3  # of a run whose pictures change while it goes on
 CHECKOUT = Path(__file__).resolve().parents[2]
+CONF = CHECKOUT / "conf"
 # Of what a sweep can vary, that which no row's name has: it is a column, a table, or a part of one cell.
 NOT_IN_ROW_NAMES = {"anonymizer", "dataset", "protocol", "experiment", "name", "runs", "shard", "allow_faces_in_clear"}
 
@@ -160,6 +161,11 @@ def tell_of_other_place(runs: Path, name: str) -> None:
         log.warning(
             "%s is not gone on with: this run goes below %s; for the other place: runs=%s", there, here, there.parent
         )
+
+
+def config_of(experiment: str) -> str:
+    """The configuration of the command that an experiment is for: of its own name where there is one, else experiments.run's."""
+    return experiment if (CONF / f"{experiment}.yaml").is_file() else "config"
 
 
 def one_line_for_user(error: Exception, runs: str) -> str | None:

@@ -10,10 +10,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.harness.command import CHECKOUT
+from experiments.harness.command import CONF, config_of
 from keyanon.settings import checked
 
-CONF = CHECKOUT / "conf"
 AUTHORS, OURS = "authors", "ours"  # the paper's numbers are of the first
 
 
@@ -67,11 +66,10 @@ def measured_by(cfg: DictConfig, choices: Mapping[str, Any]) -> str:
 
 def experiment_as_it_stands(name: str, choices: Mapping[str, Any]) -> DictConfig:
     """An experiment's configuration for the dataset and the method of a run, without anything that the run sets."""
-    command = name if (CONF / f"{name}.yaml").is_file() else "config"
     asked = [f"{group}={choices[group]}" for group in ("dataset", "anonymizer") if group in choices]
     begun = GlobalHydra.instance().is_initialized()  # as in every command, where it can be begun only once
     with nullcontext() if begun else initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(command, [f"experiment={name}", *asked])
+        return compose(config_of(name), [f"experiment={name}", *asked])
 
 
 def leaves(cfg: DictConfig) -> dict[str, Any]:

@@ -383,16 +383,8 @@ def fill(
         log.warning(line)
     mine = sharded(cell.ids, session.cfg.shard)
     preflight.stop_if(missing_disk(session, cell, mine, views))
-    if passes:
-        done = set() if views else cell.files.measured()
-        left = [id for id in mine if id not in done and not (views and all(cell.files.has(view, id) for view in views))]
-    if passes and (session.cfg.estimate_only or len(left) > estimate.FEW):
-        expected = estimate.measured(session, cell, left, passes)
-        if session.cfg.estimate_only:
-            print(f"{session.cfg.name}, {cell.row} of {session.choices['dataset']}: {expected}")
-            return False
-        log.info("%s: %s", cell.folder, expected)
-        preflight.stop_if(expected.too_long(session.cfg.device, session.cfg.long))
+    if passes and not begun_after_estimate(session, cell, to_make(cell, mine, views), passes):
+        return False
     written: list[bool] = []
 
     def publish_if_last() -> None:
@@ -423,6 +415,28 @@ def fill(
     for line in cell.shards.unfinished(session.command):
         log.warning(line)
     return any(written)
+
+
+def to_make(cell: Cell, ids: Sequence[str], views: Sequence[str]) -> list[str]:
+    """Of some pictures those that lack a view; of a cell that writes no views, those that are not measured yet."""
+    if views:
+        return [id for id in ids if not all(cell.files.has(view, id) for view in views)]
+    done = cell.files.measured()
+    return [id for id in ids if id not in done]
+
+
+def begun_after_estimate(session: Session, cell: Cell, left: Sequence[str], passes: int) -> bool:
+    """Say how long the pictures `left` take; False where no more was asked. Exits where it is too long; says nothing of a few."""
+    only = session.cfg.estimate_only
+    if not only and len(left) <= estimate.FEW:
+        return True
+    expected = estimate.measured(session, cell, left, passes)
+    if only:
+        print(f"{session.cfg.name}, {cell.row} of {session.choices['dataset']}: {expected}")
+        return False
+    log.info("%s: %s", cell.folder, expected)
+    preflight.stop_if(expected.too_long(session.cfg.device, session.cfg.long))
+    return True
 
 
 def missing_disk(session: Session, cell: Cell, ids: Sequence[str], views: Sequence[str]) -> list[str]:

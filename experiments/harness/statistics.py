@@ -164,10 +164,7 @@ def verification(
             continue
         gallery_vectors, gallery_people = unit(vectors(portraits)), people(portraits["id"].to_pylist())
         made = rows_of(probes, files.embeddings(recognizer))
-        views = {ORIGINAL: clean} | {
-            view: rows_as_listed(probes, made.filter(pc.equal(made["view"], view)))
-            for view in pc.unique(made["view"]).to_pylist()
-        }
+        views = {ORIGINAL: clean} | {view: rows_as_listed(probes, rows) for view, rows in by_view(made).items()}
         for view, seen in sorted(views.items()):
             ids = seen["id"].to_pylist()
             calibration = rows_as_listed(every if threshold.calibration == "all" else ids, known)
@@ -190,12 +187,11 @@ def between_sets(
     views: Mapping[str, RunFiles],
     ids: Sequence[str],
 ) -> Iterator[tuple[str, str, Statistic]]:
-    """Each view's features against the originals', in the order of `ids`. Memory holds one view's and the originals' at a time."""
+    """Each view's features against the originals', in the order of `ids`. Memory holds one measure's features at a time."""
     for name, scorer in scorers.items():
         clean = vectors(rows_as_listed(ids, originals[name].embeddings()))
-        for view in pc.unique(views[name].embeddings()["view"]).to_pylist():
-            rows = vectors(rows_as_listed(ids, views[name].embeddings(view=view)))
-            value, used = scorer.compare(rows, clean)
+        for view, seen in by_view(views[name].embeddings()).items():
+            value, used = scorer.compare(vectors(rows_as_listed(ids, seen)), clean)
             yield view, name, Statistic(WHOLE_SET, used, len(ids) - used, value, math.nan, math.nan)
 
 
@@ -207,13 +203,17 @@ def told_apart(
     Lengths count here, and nowhere else: the classifiers learn from the embeddings as the recognizer gave them.
     """
     for recognizer, place in sorted(enrolled.items()):
-        kept = files.embeddings(recognizer)
-        seen = {view: kept.filter(pc.equal(kept["view"], view)) for view in pc.unique(kept["view"]).to_pylist()}
+        seen = by_view(files.embeddings(recognizer))
         views = {view: vectors(rows_as_listed(ids, rows)) for view, rows in seen.items()}
         anonymized = views.pop(ANONYMIZED)
         clean = vectors(rows_as_listed(ids, place.embeddings()))
         for view, statistic in separability.statistics(clean, anonymized, views):
             yield view or ANONYMIZED, recognizer, statistic
+
+
+def by_view(rows: pa.Table) -> dict[str, pa.Table]:
+    """The rows of each view."""
+    return {view: rows.filter(pc.equal(rows["view"], view)) for view in pc.unique(rows["view"]).to_pylist()}
 
 
 def rows_of(ids: Sequence[str], rows: pa.Table) -> pa.Table:

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from keyanon.channel.pixels import to_bytes
 from keyanon.errors import MissingPackage
+from keyanon.faces.backbones import reading
 from keyanon.faces.retinaface import RetinaFace
 from keyanon.finite import finite
 from keyanon.settings import Factor, Share, checked, number
 from keyanon.types import Image
-from keyanon.weights import Card, WrongWeights, named, resolve
+from keyanon.weights import Card, named, resolve
 
 Points = NDArray[np.float64]  # (n, 2): x, y in pixels
 RgbArray = NDArray[np.uint8]  # (h, w, 3) RGB
@@ -249,12 +250,10 @@ class RetinaFaceDetector:
 @cache
 def retinaface(path: Path) -> RetinaFace:
     """The network with its weights; raises WrongWeights."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
     network = RetinaFace().eval()
-    try:
+    with reading(path, "the weights of RetinaFace on ResNet-50"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
-    except (RuntimeError, AttributeError) as error:
-        raise WrongWeights(f"{path}: not the weights of RetinaFace on ResNet-50 ({str(error)[:200]})") from error
     return network.requires_grad_(False)
 
 

@@ -69,7 +69,7 @@ class FaceNet:
 
     def embed(self, images: Image) -> Embeddings:
         crops = crops_of(images, self.detector, lambda pixels, face: box_crop(pixels, face.box, 160))
-        return _rows(crops, lambda batch: run_network(self._model, batch, images.device), 512, images.device)
+        return _network_rows(crops, self._model, 512, images.device)
 
     @cached_property
     def _model(self) -> Any:
@@ -105,9 +105,7 @@ class AdaFaceViT:
     def embed(self, images: Image) -> Embeddings:
         net = self._network
         crops = crops_of(images, self.detector, lambda pixels, face: box_crop(pixels, face.box, 112))
-        return _rows(
-            crops, lambda batch: run_network(net, batch, images.device), net.dimension, images.device, self.lengths
-        )
+        return _network_rows(crops, net, net.dimension, images.device, self.lengths)
 
     @cached_property
     def _network(self) -> FaceTransformer:
@@ -138,9 +136,7 @@ class ArcFace:
     def embed(self, images: Image) -> Embeddings:
         net = self._network
         crops = crops_of(images, self.detector, lambda pixels, face: arcface_crop(pixels, face.points, self.alignment))
-        return _rows(
-            crops, lambda batch: run_network(net, batch, images.device), net.dimension, images.device, self.lengths
-        )
+        return _network_rows(crops, net, net.dimension, images.device, self.lengths)
 
     @cached_property
     def _network(self) -> IResNet:
@@ -300,13 +296,6 @@ def arcface_crop(pixels: RgbArray, points: Points, alignment: Alignment = "least
     return torch.from_numpy(face).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def run_network(network: torch.nn.Module, crops: Tensor, device: torch.device) -> Tensor:
-    """Rows of a batch of crops by a network in PyTorch, on a device."""
-    with torch.inference_mode():
-        rows: Tensor = network.to(device)(crops.to(device))
-    return rows
-
-
 def arcface_dimension(path: Path, session: Any) -> int:
     """The length of a network's embedding; BadData names the file that is no ArcFace network."""
     inputs, outputs = session.get_inputs(), session.get_outputs()
@@ -343,3 +332,20 @@ def _rows(
             embedded = finite(encode(batch).to(device, torch.float32), "an embedding")
             rows[found] = embedded if lengths == "raw" else normalize(embedded)
     return rows
+
+
+def _network_rows(
+    crops: Sequence[Tensor | None],
+    network: torch.nn.Module,
+    dimension: int,
+    device: torch.device,
+    lengths: Lengths = "unit",
+) -> Embeddings:
+    """`_rows` by a network in PyTorch."""
+
+    def encode(batch: Tensor) -> Tensor:
+        with torch.inference_mode():
+            rows: Tensor = network.to(device)(batch.to(device))
+        return rows
+
+    return _rows(crops, encode, dimension, device, lengths)
